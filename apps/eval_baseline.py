@@ -1,0 +1,111 @@
+"""The best constant prediction: what an evaluation gives for mean training parameters and the mean training offset.
+
+    python apps/eval_baseline.py --data_path ./data/interhand2.6m/ [--root_joint 9] [--no-scale] [KEY VALUE ...]
+
+A network that does not beat this has learned nothing. Both hands get their mean root rotation in camera axes, mean
+pose, mean shape, and the mean vector between the roots, whatever the image.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from apps.eval_interhand import add_protocol_arguments, evaluate_split, report
+from dataset.interhand import InterHandDataset
+from manopth import TwoHandLayer, load_hand_models
+from models.hand_head import HandHead
+from models.predictions import CAMERA, NUM_PARAMETERS, POSE, ROOT_ROTATION, SHAPE, DIROutput
+from utils import distributed
+from utils.config import load_config
+from utils.errors import user_facing
+from utils.geometry import world_to_camera
+from utils.hand import HAND_SCALE, LEFT, RIGHT
+from utils.metrics import Protocol
+
+
+class ConstantPrediction(nn.Module):
+    """Has the interface of DIR and does not look at the image."""
+
+    def __init__(self, hand_head: HandHead, parameters: Tensor, offset: Tensor):
+        super().__init__()
+        self.hand_head = hand_head
+        self.register_buffer('parameters_', parameters)
+        self.register_buffer('offset', offset)
+
+    def forward(self, image: Tensor) -> DIROutput:
+        batch = len(image)
+        hands = self.hand_head(self.parameters_.expand(batch, -1, -1), self.offset.expand(batch, -1))
+        empty = image.new_zeros(batch, 3, 1, 1)
+        return DIROutput([hands], empty, empty)
+
+
+class _Annotations(Dataset):
+    """The annotations of a split without its images."""
+
+    def __init__(self, dataset: InterHandDataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> list[Tensor]:
+        return self.dataset.annotation(index)
+
+
+@torch.no_grad()
+def mean_prediction(dataset: InterHandDataset, hand_layer: TwoHandLayer, *, root_joint: int, workers: int = 0
+                    ) -> tuple[Tensor, Tensor]:
+    """(parameters (2, 64), offset (3,)): means over ``dataset``. The mean rotation is the chordal one, by SVD."""
+    rotation, pose, shape, offset = torch.zeros(2, 3, 3), torch.zeros(2, 45), torch.zeros(2, 10), torch.zeros(3)
+    loader = DataLoader(_Annotations(dataset), batch_size=256, num_workers=workers)
+    for root, poses, shapes, translation, *camera, _ in tqdm(loader, desc='mean', leave=False):
+        joints = world_to_camera(hand_layer(root, poses, shapes).joints + translation[:, :, None], *camera)
+        offset += (joints[:, RIGHT, root_joint] - joints[:, LEFT, root_joint]).sum(0) / HAND_SCALE / len(dataset)
+        rotation += (camera[0][:, None] @ root).sum(0)
+        pose += poses.sum(0) / len(dataset)
+        shape += shapes.sum(0) / len(dataset)
+    parameters = torch.zeros(2, NUM_PARAMETERS)
+    parameters[:, ROOT_ROTATION] = nearest_rotation(rotation)[..., :2].transpose(-1, -2).flatten(1)
+    parameters[:, POSE], parameters[:, SHAPE] = pose, shape
+    parameters[:, CAMERA.start] = 1
+    return parameters, offset
+
+
+def nearest_rotation(matrix: Tensor) -> Tensor:
+    """(..., 3, 3) -> the closest rotation in the Frobenius norm (orthogonal Procrustes)."""
+    u, _, vh = torch.linalg.svd(matrix)
+    sign = torch.ones(matrix.shape[:-1])
+    sign[..., 2] = torch.linalg.det(u @ vh)
+    return u @ (sign[..., None] * vh)
+
+
+@user_facing
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data_path', required=True, help='prepared data set; the means are over its training split')
+    parser.add_argument('--cfg', metavar='FILE', help='YAML file with what differs from utils/config.py')
+    add_protocol_arguments(parser)
+    args = parser.parse_intermixed_args(argv)
+
+    cfg = load_config(args.cfg, [*args.opts, 'DATASET.PATH', args.data_path])
+    hand_layer = TwoHandLayer(load_hand_models(cfg.MANO.SOURCE, cfg.MANO.PATH))
+    means = mean_prediction(InterHandDataset(args.data_path, 'train'), hand_layer, root_joint=cfg.ROOT_JOINT,
+                            workers=cfg.TRAIN.WORKERS)
+    model = ConstantPrediction(HandHead(hand_layer, root_joint=cfg.ROOT_JOINT), *means)
+    protocol = Protocol(args.root_joint, not args.no_scale)
+    result, dataset = evaluate_split(model, cfg, split=args.split, protocol=protocol)
+    if distributed.is_main():
+        report(result, dataset, title='best constant prediction', out=args.out)
+    distributed.stop()
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

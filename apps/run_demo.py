@@ -1,0 +1,99 @@
+"""The whole road on made hands and data: make, prepare, train, evaluate, compare, draw. ``make demo`` runs this.
+
+    python apps/run_demo.py [--out output/demo] [--frames TRAIN VAL TEST] [KEY VALUE ...]
+
+Every step is the command that real data takes; each is printed before it runs. Called again, it goes on where it
+stopped.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dataset.batch import BatchMaker
+from dataset.interhand import InterHandDataset
+from manopth import TwoHandLayer
+from utils.checkpoint import load_model
+from utils.errors import UserError, user_facing
+from utils.files import read_json, write_json
+from utils.prediction_pictures import draw_samples, spread_over
+
+CONFIG = 'configs/demo.yaml'
+FRAMES = (2000, 60, 200)
+PICTURES = 8
+
+
+@user_facing
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--out', default='output/demo', help='everything goes there (default: %(default)s)')
+    parser.add_argument('--frames', type=int, nargs=3, default=FRAMES, metavar=('TRAIN', 'VAL', 'TEST'),
+                        help='pictures to make (default: %(default)s)')
+    parser.add_argument('opts', nargs='*', metavar='KEY VALUE', help='configuration keys over configs/demo.yaml')
+    args = parser.parse_intermixed_args(argv)
+
+    out = Path(args.out)
+    raw, data, run = out / 'raw', out / 'data', out / 'run'
+    config = ['--cfg', CONFIG]
+    keys = ['DATASET.PATH', str(data), 'OUTPUT_DIR', str(run), *args.opts]
+    hands = ['MANO.SOURCE', 'standin']
+    seconds = {}
+
+    def step(name: str, *command: str) -> None:
+        started = time.perf_counter()
+        run_command(name, [str(part) for part in command])
+        seconds[name] = round(time.perf_counter() - started, 1)
+
+    if not raw.exists():
+        step('make data', 'dataset/synthesize.py', '--save_path', raw, '--frames', *args.frames, *hands)
+    step('prepare', 'dataset/interhand.py', '--data_path', raw, '--save_path', data, *hands)
+    step('train', 'train.py', *config, *(['--resume'] if (run / 'latest.pth').exists() else []), *keys)
+    step('evaluate', 'apps/eval_interhand.py', '--data_path', data, '--model', run, '--out', out / 'trained',
+         *args.opts)
+    step('baseline', 'apps/eval_baseline.py', '--data_path', data, *config, '--out', out / 'baseline', *args.opts)
+
+    trained, baseline = (read_json(out / name / 'metrics.json') for name in ('trained', 'baseline'))
+    sheet = draw_test_samples(run, data, args.opts, out / 'pictures.jpg')
+    write_json(out / 'summary.json', {'trained': trained, 'baseline': baseline, 'seconds': seconds})
+    print(f'\n{comparison_table(trained, baseline)}\n\npictures: {sheet}\nsummary:  {out / "summary.json"}')
+    return 0
+
+
+def run_command(name: str, command: list[str]) -> None:
+    """Run one of the project's scripts as a user would; raises UserError if it fails (it has said why)."""
+    print(f'\n== {name}\n$ python {shlex.join(command)}', flush=True)
+    code = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
+    if code:
+        raise UserError(f"the demo stopped at '{name}' (exit code {code}); the same command goes on from there.")
+
+
+def draw_test_samples(run: Path, data: Path, opts: list[str], path: Path) -> Path:
+    """A picture sheet of test samples spread over the split."""
+    model, cfg = load_model(run, [*opts, 'DATASET.PATH', str(data)])
+    batch_maker = BatchMaker(TwoHandLayer(model.hand_head.hand_layer.models), image_size=cfg.MODEL.IMAGE_SIZE)
+    dataset = InterHandDataset(data, 'test', with_dense=False)
+    draw_samples(model, dataset, spread_over(len(dataset), PICTURES), batch_maker, path=path)
+    return path
+
+
+def comparison_table(trained: dict, baseline: dict) -> str:
+    """The headline figures of both, side by side, and their ratio."""
+    rows = [(title, trained[key]['all'], baseline[key]['all'], unit) for title, key, unit in (
+        ('joint mean error', 'joint_mm', 'mm'), ('vert mean error', 'vert_mm', 'mm'),
+        ('pixel joint mean error', 'joint_px', 'px'), ('pixel vert mean error', 'vert_px', 'px'))]
+    rows.append(('root error', trained['root_mm'], baseline['root_mm'], 'mm'))
+    lines = [f'{trained["frames"]} test frames; {trained["protocol"]["description"]}',
+             f'{"":24}{"trained":>12}{"constant":>12}{"ratio":>8}']
+    lines += [f'{title:24}{ours:>9.2f} {unit}{constant:>9.2f} {unit}{ours / constant:>8.2f}'
+              for title, ours, constant, unit in rows]
+    return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

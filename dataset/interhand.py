@@ -1,0 +1,143 @@
+"""Prepared InterHand2.6M: crops, masks and hand parameters from disk.
+
+As a script this prepares the data set from the files as downloaded:
+
+    python dataset/interhand.py --data_path INTERHAND --save_path ./data/interhand2.6m/
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == '__main__':
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import os
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dataset.augmentation import AugmentationParameters, AugmentationRanges, draw_augmentation
+from utils import safe_pickle
+from utils.errors import UserError
+from utils.files import read_image
+from utils.geometry import CROP_SIZE
+from utils.hand import SIDES
+
+# Channels of the mask files: the field's preparation writes the right hand into BGR channel 1, the left into channel 2.
+MASK_FILE_CHANNELS = (2, 1)  # of (left, right)
+
+
+class Sample(NamedTuple):
+    """One sample as it lies on disk, or a batch of them; labels are made from it on the device of the model."""
+
+    image: Tensor  # (256, 256, 3) uint8, BGR
+    mask: Tensor  # (256, 256, 2) uint8: 255 where the left, the right hand is seen (JPEG: not exactly 0 or 255)
+    dense: Tensor  # (256, 256, 3) uint8, BGR; (0, 0, 3) if not asked for
+    root: Tensor  # (2, 3, 3) world root rotation
+    pose: Tensor  # (2, 45) PCA coefficients
+    shape: Tensor  # (2, 10)
+    translation: Tensor  # (2, 3) m, world
+    camera_rotation: Tensor  # (3, 3) world -> camera
+    camera_translation: Tensor  # (3,) m
+    intrinsics: Tensor  # (3, 3) of the crop, pixels
+    index: Tensor  # () int64
+    augmentation: AugmentationParameters  # what ``BatchMaker`` does to it
+
+
+class InterHandDataset(Dataset):
+    """One split of a prepared data set.
+
+    Indexed by ``(index, epoch)`` (see ``EpochSampler``) or ``index``: with ``ranges`` the augmentation is drawn from
+    (seed, epoch, index) alone, so that it does not depend on workers, order or where a run was resumed.
+
+    Raises UserError if the folder is missing, empty, has a gap, or (on access) if a file is unreadable.
+    """
+
+    def __init__(self, path: str | Path, split: str, *, ranges: AugmentationRanges | None = None, seed: int = 0,
+                 with_dense: bool = True):
+        self.folder = Path(path) / split
+        self.ranges, self.seed, self.with_dense = ranges, seed, with_dense
+        self.length = _count(self.folder)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def name(self, index: int) -> str:
+        """The image's path, for people to find it."""
+        return str(self.folder / 'img' / f'{index}.jpg')
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        index, epoch = key if isinstance(key, tuple) else (key, 0)
+        if not 0 <= index < self.length:
+            raise IndexError(f'{self.folder} has samples 0 to {self.length - 1}, not {index}')
+        parameters = draw_augmentation(self.ranges, (self.seed, epoch, index))
+        mask = self._read_image('mask', index)[..., MASK_FILE_CHANNELS]
+        dense = self._read_image('dense', index) if self.with_dense else np.empty((0, 0, 3), np.uint8)
+        images = (torch.from_numpy(np.ascontiguousarray(x)) for x in (self._read_image('img', index), mask, dense))
+        return Sample(*images, *self.annotation(index), torch.tensor(index), parameters)
+
+    def annotation(self, index: int) -> list[Tensor]:
+        """[root, pose, shape, translation, camera_rotation, camera_translation, intrinsics] as in Sample."""
+        path = self.folder / 'anno' / f'{index}.pkl'
+        content = safe_pickle.load(path)
+        try:
+            hands = [content['mano_params'][side] for side in SIDES]
+            camera = content['camera']
+            arrays = [np.stack([np.asarray(hand[key], np.float32).reshape(shape) for hand in hands])
+                      for key, shape in (('R', (3, 3)), ('pose', 45), ('shape', 10), ('trans', 3))]
+            arrays += [np.asarray(camera[key], np.float32).reshape(shape)
+                       for key, shape in (('R', (3, 3)), ('t', 3), ('camera', (3, 3)))]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise UserError(f'{path} is not a prepared annotation ({type(error).__name__}: {error}); prepare the data '
+                            'set again (python dataset/interhand.py).') from None
+        if not all(np.isfinite(array).all() for array in arrays):
+            raise UserError(f'{path} holds NaN or infinity; prepare the data set again (python dataset/interhand.py).')
+        return [torch.from_numpy(array) for array in arrays]
+
+    def _read_image(self, kind: str, index: int) -> np.ndarray:
+        path = self.folder / kind / f'{index}.jpg'
+        try:
+            image = read_image(path)
+        except OSError:
+            image = None
+        if image is None:
+            raise UserError(f'{path} is missing or not a readable image; prepare the data set again '
+                            '(python dataset/interhand.py).')
+        if image.shape[:2] != (CROP_SIZE, CROP_SIZE):
+            raise UserError(f'{path} is {image.shape[1]} x {image.shape[0]} pixels; prepared crops are {CROP_SIZE} x '
+                            f'{CROP_SIZE}. Prepare the data set again (python dataset/interhand.py).')
+        return image
+
+
+def _count(folder: Path) -> int:
+    """Number of samples of a prepared split; raises UserError unless every kind of file runs 0 .. n - 1."""
+    if not folder.is_dir():
+        if folder.with_name(f'{folder.name}.partial').is_dir():
+            raise UserError(f'{folder} is only half prepared; give the same dataset/interhand.py command again to '
+                            'finish it.')
+        raise UserError(f'{folder} does not exist: set DATASET.PATH to a prepared data set '
+                        '(python dataset/interhand.py --data_path INTERHAND --save_path ./data/interhand2.6m/).')
+    numbers: dict[str, set[int]] = {}
+    for kind, suffix in (('img', '.jpg'), ('mask', '.jpg'), ('dense', '.jpg'), ('anno', '.pkl')):
+        if not (folder / kind).is_dir():
+            raise UserError(f'{folder / kind} is missing: {folder} is not a prepared split (dataset/interhand.py).')
+        stems = (entry.name.removesuffix(suffix) for entry in os.scandir(folder / kind) if entry.name.endswith(suffix))
+        numbers[kind] = {int(stem) for stem in stems if stem.isdecimal()}
+    samples = 1 + max(max(found, default=-1) for found in numbers.values())
+    if samples == 0:
+        raise UserError(f'{folder} holds no samples; prepare the data set again (python dataset/interhand.py).')
+    for kind, found in numbers.items():
+        gaps = sorted(set(range(samples)) - found)
+        if gaps:
+            raise UserError(f'{folder / kind} has gaps: {len(gaps)} of its files are missing, the first is number '
+                            f'{gaps[0]}. Copy it again, or prepare the data set again (python dataset/interhand.py).')
+    return samples
+
+
+if __name__ == '__main__':
+    from dataset.preparation import main
+
+    sys.exit(main())

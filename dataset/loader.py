@@ -1,0 +1,79 @@
+"""Loaders and the order of samples: all follows from (seed, epoch, index), so a resumed run sees what it would have."""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+from yacs.config import CfgNode
+
+from dataset.augmentation import AugmentationRanges
+from dataset.interhand import InterHandDataset
+from utils.distributed import rank_and_world
+from utils.errors import UserError
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """(index, epoch) of this process's share of every global batch, from step ``first_step`` of epoch ``epoch`` on.
+
+    The global order does not depend on the number of processes. A last batch that is not full is left out.
+    """
+
+    def __init__(self, length: int, *, batch_size: int, seed: int):
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.epoch, self.first_step = 0, 0
+        rank, world = rank_and_world()
+        share = batch_size // world
+        self.mine = slice(rank * share, (rank + 1) * share)
+
+    @property
+    def steps(self) -> int:
+        """Steps of a whole epoch."""
+        return self.length // self.batch_size
+
+    def start_at(self, epoch: int, step: int = 0) -> None:
+        self.epoch, self.first_step = epoch, step
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.length, generator=generator).tolist()
+        for step in range(self.first_step, self.steps):
+            batch = order[step * self.batch_size:(step + 1) * self.batch_size]
+            yield from ((index, self.epoch) for index in batch[self.mine])
+
+    def __len__(self) -> int:
+        return (self.steps - self.first_step) * (self.mine.stop - self.mine.start)
+
+
+def training_loader(cfg: CfgNode) -> tuple[DataLoader, EpochSampler]:
+    """Loader of the training split with augmentation; raises UserError if the split is too small for one batch."""
+    ranges = AugmentationRanges(**{name.lower(): value for name, value in cfg.AUGMENT.items()})
+    dataset = InterHandDataset(cfg.DATASET.PATH, 'train', ranges=ranges, seed=cfg.SEED, with_dense=cfg.LOSS.DENSE > 0)
+    world = rank_and_world()[1]
+    if cfg.TRAIN.BATCH_SIZE % world:
+        raise UserError(f'TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} is over all processes and cannot be split over '
+                        f'{world}; choose a multiple.')
+    if len(dataset) < cfg.TRAIN.BATCH_SIZE:
+        raise UserError(f'{dataset.folder} holds {len(dataset)} samples, fewer than TRAIN.BATCH_SIZE '
+                        f'{cfg.TRAIN.BATCH_SIZE}: set it to {len(dataset)} or less.')
+    sampler = EpochSampler(len(dataset), batch_size=cfg.TRAIN.BATCH_SIZE, seed=cfg.SEED)
+    return _loader(dataset, cfg, batch_size=cfg.TRAIN.BATCH_SIZE // world, sampler=sampler), sampler
+
+
+def evaluation_loader(dataset: InterHandDataset, cfg: CfgNode) -> DataLoader:
+    """Loader of this process's share of a data set: over all processes every sample comes exactly once."""
+    rank, world = rank_and_world()
+    return _loader(dataset, cfg, batch_size=cfg.EVAL.BATCH_SIZE, sampler=range(rank, len(dataset), world))
+
+
+def _loader(dataset: InterHandDataset, cfg: CfgNode, *, batch_size: int, sampler) -> DataLoader:
+    workers = cfg.TRAIN.WORKERS
+    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, num_workers=workers,
+                      pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
+                      prefetch_factor=4 if workers else None, worker_init_fn=_worker_setup)
+
+
+def _worker_setup(worker: int) -> None:
+    import cv2
+
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)  # not 1: that joins the parent's threads, which a fork does not copy, and never returns

@@ -1,0 +1,534 @@
+"""InterHand2.6M as downloaded -> 256 x 256 crops in the field's interchange form: ``python dataset/interhand.py``.
+
+    <save_path>/<split>/img/<i>.jpg    the crop, BGR
+                        mask/<i>.jpg   which hand is seen where: channel 1 the right hand, channel 2 the left, 255
+                        dense/<i>.jpg  colours of the vertices, interpolated over the visible surface
+                        anno/<i>.pkl   MANO parameters, camera, the entries of data.json
+                        preparation.json  settings, counts, and every skipped frame with its reason
+
+Frames are numbered without gaps, though whether one is kept shows only when its picture is read. So worker processes
+only compute; this process takes their results in order, numbers and writes them, chunk by chunk, into
+``<split>.partial`` and notes each finished chunk in a journal. A killed run resumes after the last noted chunk, and the
+folder gets its name when all of it is there.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import pickle
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dataset import raw
+from dataset.raw import SPLITS, Camera, Frame, ManoFit, RawSplit, RecordError
+from manopth import HandModel, TwoHandLayer, load_hand_models
+from manopth.assets import describe
+from manopth.rotations import axis_angle_to_matrix
+from utils import safe_pickle
+from utils.config import add_config_arguments, load_config
+from utils.errors import UserError, user_facing
+from utils.files import read_image, read_json, write_json
+from utils.geometry import CROP_SIZE, project
+from utils.hand import NUM_FACES, NUM_VERTICES, SIDES
+from utils.render import RENDERERS, interpolate, two_hand_faces
+
+FORMAT = 1  # of what this file writes; raised when the same input gives other files
+HANDS_IN_CROP = 0.8  # share of the crop's side that the larger extent of the two hands takes
+DARKEST = 10  # least mean grey value of a picture that is kept
+MASK_CHANNEL = {'left': 2, 'right': 1}  # BGR
+# Labels are told by their colour. At full colour resolution the masks survive JPEG without a wrong pixel; at OpenCV's
+# default, a quarter of it, about 270 pixels of each change their class.
+LABEL_JPEG = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
+CHUNK = 32  # frames per task; the unit of the journal
+SOURCES = ('data', 'camera', 'MANO_NeuralAnnot')  # the annotation files that are read
+FOLDERS = {'img': 'jpg', 'mask': 'jpg', 'dense': 'jpg', 'anno': 'pkl'}
+RECORD, JOURNAL = 'preparation.json', 'journal.jsonl'
+
+# Why a frame is not kept. The first are properties of the data set, the others damage that the user should know about.
+NOT_INTERACTING, NOT_VALID = 'hands not interacting', 'hand type not valid'
+NO_FIT, DARK = 'a hand without MANO parameters', f'mean grey value below {DARKEST}'
+NO_ANNOTATION, BAD_FIT, BAD_CAMERA = 'no annotation', 'damaged MANO parameters', 'damaged camera'
+MISSING, UNREADABLE, OTHER_SIZE = 'picture missing', 'picture unreadable', 'picture of another size'
+BEHIND = 'hands behind the camera'
+DAMAGE = (NO_ANNOTATION, BAD_FIT, BAD_CAMERA, MISSING, UNREADABLE, OTHER_SIZE, BEHIND)
+MOST_WORKERS = 16  # by default: a process takes half a gigabyte, and beyond it the one that writes is the bottleneck
+# More damage than this is no accident but, say, half a download.
+TOLERATED_SHARE, TOLERATED_FRAMES = 0.01, 10
+
+
+class Job(NamedTuple):
+    """All a worker needs to know of one frame."""
+
+    path: str
+    size: tuple[int, int]  # width, height as annotated
+    entries: tuple[dict, dict]
+    camera: Camera
+    fits: dict[str, ManoFit]
+
+
+class Skip(NamedTuple):
+    reason: str
+    detail: str = ''
+
+
+class Sample(NamedTuple):
+    """A prepared frame: the content of its JPEG files, and its annotation but for the number."""
+
+    files: dict[str, bytes]
+    annotation: dict[str, Any]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One frame
+# ---------------------------------------------------------------------------------------------------------------------
+
+def crop_matrix(pixels: np.ndarray) -> np.ndarray:
+    """Projected vertices of both hands (N, 2) -> A (3, 3), picture to crop: a square about the middle of their box."""
+    low, high = pixels.min(0), pixels.max(0)
+    corner_x, corner_y = (low + high) / 2 - (half := (high - low).max() / 2 / HANDS_IN_CROP)
+    scale = CROP_SIZE / (2 * half)
+    return np.array([[scale, 0, -scale * corner_x], [0, scale, -scale * corner_y], [0, 0, 1]])
+
+
+def canonical_colours(models: tuple[HandModel, HandModel]) -> np.ndarray:
+    """(778, 3) in [0, 1], for both hands: where a vertex lies in the box of the right hand at rest."""
+    template = models[1].template
+    low, high = template.min(0), template.max(0)
+    return ((template - low) / (high - low)).astype(np.float32)
+
+
+def load_colours(path: str | Path) -> np.ndarray:
+    """``v_color.pkl`` -> (778, 3) float32 in [0, 1], columns in the order of the dense pictures' BGR channels."""
+    colours = safe_pickle.as_array(safe_pickle.load(path))
+    if not isinstance(colours, np.ndarray) or colours.shape != (NUM_VERTICES, 3) or colours.dtype.kind != 'f':
+        found = f'{colours.dtype} {colours.shape}' if isinstance(colours, np.ndarray) else type(colours).__name__
+        raise UserError(f'{path} holds {found}; vertex colours are a float array of shape ({NUM_VERTICES}, 3).')
+    if not (np.isfinite(colours).all() and colours.min() >= 0 and colours.max() <= 1):
+        raise UserError(f'{path}: vertex colours must lie in [0, 1]; get the file again or leave --colours out.')
+    return colours.astype(np.float32)
+
+
+def read_picture(path: str, size: tuple[int, int]) -> np.ndarray | Skip:
+    """The BGR picture, or why there is none; ``size`` (width, height) is what it has to be."""
+    try:
+        image = read_image(path)
+    except FileNotFoundError:
+        return Skip(MISSING, path)
+    except OSError as error:
+        return Skip(UNREADABLE, f'{path}: {error.strerror}')
+    if image is None:
+        return Skip(UNREADABLE, f'{path}: cut short or not a picture')
+    if image.shape[1::-1] != size:
+        return Skip(OTHER_SIZE, f'{path}: {image.shape[1]}x{image.shape[0]}, annotated as {size[0]}x{size[1]}')
+    return image
+
+
+class FramePreparer:
+    """Jobs -> samples, a chunk at a time: the hand layer takes them together, the rest goes frame by frame."""
+
+    def __init__(self, models: tuple[HandModel, HandModel], colours: np.ndarray, renderer: str = 'torch'):
+        self.layer = TwoHandLayer(models)
+        self.faces = two_hand_faces(models)
+        self.colours = torch.from_numpy(np.concatenate([colours, colours]))
+        self.rasterize = RENDERERS[renderer]
+        # From axis-angle relative to the mean pose to coefficients: p = c @ components, so c = p @ inverse.
+        self.to_coefficients = {model.side: np.linalg.inv(model.pose_components) for model in models}
+
+    @torch.inference_mode()
+    def __call__(self, jobs: list[Job]) -> list[Sample | Skip]:
+        pictures = [self._bright_picture(job) for job in jobs]
+        kept = [(job, picture) for job, picture in zip(jobs, pictures) if not isinstance(picture, Skip)]
+        parameters = [{side: self._parameters(side, job.fits[side]) for side in SIDES} for job, _ in kept]
+        samples = iter([self._prepare(job, picture, one, vertices) for (job, picture), one, vertices
+                        in zip(kept, parameters, self._world_vertices(parameters))])
+        return [picture if isinstance(picture, Skip) else next(samples) for picture in pictures]
+
+    def _bright_picture(self, job: Job) -> np.ndarray | Skip:
+        picture = read_picture(job.path, job.size)
+        if isinstance(picture, np.ndarray) and cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY).mean() < DARKEST:
+            return Skip(DARK)
+        return picture
+
+    def _parameters(self, side: str, fit: ManoFit) -> dict[str, np.ndarray]:
+        root = axis_angle_to_matrix(torch.from_numpy(fit.pose[:3])).numpy()
+        numbers = {'R': root, 'pose': fit.pose[3:] @ self.to_coefficients[side], 'shape': fit.shape, 'trans': fit.trans}
+        return {name: value[None].astype(np.float32) for name, value in numbers.items()}
+
+    def _world_vertices(self, parameters: list[dict]) -> Tensor:
+        """(n, 2, 778, 3) m, from the numbers as they are stored."""
+        if not parameters:
+            return torch.empty(0)
+        root, pose, shape, trans = (
+            torch.from_numpy(np.stack([np.concatenate([one[side][name] for side in SIDES]) for one in parameters]))
+            for name in ('R', 'pose', 'shape', 'trans'))
+        return self.layer(root, pose, shape).vertices + trans[:, :, None]
+
+    def _prepare(self, job: Job, picture: np.ndarray, parameters: dict, world: Tensor) -> Sample | Skip:
+        rotation, translation = (torch.from_numpy(a.astype(np.float32)) for a in job.camera[:2])
+        vertices = (world @ rotation.T + translation).flatten(0, 1)  # (1556, 3) m, camera axes
+        if not (vertices[:, 2] > 0).all():
+            return Skip(BEHIND, job.path)
+        pixels = project(vertices.double(), torch.from_numpy(job.camera.intrinsics)).numpy()
+        to_crop = crop_matrix(pixels)
+        intrinsics = to_crop @ job.camera.intrinsics
+        crop = cv2.warpAffine(picture, to_crop[:2], (CROP_SIZE, CROP_SIZE))
+
+        fragments = self.rasterize(vertices[None], self.faces, torch.from_numpy(intrinsics)[None].float(),
+                                   (CROP_SIZE, CROP_SIZE))
+        face = fragments.face[0].numpy()
+        mask = np.zeros((CROP_SIZE, CROP_SIZE, 3), np.uint8)
+        mask[..., MASK_CHANNEL['left']] = 255 * ((face >= 0) & (face < NUM_FACES))
+        mask[..., MASK_CHANNEL['right']] = 255 * (face >= NUM_FACES)
+        dense = interpolate(fragments, self.faces, self.colours)[0].mul_(255).round_().byte().numpy()
+        image_entry, annotation_entry = job.entries
+        return Sample(
+            {'img': _jpeg(crop), 'mask': _jpeg(mask, LABEL_JPEG), 'dense': _jpeg(dense, LABEL_JPEG)},
+            {'image': image_entry, 'annotation': annotation_entry, 'mano_params': parameters,
+             'camera': {'R': rotation.numpy(), 't': translation.numpy(), 'camera': intrinsics}})
+
+
+def _jpeg(image: np.ndarray, options: tuple[int, ...] = ()) -> bytes:
+    return cv2.imencode('.jpg', image, options)[1].tobytes()
+
+
+def pickle_annotation(annotation: dict[str, Any]) -> bytes:
+    """A pickle that readers with NumPy 1 and with NumPy 2 open: in it NumPy's core goes by its old, lasting name."""
+    # Protocol 3 writes a class as a line of text, so that another name of another length is still a valid pickle.
+    return pickle.dumps(annotation, protocol=3).replace(b'cnumpy._core.', b'cnumpy.core.')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One split
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Skipped:
+    """Frames that are not kept: image ids by reason, and a sentence for each damaged one."""
+
+    def __init__(self):
+        self.image_ids: dict[str, list[int]] = {}
+        self.damage: dict[str, str] = {}
+
+    def add(self, frame: Frame, skip: Skip) -> None:
+        self.image_ids.setdefault(skip.reason, []).append(frame.id)
+        if skip.reason in DAMAGE:
+            self.damage[frame.file_name] = skip.detail or skip.reason
+
+    def table(self) -> str:
+        return ''.join(f'{len(ids):>12,}  {reason}\n' for reason, ids in self.image_ids.items())
+
+
+def select(split: RawSplit, skipped: Skipped) -> list[Frame]:
+    """The frames whose annotations qualify; pictures are not looked at yet."""
+    fits: dict[tuple[str, int], Skip | None] = {}  # by time step, which its cameras share
+    cameras: dict[tuple[str, str], Skip | None] = {}
+    selected = []
+    for frame in split.iterate_frames():
+        if not frame.hand_type:
+            skip = Skip(NO_ANNOTATION)
+        elif frame.hand_type != 'interacting':
+            skip = Skip(NOT_INTERACTING)
+        elif not frame.hand_type_valid:
+            skip = Skip(NOT_VALID)
+        else:
+            step, camera = (frame.capture, frame.frame_idx), (frame.capture, frame.camera)
+            if step not in fits:
+                fits[step] = _fit_problem(split, *step)
+            if camera not in cameras:
+                cameras[camera] = _camera_problem(split, *camera)
+            skip = fits[step] or cameras[camera]
+        if skip:
+            skipped.add(frame, skip)
+        else:
+            selected.append(frame)
+    return selected
+
+
+def _fit_problem(split: RawSplit, capture: str, frame_idx: int) -> Skip | None:
+    try:
+        fits = split.mano(capture, frame_idx)
+    except RecordError as error:
+        return Skip(BAD_FIT, str(error))
+    if None in fits.values():
+        return Skip(NO_FIT)
+    if not all(np.isfinite(numbers).all() for fit in fits.values() for numbers in fit):
+        return Skip(BAD_FIT, f'capture {capture}, frame {frame_idx}: not finite')
+    return None
+
+
+def _camera_problem(split: RawSplit, capture: str, camera: str) -> Skip | None:
+    try:
+        split.camera(capture, camera)
+    except RecordError as error:
+        return Skip(BAD_CAMERA, str(error))
+    return None
+
+
+def refuse_heavy_damage(split: RawSplit, damage: dict[str, str], total: int, partial: Path) -> None:
+    """Single damaged frames (what is wrong, by file name) are listed; many of them are an incomplete data set."""
+    if len(damage) > max(TOLERATED_FRAMES, TOLERATED_SHARE * total):
+        some = '; '.join(list(dict.fromkeys(damage.values()))[:3])
+        raise UserError(f'{len(damage):,} of {total:,} frames of {split.split} in {split.root} are missing or damaged '
+                        f'({some}; ...): complete the data set, remove {partial} if it is there, and give the same '
+                        'command again.')
+
+
+class Journal:
+    """What of a split is done: a line of settings, then a line per finished chunk. A line cut short does not count."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.lines: list[dict] = []
+        end = 0
+        if path.exists():
+            for line in path.read_bytes().splitlines(keepends=True):
+                if not line.endswith(b'\n'):
+                    break
+                try:
+                    self.lines.append(json.loads(line))
+                except ValueError:
+                    raise UserError(f'{path} is damaged; remove {path.parent} and start again.') from None
+                end += len(line)
+            os.truncate(path, end)
+
+    def start(self, settings: dict) -> None:
+        """Forget what there was."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.unlink(missing_ok=True)
+        self.lines = []
+        self.append(settings)
+
+    def append(self, line: dict) -> None:
+        with open(self.path, 'ab') as file:
+            file.write(json.dumps(line).encode() + b'\n')
+        self.lines.append(line)
+
+    def replay(self, chunks: list[list[Frame]], skipped: Skipped) -> tuple[int, int]:
+        """Enter the noted skips into ``skipped`` -> (number of finished chunks, number of the next sample)."""
+        finished = self.lines[1:]
+        for line, chunk in zip(finished, chunks):
+            for number, skip in line['skipped']:
+                skipped.add(chunk[number], Skip(*skip))
+        return len(finished), finished[-1]['next'] if finished else 0
+
+
+def prepare_split(split: RawSplit, save_path: Path, settings: dict,
+                  run: Callable[[Iterable[list[Job]]], Iterator]) -> None:
+    """Prepare one split, or what is left of it. ``run`` maps chunks of jobs to their results, in order.
+
+    Raises UserError if the folder holds something else, too many frames are damaged, or none can be kept.
+    """
+    target, partial = save_path / split.split, save_path / f'{split.split}.partial'
+    settings = settings | {'chunk': CHUNK, 'source': {kind: _size(split.file(kind)) for kind in SOURCES}}
+    if target.exists():
+        _refuse_other_settings(target / RECORD, settings)
+        (target / JOURNAL).unlink(missing_ok=True)
+        print(f'{split.split}: {target} is already complete.')
+        return
+    journal = Journal(partial / JOURNAL)
+    if len(journal.lines) < 2:
+        journal.start(settings)
+    elif journal.lines[0] != settings:
+        raise UserError(_other_settings(partial, journal.lines[0], settings))
+
+    skipped = Skipped()
+    frames = select(split, skipped)
+    total = len(frames) + sum(map(len, skipped.image_ids.values()))
+    chunks = [frames[begin:begin + CHUNK] for begin in range(0, len(frames), CHUNK)]
+    done, index = journal.replay(chunks, skipped)
+    todo = chunks[done:]
+    missing = {frame.file_name: str(path) for chunk in todo for frame in chunk
+               if not (path := split.image_path(frame)).exists()}
+    refuse_heavy_damage(split, skipped.damage | missing, total, partial)
+
+    for folder in FOLDERS:
+        (partial / folder).mkdir(parents=True, exist_ok=True)
+    results = run([_job(split, frame) for frame in chunk] for chunk in todo)
+    with tqdm(total=len(frames), initial=len(frames) - sum(map(len, todo)), desc=split.split, unit='frame') as progress:
+        for chunk, outcomes in zip(todo, results):
+            noted = []
+            for number, (frame, outcome) in enumerate(zip(chunk, outcomes, strict=True)):
+                if isinstance(outcome, Sample):
+                    _write(partial, index, outcome)
+                    index += 1
+                    continue
+                if outcome.reason == MISSING and frame.file_name not in missing:
+                    raise UserError(f'{outcome.detail} was there when the run began and is gone: is the disk still '
+                                    'there? The same command goes on from here.')
+                skipped.add(frame, outcome)
+                noted.append([number, outcome])
+            refuse_heavy_damage(split, skipped.damage, total, partial)
+            journal.append({'next': index, 'skipped': noted})
+            progress.update(len(chunk))
+    _finish(split, partial, target, settings, index, total, skipped)
+    (target / JOURNAL).unlink()
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.exists() else None
+
+
+def _job(split: RawSplit, frame: Frame) -> Job:
+    return Job(str(split.image_path(frame)), (frame.width, frame.height), raw.full_entries(frame),
+               split.camera(frame.capture, frame.camera), split.mano(frame.capture, frame.frame_idx))
+
+
+def _paths(folder: Path, index: int) -> dict[str, Path]:
+    return {name: folder / name / f'{index}.{suffix}' for name, suffix in FOLDERS.items()}
+
+
+def _write(folder: Path, index: int, sample: Sample) -> None:
+    contents = sample.files | {'anno': pickle_annotation({'inter_idx': index} | sample.annotation)}
+    for name, path in _paths(folder, index).items():
+        # Half a file may be left here by a kill, but only beyond the journal's last chunk: it is written again.
+        path.write_bytes(contents[name])
+
+
+def _finish(split: RawSplit, partial: Path, target: Path, settings: dict, kept: int, total: int,
+            skipped: Skipped) -> None:
+    report = f'{split.split}: {kept:,} of {total:,} frames kept\n{skipped.table()}'
+    if not kept:
+        raise UserError(f'{split.root}: no frame of {split.split} can be prepared. {" ".join(report.split())}.')
+    index = kept  # files of a run that knew more pictures
+    while left_over := [path for path in _paths(partial, index).values() if path.exists()]:
+        for path in left_over:
+            path.unlink()
+        index += 1
+    os.sync()  # or a power cut could leave the finished name on files that never reached the disk
+    write_json(partial / RECORD, {
+        'settings': settings, 'frames': total, 'kept': kept,
+        'skipped': {reason: len(ids) for reason, ids in skipped.image_ids.items()},
+        'damaged': skipped.damage, 'skipped_image_ids': skipped.image_ids})
+    os.rename(partial, target)
+    print(report, end='')
+
+
+def _refuse_other_settings(record: Path, settings: dict) -> None:
+    if not record.exists():
+        raise UserError(f'{record.parent} exists and was not prepared by this command; give another --save_path.')
+    found = read_json(record).get('settings', {})
+    if found != settings:
+        raise UserError(_other_settings(record.parent, found, settings))
+
+
+def _other_settings(folder: Path, found: dict, wanted: dict) -> str:
+    different = [key for key in wanted if found.get(key) != wanted[key]]
+    what = '; '.join(f'{key} was {found.get(key)}, now {wanted[key]}' for key in different)
+    return f'{folder} was prepared with other settings ({what}); give another --save_path, or remove the folder first.'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+_preparer: FramePreparer | None = None  # of this worker process
+
+
+def _start_worker(mano: tuple[str, str], colours: np.ndarray, renderer: str) -> None:
+    global _preparer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _use_one_thread()
+    _preparer = FramePreparer(load_hand_models(*mano), colours, renderer)
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed outright cannot stop its workers, and they would wait for it for ever."""
+    parent_process().join()
+    os._exit(1)
+
+
+def _work(jobs: list[Job]) -> list[Sample | Skip]:
+    return _preparer(jobs)
+
+
+def _use_one_thread() -> None:
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)  # not 1: that joins the parent's threads, which a fork does not copy, and never returns
+
+
+def ordered_map(executor: Executor, function: Callable, items: Iterable, ahead: int) -> Iterator:
+    """``executor.map`` that asks for no more than ``ahead`` items before their time: memory stays bounded."""
+    waiting = deque()
+    for item in items:
+        waiting.append(executor.submit(function, item))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description='Prepare InterHand2.6M: crops, masks, dense maps, annotations.')
+    parser.add_argument('--data_path', required=True, help='folder with InterHand2.6M\'s images/ and annotations/')
+    parser.add_argument('--save_path', required=True, help='where the prepared data set goes')
+    parser.add_argument('--splits', nargs='+', metavar='SPLIT', help='train, val, test (default: those that are there)')
+    parser.add_argument('--workers', type=int,
+                        help=f'processes (default: one per core, at most {MOST_WORKERS})')
+    parser.add_argument('--renderer', choices=sorted(RENDERERS), default='torch')
+    parser.add_argument('--colours', metavar='FILE', help='v_color.pkl (default: colours by position on the hand)')
+    add_config_arguments(parser)
+    arguments = parser.parse_intermixed_args(argv)
+    # ``--splits train MANO.SOURCE standin``: keys are in capitals, splits are not.
+    words = arguments.splits or []
+    first_key = next((n for n, word in enumerate(words) if word.isupper()), len(words))
+    arguments.splits, arguments.opts = words[:first_key], words[first_key:] + arguments.opts
+    if unknown := [word for word in arguments.splits if word not in SPLITS]:
+        raise UserError(f"--splits: there is no split '{unknown[0]}'; it must be one of {', '.join(SPLITS)}.")
+    if arguments.workers is not None and arguments.workers < 1:
+        raise UserError(f'--workers is {arguments.workers}; it must be at least 1.')
+    return arguments
+
+
+@user_facing
+def main(argv: list[str] | None = None) -> None:
+    """The command line; see ``--help``."""
+    arguments = parse_arguments(argv)
+    cfg = load_config(arguments.cfg, arguments.opts)
+    mano = (cfg.MANO.SOURCE, cfg.MANO.PATH)
+    models = load_hand_models(*mano)
+    colours = load_colours(arguments.colours) if arguments.colours else canonical_colours(models)
+    splits = [RawSplit(arguments.data_path, name) for name in arguments.splits or raw.find_splits(arguments.data_path)]
+    save_path = Path(arguments.save_path)
+    raw.check_hand_model_record(arguments.data_path, models)
+    raw.check_hand_model_record(save_path, models)
+    _use_one_thread()
+    preparer = FramePreparer(models, colours, arguments.renderer)
+    preparer.rasterize(torch.ones(1, 3, 3), torch.tensor([[0, 1, 2]]), torch.eye(3)[None], (4, 4))  # is it installed?
+    save_path.mkdir(parents=True, exist_ok=True)
+    raw.write_hand_model_record(save_path, models)
+    settings = {'format': FORMAT, 'hand_model': describe(models), 'renderer': arguments.renderer,
+                'vertex_colours': hashlib.sha256(colours.tobytes()).hexdigest()[:12]}
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    workers = arguments.workers or min(cores, MOST_WORKERS)
+    if workers == 1:
+        for split in splits:
+            prepare_split(split, save_path, settings, lambda chunks: map(preparer, chunks))
+        return
+    executor = ProcessPoolExecutor(workers, get_context('spawn'), _start_worker, (mano, colours, arguments.renderer))
+    try:
+        for split in splits:
+            prepare_split(split, save_path, settings, lambda chunks: ordered_map(executor, _work, chunks, 2 * workers))
+    except BrokenProcessPool:
+        raise UserError(f'A worker process was killed, perhaps for want of memory; use fewer than --workers {workers}. '
+                        'What was finished is kept, the same command goes on from there.') from None
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())

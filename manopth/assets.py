@@ -1,0 +1,126 @@
+"""Hand models as arrays: the official MANO files, or the stand-in hand.
+
+The official pickles hold chumpy arrays and a sparse matrix; they are read without chumpy and without running foreign
+code. MANO's left file carries a known defect (its shape directions are not mirrored); it is mended here, once.
+"""
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from utils import safe_pickle
+from utils.errors import UserError
+from utils.hand import NUM_CHAIN_JOINTS, NUM_FACES, NUM_VERTICES, SIDES
+
+WHERE_TO_GET = ('register at https://mano.is.tue.mpg.de, download "Models & Code" and put its MANO_LEFT.pkl and '
+                'MANO_RIGHT.pkl there (misc/README.md), or set MANO.SOURCE standin to run without them')
+
+
+@dataclass(frozen=True)
+class HandModel:
+    """One hand's constant arrays, float64 and metres; V = 778 vertices, 16 chain joints.
+
+    template (V, 3) rest mesh; faces (1538, 3) int64, outward normals; shape_dirs (V, 3, 10) m per unit of beta;
+    pose_dirs (V, 3, 135) m per entry of R_j - I, joints 1..15 row-major; joint_regressor (16, V) from the shaped rest
+    mesh; skinning_weights (V, 16); pose_mean (45,) axis-angle; pose_components (45, 45), a row per component.
+    """
+
+    side: str
+    template: np.ndarray
+    faces: np.ndarray
+    shape_dirs: np.ndarray
+    pose_dirs: np.ndarray
+    joint_regressor: np.ndarray
+    skinning_weights: np.ndarray
+    pose_mean: np.ndarray
+    pose_components: np.ndarray
+    name: str
+
+    SHAPES = {
+        'template': (NUM_VERTICES, 3), 'faces': (NUM_FACES, 3), 'shape_dirs': (NUM_VERTICES, 3, 10),
+        'pose_dirs': (NUM_VERTICES, 3, 135), 'joint_regressor': (NUM_CHAIN_JOINTS, NUM_VERTICES),
+        'skinning_weights': (NUM_VERTICES, NUM_CHAIN_JOINTS), 'pose_mean': (45,), 'pose_components': (45, 45),
+    }
+
+    @cached_property
+    def digest(self) -> str:
+        """Twelve hex digits over all arrays, rounded to float32: which hand a checkpoint was trained on."""
+        sha = hashlib.sha256()
+        for name in sorted(self.SHAPES):
+            array = getattr(self, name)
+            sha.update(np.ascontiguousarray(array, dtype='<i8' if array.dtype.kind in 'iu' else '<f4').tobytes())
+        return sha.hexdigest()[:12]
+
+
+def load_mano_pkl(path: str | Path, *, side: str) -> HandModel:
+    """Read one official ``MANO_{LEFT,RIGHT}.pkl`` (arrays as stored: the left hand's defect is mended by the caller).
+
+    Raises UserError if the file is missing, damaged, holds foreign code, or does not hold a hand of this side.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f'{path} is missing: {WHERE_TO_GET}.')
+    raw = safe_pickle.load(path)
+    names = {'template': 'v_template', 'faces': 'f', 'shape_dirs': 'shapedirs', 'pose_dirs': 'posedirs',
+             'joint_regressor': 'J_regressor', 'skinning_weights': 'weights', 'pose_mean': 'hands_mean',
+             'pose_components': 'hands_components'}
+    if not isinstance(raw, dict) or not set(names.values()) <= raw.keys():
+        missing = sorted(set(names.values()) - set(raw)) if isinstance(raw, dict) else sorted(names.values())
+        raise UserError(f'{path} is not a MANO file: {", ".join(missing)} missing; get it again from its official '
+                        'source.')
+    arrays = {}
+    for name, key in names.items():
+        try:
+            array = np.asarray(safe_pickle.as_array(raw[key]), dtype=np.float64)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f'{path}: {key} is not an array of numbers ({type(error).__name__}: {error}); the file is '
+                            'damaged, get it again.') from None
+        if array.shape != HandModel.SHAPES[name]:
+            raise UserError(f'{path}: {key} has shape {array.shape}, MANO has {HandModel.SHAPES[name]}; '
+                            'this is a file of another model.')
+        if not np.isfinite(array).all():
+            raise UserError(f'{path}: {key} holds NaN or infinity; the file is damaged, get it again.')
+        if name == 'faces' and not ((array >= 0) & (array < NUM_VERTICES)).all():
+            raise UserError(f'{path}: {key} names vertices outside 0 .. {NUM_VERTICES - 1}; the file is damaged, get '
+                            'it again.')
+        arrays[name] = array.astype(np.int64) if name == 'faces' else array
+    model = HandModel(side=side, name='mano', **arrays)
+    # Both rest poses point their fingers away from the wrist along x: towards -x on the right hand, +x on the left.
+    wrist_to_mesh = model.template[:, 0].mean() - (model.joint_regressor[0] @ model.template)[0]
+    if (wrist_to_mesh > 0) != (side == 'left'):
+        raise UserError(f'{path} holds a {SIDES[side == "left"]} hand: MANO_LEFT.pkl and MANO_RIGHT.pkl are swapped, '
+                        'rename them.')
+    return model
+
+
+def mend_left_shape_dirs(left: HandModel, right: HandModel) -> HandModel:
+    """Negate x of the left ``shape_dirs`` if they still equal the right hand's (summed |difference| below 1 in x)."""
+    if np.abs(left.shape_dirs[:, 0] - right.shape_dirs[:, 0]).sum() >= 1:
+        return left
+    mended = left.shape_dirs * np.array([-1.0, 1.0, 1.0])[:, None]
+    return replace(left, shape_dirs=mended)
+
+
+@lru_cache(maxsize=4)
+def load_hand_models(source: str = 'files', path: str = 'misc/mano') -> tuple[HandModel, HandModel]:
+    """(left, right) hand models; ``source`` 'files' reads ``path``/MANO_{LEFT,RIGHT}.pkl, 'standin' makes them by code.
+
+    Raises UserError if the files are missing, swapped, damaged or hold foreign code.
+    """
+    if source == 'standin':
+        from manopth.standin import standin_hand
+
+        return standin_hand('left'), standin_hand('right')
+    if source != 'files':
+        raise UserError(f"MANO.SOURCE is '{source}'; it must be 'files' or 'standin'.")
+    left, right = (load_mano_pkl(Path(path) / f'MANO_{side.upper()}.pkl', side=side) for side in SIDES)
+    return mend_left_shape_dirs(left, right), right
+
+
+def describe(models: tuple[HandModel, HandModel]) -> str:
+    """'name:left digest:right digest', the identity that checkpoints record."""
+    left, right = models
+    return f'{left.name}:{left.digest}:{right.digest}'

@@ -1,0 +1,60 @@
+"""The network. ``build_model`` is the one place where configuration becomes arguments."""
+
+from torch import nn
+from yacs.config import CfgNode
+
+from manopth import HandModel, TwoHandLayer
+from models.backbone import ResNetBackbone, imagenet_state
+from models.criterion import DIRCriterion
+from models.dir import DIR, DenseHeads
+from models.hand_head import HandHead
+from models.initial_regressor import InitialRegressor
+from models.initialisation import initialise
+from models.refinement import RefinementStage
+from utils.errors import UserError
+from utils.hand import LEFT, TIP_VERTICES
+
+__all__ = ['DIR', 'DIRCriterion', 'build_criterion', 'build_model']
+
+
+def build_model(cfg: CfgNode, hand_models: tuple[HandModel, HandModel], *, pretrained: bool | None = None) -> DIR:
+    """DIR as ``cfg`` describes it, with fresh weights.
+
+    pretrained: overrides MODEL.PRETRAINED (a checkpoint is about to be loaded: no need for ImageNet weights).
+    Raises UserError if the ImageNet weights cannot be had or do not fit.
+    """
+    m = cfg.MODEL
+    backbone = ResNetBackbone(m.BACKBONE)
+    tips = [list(TIP_VERTICES), list(TIP_VERTICES)]
+    tips[LEFT][2] = m.LEFT_MIDDLE_TIP
+    c1, c2, c3, c4 = backbone.channels
+    stages = [
+        RefinementStage(c4 if index == 0 else m.MAP_CHANNELS, skip, channels=m.MAP_CHANNELS,
+                        radius=m.BONE_RADIUS[index], projection=m.PROJECTION,
+                        graph=m.INTERACTION in ('both', 'graph'), transformer=m.INTERACTION in ('both', 'transformer'))
+        for index, skip in enumerate((c3, c2, c1)[:m.STAGES])
+    ]
+    model = DIR(
+        backbone=backbone,
+        initial_regressor=InitialRegressor(c4),
+        hand_head=HandHead(TwoHandLayer(hand_models, tip_vertices=tips), root_joint=cfg.ROOT_JOINT),
+        stages=stages,
+        dense_heads=DenseHeads(m.MAP_CHANNELS if stages else c4, m.MAP_CHANNELS),
+        detach=m.DETACH,
+    )
+    initialise(model, m.INIT)
+    if m.PRETRAINED if pretrained is None else pretrained:
+        try:
+            backbone.load_torchvision(imagenet_state(m.BACKBONE, m.WEIGHTS))
+        except (RuntimeError, ValueError, AttributeError):
+            raise UserError(f'{m.WEIGHTS or "The ImageNet weights"} do not fit {m.BACKBONE}: MODEL.WEIGHTS takes a '
+                            'torchvision state_dict of that very network.') from None
+    return model
+
+
+def build_criterion(cfg: CfgNode, hand_models: tuple[HandModel, HandModel]) -> nn.Module:
+    """The training objective as ``cfg`` describes it."""
+    weights = {name.lower(): value for name, value in cfg.LOSS.items() if isinstance(value, float)}
+    return DIRCriterion(hand_models, weights=weights, root_joint=cfg.ROOT_JOINT,
+                        lovasz_on_probabilities=cfg.LOSS.LOVASZ_INPUT == 'probabilities',
+                        scale_to_truth=cfg.LOSS.SCALE_TO_TRUTH)

@@ -1,0 +1,98 @@
+"""From joint space back to image space: joint features drawn along the projected bones (paper, section 3.3).
+
+Every bone has channels of its own, so that overlapping hands never mix: 2 hands x 20 bones x 64 features = 2,560
+channels, nearly all zero. A bone's map is two weight maps (how much parent, how much child) times two feature vectors;
+a convolution over it therefore equals a convolution of the weight maps with kernels in which the features are already
+contracted. ``ProjectedConvolution`` computes that: the same function with a thirtieth of the operations, and the
+2,560-channel map never exists. ``draw`` makes that map, as the definition, for tests and for looking.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils.hand import BONES, NUM_JOINTS
+
+_BONE_JOINTS = torch.tensor(BONES)  # (20, 2): the (parent, child) of every bone
+
+
+def cell_centres(size: int, like: Tensor) -> Tensor:
+    """(S, S, 2) centres (i + 0.5) of the cells of a size x size map, (right, down), in cells."""
+    steps = torch.arange(size, dtype=like.dtype, device=like.device) + 0.5
+    down, right = torch.meshgrid(steps, steps, indexing='ij')
+    return torch.stack([right, down], -1)
+
+
+def bone_weights(joints_uv: Tensor, *, size: int, radius: float) -> Tensor:
+    """How much of its parent's and its child's feature each cell takes from each bone.
+
+    joints_uv (B, 2, 21, 2) in [-1, 1] -> (B, 2, 20, 2, S, S). With p, c the ends in cells and g a cell's centre:
+    parent |g - c| / (|g - p| + |g - c|), child |g - p| / (...), for cells closer than ``radius`` cells to the segment,
+    else 0. A bone of zero length contributes nothing. Differentiable but for the mask.
+    """
+    ends = ((joints_uv + 1) / 2 * size)[:, :, _BONE_JOINTS.to(joints_uv.device)]  # (B, 2, 20, 2, 2) cells
+    to_end = cell_centres(size, ends) - ends[..., None, None, :]  # (B, 2, 20, 2, S, S, 2)
+    distance = torch.linalg.vector_norm(to_end, dim=-1)
+    total = distance.sum(3, keepdim=True)
+    with torch.no_grad():
+        bone = (ends[..., 1, :] - ends[..., 0, :])[..., None, None, :]
+        length_squared = (bone * bone).sum(-1)
+        along = ((to_end[:, :, :, 0] * bone).sum(-1) / length_squared.clamp_min(1e-12)).clamp(0, 1)
+        beside = torch.linalg.vector_norm(to_end[:, :, :, 0] - along[..., None] * bone, dim=-1)
+        inside = (beside < radius) & (length_squared > 0)
+    return torch.where(inside[:, :, :, None], distance.flip(3) / total.clamp_min(1e-12), 0)
+
+
+def joint_weights(joints_uv: Tensor, *, size: int, radius: float) -> Tensor:
+    """Ablation: discs at the joints instead of bones. joints_uv (B, 2, 21, 2) -> (B, 2, 21, 1, S, S), 1 at the joint
+    falling linearly to 0 at ``radius`` + 1 cells."""
+    centres = ((joints_uv + 1) / 2 * size)[..., None, None, :]
+    distance = torch.linalg.vector_norm(cell_centres(size, centres) - centres, dim=-1)
+    return (1 - distance / (radius + 1)).clamp_min(0)[:, :, :, None]
+
+
+def draw(weights: Tensor, features: Tensor) -> Tensor:
+    """The projected map itself: weights (B, 2, N, E, S, S), features (B, 2, N, E, C) -> (B, 2 * N * C, S, S).
+
+    Channel = hand * N * C + bone * C + c.
+    """
+    return torch.einsum('bhnexy,bhnec->bhncxy', weights, features).flatten(1, 3)
+
+
+class ProjectedConvolution(nn.Module):
+    """3 x 3 convolution over the joint features drawn along the bones, without drawing them.
+
+    tokens (B, 2, 21, a), joints_uv (B, 2, 21, 2) -> (B, b, S, S). ``along`` is 'bones' or 'joints' (ablation).
+    """
+
+    def __init__(self, a: int, b: int, *, radius: float, along: str = 'bones'):
+        super().__init__()
+        self.radius, self.along = radius, along
+        ends = _BONE_JOINTS if along == 'bones' else torch.arange(NUM_JOINTS)[:, None]
+        self.register_buffer('ends', ends, persistent=False)  # (N, E) joint of each end
+        # As a plain Conv2d's weight it would be (b, 2 * N * a, 3, 3): see ``as_conv_weight``.
+        self.weight = nn.Parameter(torch.empty(2, len(ends), a, b, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(b))
+        nn.init.normal_(self.weight, std=(2 / (9 * b)) ** 0.5)
+
+    def forward(self, joints_uv: Tensor, tokens: Tensor, *, size: int) -> Tensor:
+        draw_weights = bone_weights if self.along == 'bones' else joint_weights
+        weights = draw_weights(joints_uv, size=size, radius=self.radius).to(tokens.dtype)
+        features = tokens[:, :, self.ends]  # (B, 2, N, E, a)
+        batch, hands, drawn, ends, _ = features.shape
+        out = self.weight.shape[3]
+        kernels = torch.bmm(features.permute(1, 2, 0, 3, 4).reshape(hands * drawn, batch * ends, -1),
+                            self.weight.flatten(0, 1).flatten(2))  # (2 N, B E, b 9)
+        kernels = kernels.view(hands * drawn, batch, ends, out, 9).permute(1, 3, 0, 2, 4).reshape(batch, out, -1)
+        patches = F.unfold(weights.flatten(1, 3), 3, padding=1)  # (B, 2 N E 9, S S)
+        return torch.baddbmm(self.bias[:, None], kernels, patches).view(batch, out, size, size)
+
+    @staticmethod
+    def as_conv_weight(weight: Tensor) -> Tensor:
+        """(2, N, a, b, 3, 3) -> the weight (b, 2 * N * a, 3, 3) of the Conv2d over ``draw``'s map."""
+        return weight.flatten(0, 2).transpose(0, 1)
+
+    @staticmethod
+    def from_conv_weight(weight: Tensor, features: int) -> Tensor:
+        """Inverse of ``as_conv_weight``; ``features`` is a."""
+        return weight.transpose(0, 1).unflatten(0, (2, -1, features))

@@ -1,0 +1,106 @@
+"""The training objective: output + target -> named, weighted terms. The model predicts, the criterion judges."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from manopth import HandModel
+from models import losses
+from models.predictions import DIROutput, HandPrediction
+from utils.hand import HAND_SCALE, LEFT, LENGTH_BONE, RIGHT, SIDES
+
+SEGMENTATION_CLASS_WEIGHTS = (0.1, 0.45, 0.45)  # background, left, right
+
+
+class Target(NamedTuple):
+    """The truth of a batch. 3D in camera axes and metres, wherever the hands are: centring is the criterion's work."""
+
+    vertices: Tensor  # (B, 2, 778, 3) m
+    joints: Tensor  # (B, 2, 21, 3) m
+    vertices_uv: Tensor  # (B, 2, 778, 2) in [-1, 1] of the crop
+    joints_uv: Tensor  # (B, 2, 21, 2)
+    segmentation: Tensor  # (B, H, W) int64: 0 background, 1 left, 2 right
+    dense: Tensor  # (B, 3, H, W) in [0, 1], channels as in the files (BGR)
+
+
+class DIRCriterion(nn.Module):
+    """Losses of network.md, section 5.
+
+    weights: joint_uv, vertex_uv, joint_xyz, vertex_xyz, edge, normal, offset (every stage), segmentation, lovasz,
+    dense.
+    root_joint: the joint on which prediction and target are both centred. scale_to_truth: before the 3D terms, each
+    predicted hand is scaled by true / predicted length of bone 0-9, with gradient through the scale.
+    """
+
+    def __init__(self, hand_models: tuple[HandModel, HandModel], *, weights: dict[str, float], root_joint: int,
+                 lovasz_on_probabilities: bool = False, scale_to_truth: bool = False):
+        super().__init__()
+        self.weights, self.root_joint = weights, root_joint
+        self.lovasz_on_probabilities, self.scale_to_truth = lovasz_on_probabilities, scale_to_truth
+        self.register_buffer('faces', torch.from_numpy(np.stack([m.faces for m in hand_models])), persistent=False)
+        self.register_buffer('class_weights', torch.tensor(SEGMENTATION_CLASS_WEIGHTS), persistent=False)
+
+    def forward(self, output: DIROutput, target: Target) -> dict[str, Tensor]:
+        """-> {'joint_uv_left_0': value, ...}: every term already weighted; their sum is the objective."""
+        terms = self._dense_terms(output, target)
+        truth = self._centred_truth(target)
+        for stage, hands in enumerate(output.stages):
+            for name, value in self._hand_terms(hands, target, truth).items():
+                if value.ndim:  # one value per hand
+                    terms |= {f'{name}_{side}_{stage}': value[index] for index, side in enumerate(SIDES)}
+                else:
+                    terms[f'{name}_{stage}'] = value
+        return terms
+
+    def _dense_terms(self, output: DIROutput, target: Target) -> dict[str, Tensor]:
+        logits, dense = (x.to(self.class_weights.dtype) for x in (output.segmentation, output.dense))
+        size = logits.shape[-2:]
+        labels = F.interpolate(target.segmentation[:, None].to(logits.dtype), size, mode='nearest')[:, 0].long()
+        colour = F.interpolate(target.dense, size, mode='bilinear', align_corners=False)
+        scores = logits.softmax(1) if self.lovasz_on_probabilities else logits
+        return self._weighted({
+            'segmentation': F.cross_entropy(logits, labels, weight=self.class_weights),
+            'lovasz': losses.lovasz_softmax(scores, labels),
+            'dense': losses.huber(dense, colour),
+        })
+
+    def _centred_truth(self, target: Target) -> '_CentredTruth':
+        roots = target.joints[:, :, self.root_joint:self.root_joint + 1]
+        joints, vertices = ((points - roots) / HAND_SCALE for points in (target.joints, target.vertices))
+        return _CentredTruth(joints, vertices, losses.face_edges(vertices, self.faces),
+                             (roots[:, RIGHT, 0] - roots[:, LEFT, 0]) / HAND_SCALE)
+
+    def _hand_terms(self, hands: HandPrediction, target: Target, truth: '_CentredTruth') -> dict[str, Tensor]:
+        joints, vertices = hands.joints / HAND_SCALE, hands.vertices / HAND_SCALE
+        if self.scale_to_truth:
+            scale = bone_length(truth.joints) / bone_length(joints)
+            joints, vertices = joints * scale, vertices * scale
+        edges = losses.face_edges(vertices, self.faces)
+        return self._weighted({
+            'joint_uv': losses.huber_per_hand(hands.joints_uv, target.joints_uv),
+            'vertex_uv': losses.huber_per_hand(hands.vertices_uv, target.vertices_uv),
+            'joint_xyz': losses.huber_per_hand(joints, truth.joints),
+            'vertex_xyz': losses.huber_per_hand(vertices, truth.vertices),
+            'edge': losses.edge_length_loss(edges, truth.edges),
+            'normal': losses.normal_loss(edges, truth.edges),
+            'offset': losses.huber(hands.offset, truth.offset),
+        })
+
+    def _weighted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.weights[name] * value for name, value in terms.items() if self.weights[name]}
+
+
+class _CentredTruth(NamedTuple):
+    joints: Tensor  # (B, 2, 21, 3) in HAND_SCALE about the root joint
+    vertices: Tensor  # (B, 2, 778, 3)
+    edges: Tensor  # (B, 2, 1538, 3, 3)
+    offset: Tensor  # (B, 3)
+
+
+def bone_length(joints: Tensor) -> Tensor:
+    """(..., 21, 3) -> (..., 1, 1): length of the bone that scale alignment measures, wrist to middle MCP."""
+    start, end = LENGTH_BONE
+    return torch.linalg.vector_norm(joints[..., end, :] - joints[..., start, :], dim=-1)[..., None, None]

@@ -1,0 +1,102 @@
+"""The 3D joint space: tokens talk within a hand along the skeleton, then across the hands (paper, section 3.3)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers import SharedMLP, fold_hands, unfold_hands
+from models.predictions import HandPrediction
+from utils.hand import BONES, HAND_SCALE, NUM_JOINTS
+
+
+class SkeletonGraphLayer(nn.Module):
+    """Graph layer with matrices of its own for every joint of every hand: (B, 2, J, a) -> (B, 2, J, b).
+
+    out = x W_self + softmax(A) (x W_neighbour) + bias, BN, ReLU; A holds one learned logit per directed bone. (The
+    published layer also learns a logit per joint for the self term; a softmax over one entry is 1 whatever the logit.)
+    """
+
+    def __init__(self, a: int, b: int):
+        super().__init__()
+        self.out_features = b
+        # W_self and W_neighbour side by side: one product serves both.
+        self.weight = nn.Parameter(torch.empty(2, NUM_JOINTS, a, 2 * b))
+        self.bias = nn.Parameter(torch.zeros(2, b))
+        self.neighbour_logits = nn.Parameter(torch.ones(2, 2 * len(BONES)))
+        self.norm = nn.BatchNorm1d(2 * b)
+        edges = torch.tensor(sorted([(p, c) for p, c in BONES] + [(c, p) for p, c in BONES]))  # row-major non-zeros
+        self.register_buffer('edges', edges.T.contiguous(), persistent=False)
+
+    def neighbour_weights(self) -> Tensor:
+        """(2, J, J): row i says how joint i listens to its neighbours; rows sum to 1."""
+        scores = self.neighbour_logits.new_full((2, NUM_JOINTS, NUM_JOINTS), -9e15)
+        scores[:, self.edges[0], self.edges[1]] = self.neighbour_logits
+        return scores.softmax(-1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        batch = len(tokens)
+        by_joint = tokens.permute(1, 2, 0, 3).flatten(0, 1)  # (2 J, B, a)
+        both = torch.bmm(by_joint, self.weight.flatten(0, 1)).view(2, NUM_JOINTS, batch, 2, self.out_features)
+        own, around = both.unbind(3)  # (2, J, B, b)
+        mixed = own + (self.neighbour_weights() @ around.flatten(2)).view_as(own)
+        tokens = mixed.permute(2, 0, 1, 3) + self.bias[:, None]
+        return F.relu(unfold_hands(self.norm(fold_hands(tokens))))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm block: x + attention(norm(x)), x + mlp(norm(x)); exact GELU, no dropout."""
+
+    def __init__(self, channels: int, *, heads: int = 4, mlp_ratio: int = 2):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(channels, eps=1e-6)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
+        self.norm2 = nn.LayerNorm(channels, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(channels, mlp_ratio * channels), nn.GELU(),
+                                 nn.Linear(mlp_ratio * channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class CrossHandTransformer(nn.Module):
+    """All 42 tokens attend to each other: (B, 2, J, C) -> (B, 2, J, C). One norm, shared, follows every block."""
+
+    def __init__(self, channels: int, *, blocks: int = 3):
+        super().__init__()
+        self.position = nn.Parameter(torch.zeros(2, NUM_JOINTS, channels))
+        self.blocks = nn.ModuleList(TransformerBlock(channels) for _ in range(blocks))
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = (tokens + self.position).flatten(1, 2)
+        for block in self.blocks:
+            x = self.norm(block(x))
+        return x.view_as(tokens)
+
+
+class JointInteraction(nn.Module):
+    """Graph layers within each hand, position in the common frame, transformer across: (B, 2, J, a) -> (B, 2, J, b).
+
+    ``graph`` and ``transformer`` switch the two parts (ablations).
+    """
+
+    def __init__(self, a: int, b: int, *, graph: bool = True, transformer: bool = True, graph_layers: int = 4):
+        super().__init__()
+        self.graph = nn.Sequential(*[SkeletonGraphLayer(a, a) for _ in range(graph_layers if graph else 0)])
+        self.global_position = SharedMLP(3, a, a)
+        self.transformer = CrossHandTransformer(a) if transformer else nn.Identity()
+        self.head = nn.Sequential(nn.LayerNorm(a), nn.Linear(a, b))
+
+    def forward(self, tokens: Tensor, hands: HandPrediction) -> Tensor:
+        tokens = self.graph(tokens) + self.global_position(common_frame_joints(hands))
+        return self.head(self.transformer(tokens))
+
+
+def common_frame_joints(hands: HandPrediction) -> Tensor:
+    """(B, 2, J, 3) joints in HAND_SCALE about the middle of the two roots: left - offset / 2, right + offset / 2."""
+    half = hands.offset[:, None] / 2
+    return hands.joints / HAND_SCALE + torch.stack([-half, half], 1)

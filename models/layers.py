@@ -1,0 +1,85 @@
+"""Building blocks that more than one part of the network uses."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class Residual(nn.Sequential):
+    """Pre-activation bottleneck, (B, a, S, S) -> (B, b, S, S); the skip is a 1 x 1 convolution where a != b."""
+
+    def __init__(self, a: int, b: int):
+        super().__init__(
+            nn.BatchNorm2d(a), nn.ReLU(), nn.Conv2d(a, b // 2, 1),
+            nn.BatchNorm2d(b // 2), nn.ReLU(), nn.Conv2d(b // 2, b // 2, 3, padding=1),
+            nn.BatchNorm2d(b // 2), nn.ReLU(), nn.Conv2d(b // 2, b, 1),
+        )
+        self.skip = nn.Conv2d(a, b, 1) if a != b else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for name, module in self.named_children():
+            if name != 'skip':
+                y = module(y)
+        return self.skip(x) + y
+
+
+def conv_head(a: int, hidden: int, b: int, *, bias: bool = True) -> nn.Sequential:
+    """Conv3x3(a -> hidden) BN ReLU Conv1x1(hidden -> b)."""
+    return nn.Sequential(nn.Conv2d(a, hidden, 3, padding=1, bias=bias), nn.BatchNorm2d(hidden), nn.ReLU(),
+                         nn.Conv2d(hidden, b, 1))
+
+
+class PerHandLinear(nn.Module):
+    """A linear layer with weights of its own for each hand: (B, 2, a) -> (B, 2, b)."""
+
+    def __init__(self, a: int, b: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(2, b, a))
+        self.bias = nn.Parameter(torch.empty(2, b))
+        bound = 1 / math.sqrt(a)  # nn.Linear's default
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum('bha,hca->bhc', x, self.weight) + self.bias
+
+
+class PerHandMLP(nn.Sequential):
+    """Linear BN ReLU Linear on joint tokens, weights and statistics per hand: (B, 2, J, a) -> (B, 2, J, b).
+
+    The hand axis is folded into the channels and the convolutions have two groups.
+    """
+
+    def __init__(self, a: int, hidden: int, b: int):
+        super().__init__(nn.Conv1d(2 * a, 2 * hidden, 1, groups=2), nn.BatchNorm1d(2 * hidden), nn.ReLU(),
+                         nn.Conv1d(2 * hidden, 2 * b, 1, groups=2))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return unfold_hands(super().forward(fold_hands(tokens)))
+
+
+class SharedMLP(nn.Sequential):
+    """Linear BN ReLU Linear on joint tokens, one set of weights for both hands: (B, 2, J, a) -> (B, 2, J, b).
+
+    The left hand goes first, then the right: in training each has its own batch statistics and the running ones move
+    twice a step. Stacking the hands into the batch would be another function.
+    """
+
+    def __init__(self, a: int, hidden: int, b: int):
+        super().__init__(nn.Conv1d(a, hidden, 1), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Conv1d(hidden, b, 1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.stack([super(SharedMLP, self).forward(hand.transpose(1, 2)).transpose(1, 2)
+                            for hand in tokens.unbind(1)], 1)
+
+
+def fold_hands(tokens: Tensor) -> Tensor:
+    """(B, 2, J, C) -> (B, 2 * C, J), for layers whose channels are per hand."""
+    return tokens.transpose(2, 3).flatten(1, 2)
+
+
+def unfold_hands(channels: Tensor) -> Tensor:
+    """(B, 2 * C, J) -> (B, 2, J, C)."""
+    return channels.unflatten(1, (2, -1)).transpose(2, 3)

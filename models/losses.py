@@ -1,0 +1,57 @@
+"""Loss functions as pure functions; a leading (B, H, ...) keeps the hand axis, so that each hand has its own value."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HUBER_DELTA = 0.01
+
+
+def huber_per_hand(prediction: Tensor, target: Tensor) -> Tensor:
+    """(B, H, ...) twice -> (H,): mean of 0.5 z^2 if |z| < d else d (|z| - d / 2) with d = 0.01."""
+    loss = F.huber_loss(prediction, target, reduction='none', delta=HUBER_DELTA)
+    return loss.transpose(0, 1).flatten(1).mean(1)
+
+
+def huber(prediction: Tensor, target: Tensor) -> Tensor:
+    """The same over everything -> ()."""
+    return F.huber_loss(prediction, target, delta=HUBER_DELTA)
+
+
+def face_edges(vertices: Tensor, faces: Tensor) -> Tensor:
+    """vertices (B, H, V, 3), faces (H, F, 3) -> the three edge vectors of every face, (B, H, F, 3, 3)."""
+    corners = torch.stack([vertices[:, hand, faces[hand]] for hand in range(len(faces))], 1)  # (B, H, F, 3, 3)
+    return corners.roll(-1, dims=3) - corners
+
+
+def edge_length_loss(edges: Tensor, true_edges: Tensor) -> Tensor:
+    """(B, H, F, 3, 3) twice -> (H,): mean absolute difference of edge lengths."""
+    difference = torch.linalg.vector_norm(edges, dim=-1) - torch.linalg.vector_norm(true_edges, dim=-1)
+    return difference.abs().transpose(0, 1).flatten(1).mean(1)
+
+
+def normal_loss(edges: Tensor, true_edges: Tensor) -> Tensor:
+    """(B, H, F, 3, 3) twice -> (H,): mean |cosine| between predicted edges and the true normal of their face."""
+    normals = F.normalize(torch.linalg.cross(true_edges[..., 0, :], true_edges[..., 1, :]), dim=-1)
+    cosine = (F.normalize(edges, dim=-1) * normals[..., None, :]).sum(-1)
+    return cosine.abs().transpose(0, 1).flatten(1).mean(1)
+
+
+def lovasz_softmax(scores: Tensor, labels: Tensor) -> Tensor:
+    """Lovasz extension of the Jaccard loss, mean over the classes present (Berman et al., CVPR 2018, algorithm 1).
+
+    scores (B, C, H, W): probabilities as its authors mean it, raw logits as the published code has it; labels
+    (B, H, W).
+    """
+    classes = scores.shape[1]
+    scores = scores.permute(1, 0, 2, 3).flatten(1)  # (C, N)
+    truth = (labels.flatten()[None] == torch.arange(classes, device=labels.device)[:, None]).to(scores.dtype)
+    errors, order = (truth - scores).abs().sort(dim=1, descending=True)
+    truth = truth.gather(1, order)
+    total = truth.sum(1, keepdim=True)
+    intersection = total - truth.cumsum(1)
+    union = total + (1 - truth).cumsum(1)
+    jaccard = 1 - intersection / union
+    steps = torch.cat([jaccard[:, :1], jaccard.diff(dim=1)], 1)
+    present = (total[:, 0] > 0).to(scores.dtype)
+    return ((errors * steps).sum(1) * present).sum() / present.sum().clamp_min(1)

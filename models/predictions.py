@@ -1,0 +1,34 @@
+"""What the network predicts, by name."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+# The 64 numbers of a hand, in this order.
+ROOT_ROTATION = slice(0, 6)  # symmetric 6D
+POSE = slice(6, 51)  # PCA coefficients
+SHAPE = slice(51, 61)  # MANO betas
+CAMERA = slice(61, 64)  # weak perspective: scale, then translation (right, down)
+NUM_PARAMETERS = 64
+
+
+class HandPrediction(NamedTuple):
+    """One stage's estimate of both hands; root-relative means relative to each hand's own root joint."""
+
+    parameters: Tensor  # (B, 2, 64)
+    offset: Tensor  # (B, 3) right root - left root, camera axes, in units of HAND_SCALE
+    vertices: Tensor  # (B, 2, 778, 3) m, root-relative
+    joints: Tensor  # (B, 2, 21, 3) m, root-relative
+    vertices_uv: Tensor  # (B, 2, 778, 2) in [-1, 1] of the crop
+    joints_uv: Tensor  # (B, 2, 21, 2)
+
+    def detach(self) -> 'HandPrediction':
+        return HandPrediction(*(tensor.detach() for tensor in self))
+
+
+class DIROutput(NamedTuple):
+    """Everything that the criterion and the metrics see."""
+
+    stages: list[HandPrediction]  # the initial estimate, then one per refinement stage
+    segmentation: Tensor  # (B, 3, S, S) logits: background, left, right
+    dense: Tensor  # (B, 3, S, S) vertex colour of the visible surface, in [0, 1], channels as in the files (BGR)

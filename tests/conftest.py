@@ -1,0 +1,25 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from prepared_tree import write_prepared
+
+from manopth import load_hand_models
+
+
+@pytest.fixture(scope='session')
+def standin():
+    """(left, right) stand-in hand models."""
+    return load_hand_models('standin')
+
+
+@pytest.fixture(scope='session')
+def tiny_prepared(tmp_path_factory):
+    """Folder of a prepared data set, for reading only: train 8, val 3, test 5 samples (DATASET.PATH)."""
+    root = tmp_path_factory.mktemp('prepared')
+    for seed, (split, count) in enumerate((('train', 8), ('val', 3), ('test', 5))):
+        write_prepared(root, split, count, seed=seed)
+    return root

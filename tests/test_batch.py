@@ -1,0 +1,341 @@
+import math
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from prepared_tree import hand_outlines, make_annotations
+from torch.utils.data import default_collate
+
+from dataset import batch as batching
+from dataset.augmentation import BLUR_LENGTHS, AugmentationRanges, draw_augmentation, parameters
+from dataset.batch import BatchMaker, classify_mask, line_kernels, warp
+from dataset.interhand import InterHandDataset
+from manopth import TwoHandLayer
+from utils.geometry import from_uv, project
+from utils.hand import LEFT, RIGHT
+
+WIDE = AugmentationRanges(rotation=180.0, scale=0.1, shift=10.0, flip=0.5, blur=0.3, gain=0.3, brightness=0.05,
+                          noise=0.01)
+STILL = AugmentationRanges(*[0.0] * 8)
+MOVES = [{}, {'angle': 0.7}, {'scale': 1.1}, {'shift': (7.5, -3.25)}, {'flip': True},
+         {'angle': -2.5, 'scale': 0.9, 'shift': (-9.0, 4.5)},
+         {'angle': 1.3, 'scale': 1.07, 'shift': (3.0, 8.0), 'flip': True}, {'angle': math.pi, 'flip': True}]
+
+
+@pytest.fixture(scope='module')
+def samples(tiny_prepared):
+    """Eight samples as one batch, not augmented."""
+    dataset = InterHandDataset(tiny_prepared, 'train')
+    return default_collate([dataset[i] for i in range(8)])
+
+
+@pytest.fixture(scope='module')
+def maker(standin):
+    return BatchMaker(TwoHandLayer(standin))
+
+
+def planned(samples, plans):
+    """The first len(plans) samples with these augmentations."""
+    count = len(plans)
+    return type(samples)(*(x[:count] for x in samples[:-1]), default_collate([parameters(**plan) for plan in plans]))
+
+
+def image_map(*, flip=False, scale=1.0, angle=0.0, shift=(0.0, 0.0)):
+    """The map of the 256 crop as (3, 3), step by step in NumPy."""
+    to_centre, back = np.eye(3), np.eye(3)
+    to_centre[:2, 2], back[:2, 2] = -128, np.add(128, shift)
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    mirror = np.array([[-1, 0, 255], [0, 1, 0], [0, 0, 1]]) if flip else np.eye(3)
+    return back @ np.diag([scale, scale, 1]) @ turn @ to_centre @ mirror
+
+
+def blob(centre, size=256, width=3.0):
+    """A round dot of height 200 at pixel ``centre`` (u, v)."""
+    v, u = np.mgrid[:size, :size]
+    return 200 * np.exp(-((u - centre[0])**2 + (v - centre[1])**2) / (2 * width**2))
+
+
+def moments(picture):
+    """Centroid (u, v) and 2 x 2 second moments of what is bright in (H, W)."""
+    picture = np.asarray(picture, np.float64)
+    v, u = np.mgrid[:picture.shape[0], :picture.shape[1]]
+    points = np.stack([u, v], -1)
+    centre = (points * picture[..., None]).sum((0, 1)) / picture.sum()
+    spread = points - centre
+    return centre, np.einsum('hwi,hwj,hw->ij', spread, spread, picture) / picture.sum()
+
+
+# Labels.
+
+def test_labels_are_the_annotations_projected(samples, maker):
+    batch = maker(samples)
+    target = batch.target
+    np.testing.assert_allclose(from_uv(target.vertices_uv), hand_outlines(make_annotations(8)), atol=2e-3)
+    assert torch.equal(batch.index, torch.arange(8)) and torch.equal(batch.intrinsics, samples.intrinsics)
+    for points, uv in ((target.vertices, target.vertices_uv), (target.joints, target.joints_uv)):
+        torch.testing.assert_close(from_uv(uv), project(points, samples.intrinsics[:, None]), atol=1e-4, rtol=0)
+    tips = target.vertices[:, :, [745, 317, 444, 556, 673]]  # 444 on both hands
+    assert torch.equal(target.joints[:, :, [4, 8, 12, 16, 20]], tips)
+
+
+def test_labels_move_exactly_as_the_image_does(samples, maker):
+    before, after = maker(samples).target, maker(planned(samples, MOVES))
+    for i, plan in enumerate(MOVES):
+        flipped = plan.get('flip', False)
+        for name in ('vertices', 'joints'):
+            old, new = getattr(before, name)[i], getattr(after.target, name)[i]
+            old_pixels, new_pixels = (from_uv(getattr(t, f'{name}_uv')[i]) for t in (before, after.target))
+            if flipped:  # a left hand becomes a right one
+                old, old_pixels = old.flip(0), old_pixels.flip(0)
+            expected = old_pixels.double().numpy() @ image_map(**plan)[:2, :2].T + image_map(**plan)[:2, 2]
+            np.testing.assert_allclose(new_pixels, expected, atol=1e-3)
+            assert torch.equal(new[..., 2], old[..., 2])  # depth
+            distances = [(points[:, None, ::7] - points[:, :, None]).norm(dim=-1) for points in (old, new)]
+            torch.testing.assert_close(*distances, atol=1e-6, rtol=0)
+            torch.testing.assert_close(new_pixels, project(new, after.intrinsics[i]), atol=1e-3, rtol=0)
+
+
+def test_a_flip_keeps_each_hand_a_hand_of_its_side(samples, maker, standin):
+    """Surfaces stay right side out: the signed volume under the mesh keeps its sign."""
+    def signed_volume(vertices, faces):
+        a, b, c = vertices[faces].double().unbind(1)
+        middle = vertices.double().mean(0)
+        return torch.linalg.det(torch.stack([a - middle, b - middle, c - middle], 1)).sum()
+
+    for plan in ({}, {'flip': True}, {'flip': True, 'angle': 2.0}):
+        vertices = maker(planned(samples, [plan])).target.vertices[0]
+        for hand in (LEFT, RIGHT):
+            assert signed_volume(vertices[hand], torch.from_numpy(standin[hand].faces.copy())) > 0
+            assert signed_volume(vertices[1 - hand], torch.from_numpy(standin[hand].faces.copy())) < 0
+
+
+@pytest.mark.parametrize('size, joint', [(256, 9), (128, 0)])
+def test_a_dot_painted_on_a_joint_is_where_its_label_says(samples, standin, size, joint):
+    maker = BatchMaker(TwoHandLayer(standin), image_size=size)
+    for hand in (LEFT, RIGHT):
+        where = from_uv(maker(samples).target.joints_uv[:, hand, joint]).numpy()
+        dots = torch.from_numpy(np.stack([blob(centre) for centre in where])).round().to(torch.uint8)
+        mask = torch.zeros_like(samples.mask)
+        mask[..., hand] = dots
+        painted = samples._replace(image=dots[..., None].repeat(1, 1, 1, 3), dense=dots[..., None].repeat(1, 1, 1, 3),
+                                   mask=mask)
+        batch = maker(planned(painted, MOVES))
+        assert batch.image.shape == (8, 3, size, size) and batch.target.segmentation.shape == (8, size, size)
+        for i, plan in enumerate(MOVES):
+            now = 1 - hand if plan.get('flip') else hand
+            label = (from_uv(batch.target.joints_uv[i, now, joint]).numpy() + 0.5) * size / 256 - 0.5
+            assert (label > 12 * size / 256).all() and (label < 244 * size / 256).all(), 'the dot leaves the picture'
+            for picture in (batch.picture[i, 0], batch.target.dense[i, 2]):
+                np.testing.assert_allclose(moments(picture)[0], label, atol=0.1)
+            assert set(batch.target.segmentation[i].unique().tolist()) == {0, now + 1}
+            np.testing.assert_allclose(moments(batch.target.segmentation[i] > 0)[0], label, atol=0.3)
+
+
+# Pictures.
+
+def test_identity_leaves_every_pixel_as_the_file_has_it(samples, maker):
+    batch = maker(samples)
+    assert torch.equal(batch.picture, samples.image.permute(0, 3, 1, 2).float())
+    assert torch.equal(batch.target.dense * 255, samples.dense.permute(0, 3, 1, 2).float())
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    rgb = samples.image.flip(-1).permute(0, 3, 1, 2) / 255
+    torch.testing.assert_close(batch.image, (rgb - mean) / std)
+
+
+def test_segmentation_is_one_for_the_left_and_two_for_the_right_hand(samples, maker):
+    target = maker(samples).target
+    assert target.segmentation.dtype == torch.int64 and target.segmentation[:, 0, 0].eq(0).all()
+    pixels = from_uv(target.vertices_uv)
+    apart = 0
+    for i in range(8):
+        boxes = [(p.amin(0), p.amax(0)) for p in pixels[i]]
+        if (boxes[LEFT][0] > boxes[RIGHT][1]).any() or (boxes[RIGHT][0] > boxes[LEFT][1]).any():
+            apart += 1
+            for hand in (LEFT, RIGHT):
+                u, v = pixels[i, hand].mean(0).round().long()
+                assert target.segmentation[i, v, u] == hand + 1
+    assert apart >= 3, 'no sample with its hands apart to look at'
+
+
+def test_a_flip_mirrors_all_pictures_and_swaps_the_mask(samples, maker):
+    before, after = maker(planned(samples, [{}] * 4)), maker(planned(samples, [{'flip': True}] * 4))
+    torch.testing.assert_close(after.picture, before.picture.flip(-1), atol=0.02, rtol=0)
+    torch.testing.assert_close(after.target.dense, before.target.dense.flip(-1), atol=1e-4, rtol=0)
+    swapped = torch.tensor([0, 2, 1])[before.target.segmentation.flip(-1)]
+    assert (after.target.segmentation != swapped).float().mean() < 1e-4
+
+
+@pytest.mark.parametrize('size', [256, 128, 64])
+@pytest.mark.parametrize('plan', MOVES)
+def test_warp_is_opencvs(plan, size):
+    random = np.random.default_rng(0)
+    picture = cv2.GaussianBlur(random.uniform(0, 255, (256, 256)).astype(np.float32), (0, 0), 6)
+    fewer = np.diag([size / 256, size / 256, 1])
+    fewer[:2, 2] = 0.5 * size / 256 - 0.5
+    expected = cv2.warpAffine(picture, (fewer @ image_map(**plan))[:2], (size, size), flags=cv2.INTER_LINEAR)
+    by = torch.from_numpy(image_map(**plan)).float()[None]
+    warped = warp(torch.from_numpy(picture)[None, None], by, size=size)[0, 0].numpy()
+    # OpenCV rounds positions to 1/32 pixel, which shows at the edge of the picture: there black meets grey.
+    inside = cv2.erode((expected > 0).astype(np.uint8), np.ones((5, 5))) > 0
+    assert inside.mean() > 0.5
+    np.testing.assert_allclose(warped[inside], expected[inside], atol=0.5)
+    np.testing.assert_allclose(warped[~inside], expected[~inside], atol=10)
+
+
+def test_half_the_size_is_the_mean_of_four_pixels(samples, standin):
+    batch = BatchMaker(TwoHandLayer(standin), image_size=128)(samples)
+    means = torch.nn.functional.avg_pool2d(samples.image.permute(0, 3, 1, 2).float(), 2)
+    torch.testing.assert_close(batch.picture, means, atol=1e-3, rtol=0)
+    assert torch.equal(batch.intrinsics, samples.intrinsics)  # labels stay those of the 256 crop
+
+
+def test_a_still_sample_keeps_its_pixels_beside_one_that_moves(samples, maker):
+    batch = maker(planned(samples, [{}, {'angle': 1.0}]))
+    torch.testing.assert_close(batch.picture[0], samples.image[0].permute(2, 0, 1).float(), atol=0.02, rtol=0)
+
+
+def test_without_dense_pictures(tiny_prepared, maker):
+    dataset = InterHandDataset(tiny_prepared, 'val', with_dense=False)
+    samples = default_collate([dataset[i] for i in range(3)])
+    for plans in ([{}] * 3, [{'angle': 1.0}] * 3):
+        assert maker(planned(samples, plans)).target.dense.shape == (3, 3, 0, 0)
+
+
+@pytest.mark.parametrize('left, right, expected', [
+    (0, 0, 0), (50, 0, 0), (0, 50, 0), (50, 50, 0), (51, 0, 1), (0, 51, 2), (50.01, 50, 1), (120, 200, 2),
+    (200, 120, 1),
+])
+def test_mask_classes(left, right, expected):
+    mask = torch.tensor([left, right], dtype=torch.float32).view(1, 2, 1, 1).expand(3, 2, 4, 5)
+    classes = classify_mask(mask)
+    assert classes.shape == (3, 4, 5) and classes.dtype == torch.int64 and (classes == expected).all()
+
+
+# Blur, colour, noise.
+
+def dot_picture(samples, maker, **plan):
+    """What a dot in the middle of a dark picture becomes."""
+    dots = torch.from_numpy(blob((127.5, 127.5), width=1.5)).round().to(torch.uint8)[..., None].expand(256, 256, 3)
+    return maker(planned(samples._replace(image=dots[None]), [plan])).picture[0, 1].numpy()
+
+
+@pytest.mark.parametrize('flip', [False, True])
+@pytest.mark.parametrize('angle', [0.0, 0.4, math.pi / 2, 2.6])
+def test_motion_blur_smears_along_its_angle_on_the_picture_as_seen(samples, maker, flip, angle):
+    sharp = dot_picture(samples, maker, flip=flip)
+    blurred = dot_picture(samples, maker, flip=flip, blur_length=9, blur_angle=angle)
+    assert blurred.sum() == pytest.approx(sharp.sum(), rel=1e-3)
+    np.testing.assert_allclose(moments(blurred)[0], moments(sharp)[0], atol=0.02)
+    spread = moments(blurred)[1] - moments(sharp)[1]
+    along = np.array([np.cos(angle), np.sin(angle)])
+    across = np.array([-along[1], along[0]])
+    assert along @ spread @ along == pytest.approx(9**2 / 12, rel=0.15)
+    assert abs(across @ spread @ across) < 0.5 and abs(along @ spread @ across) < 0.3
+
+
+@pytest.mark.parametrize('length', range(BLUR_LENGTHS[0], BLUR_LENGTHS[1] + 1))
+def test_blur_lines_are_normalised_symmetric_and_as_long_as_they_say(length):
+    kernels = line_kernels(torch.full((8,), length), torch.linspace(0, math.pi, 8))
+    torch.testing.assert_close(kernels.sum((1, 2)), torch.ones(8))
+    assert (kernels >= 0).all()
+    torch.testing.assert_close(kernels, kernels.flip(1, 2))
+    for picture in kernels:
+        assert np.trace(moments(picture)[1]) == pytest.approx(length**2 / 12, rel=0.3, abs=0.3)
+    torch.testing.assert_close(kernels[0], kernels[-1], atol=1e-5, rtol=0)  # a half turn is the same line
+
+
+def test_motion_blur_keeps_grey_grey_and_leaves_the_other_samples_and_the_masks_alone(samples, maker):
+    grey = samples._replace(image=torch.full_like(samples.image, 130))
+    batch = maker(planned(grey, [{'blur_length': 7, 'blur_angle': 1.0}] * 2))
+    torch.testing.assert_close(batch.picture, torch.full((2, 3, 256, 256), 130.0))
+    sharp, mixed = (maker(planned(samples, [{'blur_length': n, 'blur_angle': 1.0}, {}])) for n in (0, 9))
+    assert torch.equal(sharp.picture[1], mixed.picture[1]) and not torch.equal(sharp.picture[0], mixed.picture[0])
+    assert torch.equal(sharp.target.segmentation, mixed.target.segmentation)
+    assert torch.equal(sharp.target.dense, mixed.target.dense)
+
+
+def test_blurred_samples_keep_their_own_length_and_angle(samples, maker):
+    plans = [{'blur_length': 3, 'blur_angle': 0.0}, {}, {'blur_length': 9, 'blur_angle': 2.0}]
+    together = maker(planned(samples, plans)).picture
+    for i, plan in enumerate(plans):
+        one = type(samples)(*(x[i:i + 1] for x in samples[:-1]), default_collate([parameters(**plan)]))
+        torch.testing.assert_close(together[i], maker(one).picture[0], atol=1e-4, rtol=0)
+
+
+def test_gain_and_brightness_act_on_the_files_channels(samples, maker):
+    grey = samples._replace(image=torch.full_like(samples.image, 100))
+    batch = maker(planned(grey, [{'gain': (0.5, 1.0, 1.2), 'brightness': 10.0}, {'gain': (3.0, 1.0, 1.0)},
+                                 {'brightness': -120.0}]))
+    torch.testing.assert_close(batch.picture[:, :, 0, 0], torch.tensor([[60.0, 110, 130], [255, 100, 100], [0, 0, 0]]))
+    blue = batch.image[0, 2, 0, 0].item()  # the network's last channel, the file's first
+    assert blue == pytest.approx((60 / 255 - 0.406) / 0.225)
+
+
+def test_noise_has_its_strength_and_follows_its_seed(samples, maker):
+    grey = samples._replace(image=torch.full_like(samples.image, 128))
+    noisy = [maker(planned(grey, [{'noise': 4.0, 'noise_seed': seed}] * 2)).picture for seed in (5, 5, 6)]
+    assert torch.equal(noisy[0], noisy[1]) and not torch.equal(noisy[0], noisy[2])
+    assert not torch.equal(noisy[0][0], noisy[0][1])  # each sample its own
+    assert noisy[0].std().item() == pytest.approx((4**2 + 1 / 12)**0.5, rel=0.02)
+    assert noisy[0].mean().item() == pytest.approx(128, abs=0.1)
+    assert torch.equal(noisy[0], noisy[0].round())  # 8 bits, as a camera gives them
+
+
+def test_pictures_stay_within_8_bits(samples, maker):
+    picture = maker(planned(samples, [{'noise': 60.0, 'gain': (2.0, 2.0, 0.1)}] * 8)).picture
+    assert picture.min() == 0 and picture.max() == 255
+
+
+# Draws.
+
+def test_draws_depend_on_the_key_alone():
+    first = draw_augmentation(WIDE, (3, 1, 4))
+    np.random.seed(1)
+    torch.manual_seed(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, draw_augmentation(WIDE, (3, 1, 4))))
+    for other in ((4, 1, 4), (3, 2, 4), (3, 1, 5), (1, 3, 4)):
+        assert not torch.equal(first.angle, draw_augmentation(WIDE, other).angle)
+        assert not torch.equal(first.noise_seed, draw_augmentation(WIDE, other).noise_seed)
+
+
+def test_draws_fill_their_ranges():
+    plan = default_collate([draw_augmentation(WIDE, (0, 0, i)) for i in range(400)])
+    for values, low, high in ((plan.angle, -math.pi, math.pi), (plan.scale, 0.9, 1.1), (plan.shift, -10, 10),
+                              (plan.gain, 0.7, 1.3), (plan.brightness, -0.05 * 255, 0.05 * 255)):
+        assert low <= values.min() < low + 0.05 * (high - low) and high - 0.05 * (high - low) < values.max() <= high
+        assert values.double().mean() == pytest.approx((low + high) / 2, abs=0.1 * (high - low))
+    assert plan.flip.float().mean() == pytest.approx(0.5, abs=0.1)
+    blurred = plan.blur_length[plan.blur_length > 0]
+    assert len(blurred) / 400 == pytest.approx(0.3, abs=0.1) and set(blurred.tolist()) == set(range(3, 10))
+    assert plan.blur_angle.min() >= 0 and plan.blur_angle.max() <= math.pi
+    torch.testing.assert_close(plan.noise, torch.full((400,), 2.55))
+    assert len(plan.noise_seed.unique()) == 400
+
+
+def test_one_range_does_not_disturb_the_other_draws():
+    """Switching one augmentation off leaves the others' random numbers as they were."""
+    plan, without = draw_augmentation(WIDE, (0, 0, 1)), draw_augmentation(WIDE._replace(noise=0.0, flip=0.0), (0, 0, 1))
+    assert torch.equal(plan.angle, without.angle) and torch.equal(plan.gain, without.gain)
+
+
+@pytest.mark.parametrize('ranges', [None, STILL])
+def test_no_augmentation_is_none_at_all(samples, maker, ranges):
+    plan = draw_augmentation(ranges, (0, 1, 2))
+    assert not plan.flip and plan.blur_length == 0 and plan.scale == 1 and plan.angle == 0 and plan.noise == 0
+    assert (plan.shift == 0).all() and (plan.gain == 1).all() and plan.brightness == 0
+    batch = maker(samples._replace(augmentation=default_collate([plan] * 8)))
+    assert torch.equal(batch.picture, maker(samples).picture)
+
+
+def test_drawn_augmentations_run_as_they_are_collated(tiny_prepared, maker):
+    dataset = InterHandDataset(tiny_prepared, 'train', ranges=WIDE, seed=1)
+    batches = [maker(default_collate([dataset[i, 3] for i in range(8)])) for _ in range(2)]
+    for tensors in zip(*(batch.target for batch in batches)):
+        assert torch.equal(*tensors) and tensors[0].isfinite().all()
+    assert torch.equal(batches[0].image, batches[1].image) and batches[0].image.dtype == torch.float32
+    # The labels of a drawn plan are moved by that plan's own map.
+    plan = dataset[2, 3].augmentation
+    expected = batching.augmentation_map(type(plan)(*(x[None].float() for x in plan)))[0]
+    drawn = {'scale': plan.scale.item(), 'angle': plan.angle.item(), 'shift': plan.shift.tolist()}
+    np.testing.assert_allclose(expected, image_map(flip=bool(plan.flip), **drawn), atol=1e-3)

@@ -1,0 +1,201 @@
+import os
+import pickle
+
+import pytest
+import torch
+
+from manopth.assets import describe
+from models import build_model
+from utils.checkpoint import (
+    FORMAT,
+    check_hand_model,
+    load_model,
+    load_state,
+    read_checkpoint,
+    save_checkpoint,
+    to_plain,
+)
+from utils.config import flatten, load_config
+from utils.errors import UserError
+
+TINY = ['MODEL.BACKBONE', 'resnet18', 'MODEL.IMAGE_SIZE', '64', 'MODEL.MAP_CHANNELS', '16', 'MODEL.PRETRAINED', 'false',
+        'MODEL.STAGES', '0', 'MANO.SOURCE', 'standin']
+
+
+@pytest.fixture(scope='module')
+def trained(standin):
+    """(network, its configuration)."""
+    torch.manual_seed(3)
+    cfg = load_config(None, TINY)
+    return build_model(cfg, standin).eval(), cfg
+
+
+@pytest.fixture(scope='module')
+def saved(trained, standin, tmp_path_factory):
+    """A checkpoint, for reading only."""
+    path = tmp_path_factory.mktemp('run') / 'best.pth'
+    save_checkpoint(path, model=trained[0], cfg=trained[1], hand_model=describe(standin), epoch=7, best=1.5)
+    return path
+
+
+@pytest.fixture
+def small(standin):
+    """Arguments of ``save_checkpoint`` around a layer, for tests that write."""
+    return {'model': torch.nn.Linear(2, 3), 'cfg': load_config(None, TINY), 'hand_model': describe(standin)}
+
+
+def test_a_network_comes_back_with_its_configuration(trained, saved):
+    model, cfg = trained
+    loaded, its_cfg = load_model(saved)
+    assert flatten(its_cfg) == flatten(cfg) and not loaded.training
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(loaded(image).stages[-1].vertices, model(image).stages[-1].vertices)
+
+
+def test_overrides_go_over_the_checkpoints_configuration(saved):
+    assert load_model(saved, ['EVAL.BATCH_SIZE', '3'])[1].EVAL.BATCH_SIZE == 3
+
+
+def test_the_file_holds_tensors_numbers_and_strings_only(saved):
+    content = torch.load(saved, weights_only=True)
+    assert content['format'] == FORMAT and content['epoch'] == 7 and content['best'] == 1.5
+    assert load_config(base=content['config']) == load_config(None, TINY)
+    assert not any({778, 1538} & set(value.shape) for value in content['model'].values())
+
+
+def test_optimizer_state_comes_back(small, tmp_path):
+    model = small['model']
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    save_checkpoint(tmp_path / 'latest.pth', **small, optimizer=optimizer.state_dict())
+    other = torch.optim.AdamW(model.parameters())
+    other.load_state_dict(read_checkpoint(tmp_path / 'latest.pth')['optimizer'])
+    assert torch.equal(other.state[model.weight]['exp_avg'], optimizer.state[model.weight]['exp_avg'])
+
+
+def test_a_folder_stands_for_its_best(saved, tmp_path):
+    assert read_checkpoint(saved.parent)['epoch'] == 7
+    with pytest.raises(UserError, match=r'best.pth does not exist'):
+        read_checkpoint(tmp_path)
+
+
+class Foreign:
+    def __reduce__(self):
+        return os.mkdir, ('must_not_be_made',)
+
+
+def cut_short(path, saved):
+    path.write_bytes(saved.read_bytes()[:20_000])
+
+
+def cut_at_the_end(path, saved):
+    path.write_bytes(saved.read_bytes()[:-100])
+
+
+def foreign_code(path, saved):
+    path.write_bytes(pickle.dumps(Foreign(), protocol=2))
+
+
+def foreign_code_in_torchs_own_format(path, saved):
+    torch.save({'format': FORMAT, 'model': Foreign()}, path)
+
+
+def text(path, saved):
+    path.write_text('not a checkpoint\n' * 10)
+
+
+def empty(path, saved):
+    path.write_bytes(b'')
+
+
+def another_projects(path, saved):
+    torch.save({'net': {'weight': torch.zeros(2)}}, path)
+
+
+def a_list(path, saved):
+    torch.save([1, 2], path)
+
+
+def missing(path, saved):
+    assert not path.exists()
+
+
+@pytest.mark.parametrize('make', [cut_short, cut_at_the_end, foreign_code, foreign_code_in_torchs_own_format, text,
+                                  empty, another_projects, a_list, missing])
+def test_other_files_are_refused_by_path(make, saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / 'odd.pth'
+    make(path, saved)
+    with pytest.raises(UserError, match=r'odd\.pth') as refused:
+        load_model(path)
+    assert '\n' not in str(refused.value)
+    assert not (tmp_path / 'must_not_be_made').exists()
+
+
+def test_another_networks_weights_are_refused(trained, saved):
+    for key, value in (('MODEL.MAP_CHANNELS', 32), ('MODEL.STAGES', 1), ('ROOT_JOINT', 9)):
+        with pytest.raises(UserError, match=rf'best.pth was trained with {key} '):
+            load_model(saved, [key, str(value)])
+    model, _ = trained
+    state = model.state_dict()
+    key = next(iter(state))
+    with pytest.raises(UserError, match=rf'a.pth does not fit this network: {key} is \(2,\), not \('):
+        load_state(model, state | {key: torch.zeros(2)}, path='a.pth')
+    with pytest.raises(UserError, match=r'is missing.* and \d+ more'):
+        load_state(model, {}, path='a.pth')
+    with pytest.raises(UserError, match='a.pth does not fit this network: more is not part of this network'):
+        load_state(model, state | {'more': torch.zeros(1)}, path='a.pth')
+
+
+def test_another_hand_model_is_refused(trained, standin, tmp_path):
+    model, cfg = trained
+    other = 'mano:0123456789ab:0123456789ab'
+    save_checkpoint(tmp_path / 'a.pth', model=model, cfg=cfg, hand_model=other)
+    with pytest.raises(UserError, match=rf'a.pth was trained on the hand model {other}'):
+        load_model(tmp_path / 'a.pth')
+    check_hand_model({'hand_model': describe(standin)}, standin, path='a.pth')
+    with pytest.raises(UserError, match='MANO.SOURCE'):
+        check_hand_model({'hand_model': describe(standin)}, standin[::-1], path='a.pth')
+
+
+@pytest.mark.parametrize('error, seen', [
+    (RuntimeError('[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0\nmore'), UserError),
+    (OSError(28, 'No space left on device'), OSError)])
+def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(small, tmp_path, monkeypatch, error, seen):
+    path = tmp_path / 'latest.pth'
+    save_checkpoint(path, **small)
+    before = path.read_bytes()
+
+    def full(content, file):
+        file.write(b'half of it')
+        raise error
+
+    monkeypatch.setattr(torch, 'save', full)
+    with pytest.raises(seen) as refused:
+        save_checkpoint(path, **small)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ['latest.pth']
+    if seen is UserError:
+        said = str(refused.value)
+        assert 'latest.pth' in said and 'disk full' in said and '\n' not in said
+
+
+def test_folders_are_made(small, tmp_path):
+    save_checkpoint(tmp_path / 'a' / 'b' / 'latest.pth', **small)
+    assert read_checkpoint(tmp_path / 'a' / 'b' / 'latest.pth')['model'].keys() == {'weight', 'bias'}
+
+
+def test_plain_configuration_holds_no_special_types():
+    plain = to_plain(load_config())
+
+    def leaves(value):
+        assert type(value) in (dict, list, str, int, float, bool)
+        if isinstance(value, dict):
+            for child in value.values():
+                leaves(child)
+
+    leaves(plain)
+    assert plain['TRAIN']['LR'] == 5e-4

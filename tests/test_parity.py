@@ -1,0 +1,422 @@
+"""The network against numbers that the published code computes from made-up weights, hands and images.
+
+The numbers lie outside the repository: in shared/parity next to it, or where the environment's DIR_PARITY says.
+"""
+
+import importlib.util
+import json
+import os
+import re
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import default_collate
+
+from dataset.augmentation import parameters
+from dataset.batch import IMAGENET_STD, BatchMaker
+from dataset.interhand import InterHandDataset
+from manopth import TwoHandLayer, load_hand_models
+from manopth.rotations import axis_angle_to_matrix, symmetric_6d_to_matrix
+from models import build_criterion, build_model, losses
+from models.bone_projection import bone_weights, draw
+from models.criterion import Target
+from models.predictions import DIROutput
+from utils import published
+from utils.config import load_config
+from utils.hand import BONES, HAND_SCALE, PUBLISHED_LEFT_MIDDLE_TIP, SIDES, TIP_VERTICES
+from utils.metrics import JointRegressor, Protocol, sample_errors, summarise
+
+PARITY = Path(os.environ.get('DIR_PARITY') or Path(__file__).resolve().parents[2] / 'shared' / 'parity')
+pytestmark = pytest.mark.skipif(not (PARITY / 'recipe.py').is_file(),
+                                reason=f'the published network\'s numbers are not here: no {PARITY} (DIR_PARITY)')
+FLOORS = 20  # times the rounding noise of float32, per tensor: noise_floor.json
+GREY_LEVELS = 1.5  # half a level where the published loader rounds after a warp, and a JPEG decoder's own
+OUR_CLASSES = [0, 2, 1]  # the published class 1 is the right hand; the swap is its own inverse
+AS_PUBLISHED = ['MODEL.LEFT_MIDDLE_TIP', str(PUBLISHED_LEFT_MIDDLE_TIP)]
+
+
+class Arrays:
+    """An .npz as tensors."""
+
+    def __init__(self, name: str):
+        self.file = np.load(PARITY / name)
+
+    def __call__(self, key: str) -> torch.Tensor:
+        return torch.from_numpy(self.file[key])
+
+    def hands(self, key: str) -> torch.Tensor:
+        """``key`` holds '{}' for the side -> (B, 2, ...)."""
+        return torch.stack([self(key.format(side)) for side in SIDES], 1)
+
+
+def read(name: str):
+    return json.loads((PARITY / name).read_text())
+
+
+def module(name: str):
+    spec = importlib.util.spec_from_file_location(f'parity_{name}', PARITY / f'{name}.py')
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def close(ours, theirs, tolerance: float) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+
+
+@pytest.fixture(scope='module')
+def hand_models():
+    return load_hand_models('files', str(PARITY))
+
+
+@pytest.fixture(scope='module')
+def units():
+    return Arrays('units.npz')
+
+
+@pytest.fixture(scope='module')
+def floor():
+    return {name: FLOORS * value['max_abs'] for name, value in read('noise_floor.json').items()}
+
+
+@pytest.fixture(scope='module')
+def network(hand_models):
+    """The published network with the recipe's weights, in evaluation mode; tests leave it as it was."""
+    weights = {key: torch.from_numpy(value) for key, value in module('make_checkpoint').state_dict().items()}
+    model = build_model(load_config(None, AS_PUBLISHED), hand_models, pretrained=False)
+    model.load_state_dict(published.to_ours(weights))
+    return model.eval()
+
+
+@pytest.fixture(scope='module')
+def image():
+    return Arrays('input.npz')('img')
+
+
+# The map
+
+def test_every_published_name_is_used_once_or_dropped_for_a_reason():
+    keys = [entry['key'] for entry in read('official_keys.json')]
+    assert len(keys) == len(set(keys)) == 963
+    used = [name for entry in published.entries(keys) for name in entry.published]
+    dropped = [key for key in keys if published.why_dropped(key)]
+    assert sorted(used + dropped) == sorted(keys)
+
+
+def test_the_map_covers_the_network_and_goes_both_ways(network):
+    shapes = {entry['key']: entry['shape'] for entry in read('official_keys.json')}
+    table, state = published.entries(shapes), network.state_dict()
+    assert sorted(entry.key for entry in table) == sorted(state)
+    for entry in table:
+        back = entry.to_published(state[entry.key])
+        assert [list(tensor.shape) for tensor in back] == [shapes[name] for name in entry.published], entry.key
+        assert torch.equal(entry.to_ours(*back), state[entry.key]), entry.key
+
+
+def test_a_missing_and_an_unknown_name_are_listed():
+    weights = {entry['key']: torch.zeros(1) for entry in read('official_keys.json')}
+    weights['decoder.more'] = weights.pop('decoder.dense.3.bias')
+    with pytest.raises(KeyError, match=r"missing: \['decoder.dense.3.bias'\]; unknown: \['decoder.more'\]"):
+        published.to_ours(weights)
+
+
+# Single functions
+
+def test_hand_layer(hand_models, units):
+    pose, betas = (units(f'mano/{key}')[:, None].expand(-1, 2, -1) for key in ('pose6d45', 'beta'))
+    left_tips = (*TIP_VERTICES[:2], PUBLISHED_LEFT_MIDDLE_TIP, *TIP_VERTICES[3:])
+    hands = TwoHandLayer(hand_models, tip_vertices=[left_tips, TIP_VERTICES])(pose[..., :6], pose[..., 6:], betas)
+    close(hands.vertices, units.hands('mano/{}/verts'), 5e-7)
+    close(hands.joints, units.hands('mano/{}/joints'), 5e-7)
+
+
+def test_hand_layer_of_the_data(hand_models, units):
+    root, pca, betas, place = (units(key)[:, None] for key in ('mano_intag/R', 'mano_intag/pca', 'mano/beta',
+                                                               'mano_intag/trans'))
+    hands = TwoHandLayer(hand_models)(root.expand(-1, 2, -1, -1), pca.expand(-1, 2, -1), betas.expand(-1, 2, -1))
+    close(hands.vertices + place[:, None], units.hands('mano_intag/{}/verts'), 1e-6)
+    close(hands.joints + place[:, None], units.hands('mano_intag/{}/joints'), 1e-6)
+
+
+def test_rotations(units):
+    close(axis_angle_to_matrix(units('rodrigues/axis')), units('rodrigues/intag'), 2e-6)
+    close(axis_angle_to_matrix(units('rodrigues/axis')).flatten(1), units('rodrigues/manopth'), 2e-6)
+    close(symmetric_6d_to_matrix(units('rot6d/in')), units('rot6d/robust'), 2e-6)
+
+
+def test_projecting_back(units):
+    uv = units('bone_proj/uv')[:, None].repeat(1, 2, 1, 1).requires_grad_()
+    feature = units('bone_proj/feat')[:, None].repeat(1, 2, 1, 1).requires_grad_()
+    for size, radius, name in ((32, 2.0, 'bone_proj/out_s32_d2'), (16, 1.0, 'bone_proj/out')):
+        drawn = draw(bone_weights(uv, size=size, radius=radius), feature[:, :, torch.tensor(BONES)])
+        for hand in drawn.chunk(2, 1):
+            close(hand, units(name), 1e-5)
+    weight = torch.from_numpy(module('recipe').u('unit.bp_w', (2, 1280, 16, 16))).float()
+    (drawn * torch.cat([weight, weight], 1)).sum().backward()
+    for ours, name in ((uv.grad, 'bone_proj/grad_uv'), (feature.grad, 'bone_proj/grad_feat')):
+        theirs = units(name)
+        for hand in range(2):
+            close(ours[:, hand], theirs, 1e-4 * theirs.abs().max().item())
+
+
+@torch.no_grad()
+def test_graph_layer(network, units):
+    layer = deepcopy(network.stages[0].interaction.graph[0])
+    layer.norm = torch.nn.Identity()
+    tokens = units('gcn/x')[:, None].expand(-1, 2, -1, -1)
+    positive = layer(tokens)
+    layer.bias.neg_()
+    # Without its norm the layer is linear in front of the ReLU: both halves give the whole.
+    close((positive - layer(-tokens))[:, 0], units('gcn/out'), 2e-5)
+
+
+@torch.no_grad()
+def test_transformer(network, units):
+    interaction = network.stages[0].interaction
+    tokens = interaction.head(interaction.transformer(units('ste/x').view(2, 2, 21, 128)))
+    close(tokens.flatten(1, 2), units('ste/out'), 5e-5)
+
+
+@torch.no_grad()
+def test_sampling_at_the_joints(network, units):
+    stage = network.stages[0]
+    x = torch.from_numpy(module('recipe').u('unit.imgfeat', (2, 256, 16, 16))).float()
+    uv = units('img2joint/uv')[:, None].expand(-1, 2, -1, -1)
+    hands = SimpleNamespace(joints_uv=uv, joints=torch.zeros(2, 2, 21, 3))
+    seen = stage.tokens(x, hands) - stage.position(hands.joints)
+    close(seen[:, 0].transpose(1, 2).flatten(1), units('img2joint/out'), 5e-5)
+
+
+def test_pixelwise_losses(hand_models, units):
+    logits, labels = units('lovasz/logits'), units('lovasz/labels')
+    close(losses.lovasz_softmax(logits, labels), units('lovasz/on_logits'), 1e-6)
+    close(losses.lovasz_softmax(logits.softmax(1), labels), units('lovasz/on_softmax'), 1e-6)
+    criterion = build_criterion(load_config(None, ['LOSS.SEGMENTATION', '1']), hand_models)
+    nowhere = torch.zeros(2, 2, 21, 3)
+    terms = criterion(DIROutput([], logits, torch.zeros(2, 3, 8, 8)),
+                      Target(torch.zeros(2, 2, 778, 3), nowhere, nowhere, nowhere, labels, torch.zeros(2, 3, 8, 8)))
+    close(terms['segmentation'], units('ce/out'), 1e-6)
+
+
+def test_mesh_losses(hand_models, units):
+    close(losses.huber(units('smoothl1/a'), units('smoothl1/b')), units('smoothl1/out'), 1e-8)
+    faces = torch.tensor(np.stack([model.faces for model in hand_models]))
+    ours, theirs = (losses.face_edges(units(f'mesh/{key}')[:, None].expand(-1, 2, -1, -1), faces) for key in 'ab')
+    close(losses.edge_length_loss(ours, theirs), torch.stack([units('mesh/edge'), units('mesh/edge_r')]), 1e-6)
+    close(losses.normal_loss(ours, theirs), torch.stack([units('mesh/normal'), units('mesh/normal_r')]), 1e-6)
+
+
+# The network in evaluation mode
+
+def by_published_name(output: DIROutput) -> dict[str, torch.Tensor]:
+    named = {'seg': output.segmentation[:, OUR_CLASSES], 'dense': output.dense}
+    for stage, hands in enumerate(output.stages):
+        named[f'stage{stage}/pd_offset'] = hands.offset
+        for name, tensor in (('mano_para', hands.parameters), ('proj', hands.parameters[..., 61:]),
+                             ('mano_pose', hands.parameters[..., :51]), ('mano_beta', hands.parameters[..., 51:61]),
+                             ('joint_uv', hands.joints_uv), ('mesh_uv', hands.vertices_uv),
+                             ('joint_xyz', hands.joints), ('mesh_xyz', hands.vertices)):
+            named |= {f'stage{stage}/pd_{name}_{side}': tensor[:, hand] for hand, side in enumerate(SIDES)}
+    return named
+
+
+def features(network, number: int) -> dict[str, tuple[torch.nn.Module, object]]:
+    """Published name of an intermediate map -> our module and how to see its output as theirs."""
+    stage, projecter = network.stages[4 - number], f'projecter_{number}'
+    table = {
+        f'decoder.skip_layer{number}': (stage.skip, lambda x: x),
+        f'decoder.fusion_layer{number}': (stage.fuse_skip, lambda x: x),
+        f'decoder.enhance_layer{number}': (stage.enhance_map, lambda x: x),
+        f'{projecter}.fusion': (stage.fuse, lambda x: x),
+        f'{projecter}.interaction': (stage.interaction, lambda x: x.flatten(1, 2)),
+        f'{projecter}.pos_emb_left': (stage.position, lambda x: x[:, 0].transpose(1, 2)),
+    }
+    for hand, side in enumerate(SIDES):
+        table[f'{projecter}.img2joint_{side}'] = (stage.sampled, lambda x, h=hand: x[:, h].transpose(1, 2).flatten(1))
+        table[f'{projecter}.gcn_{side}'] = (stage.interaction.graph, lambda x, h=hand: x[:, h])
+    return table
+
+
+@torch.no_grad()
+def test_outputs_and_intermediate_maps(network, image, floor):
+    table = features(network, 4) | features(network, 3) | {
+        'c3': (network.backbone, lambda maps: maps[2]), 'c4': (network.backbone, lambda maps: maps[3]),
+        'init_regressor.attention_left': (network.initial_regressor.attention, lambda x: x[:, :1]),
+        'init_regressor.attention_right': (network.initial_regressor.attention, lambda x: x[:, 1:]),
+        'decoder.conv_final': (network.dense_heads.trunk, lambda x: x),
+    }
+    seen, hooks = {}, []
+    for name, (part, view) in table.items():
+        hooks.append(part.register_forward_hook(
+            lambda _module, _inputs, out, name=name, view=view: seen.__setitem__(name, view(out))))
+    try:
+        outputs = by_published_name(network(image))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    expected = Arrays('eval_outputs.npz')
+    assert len(expected.file) >= 45
+    for name in expected.file:
+        close(outputs[name], expected(name), floor[name])
+    maps = Arrays('eval_features.npz')
+    assert seen.keys() == table.keys()
+    for name, ours in seen.items():
+        close(ours, maps(name), floor[name])
+
+
+@torch.no_grad()
+def test_outputs_centred_on_another_joint(network, image, floor, monkeypatch):
+    monkeypatch.setattr(network.hand_head, 'root_joint', 9)
+    outputs, expected = by_published_name(network(image)), Arrays('eval_outputs_root9.npz')
+    assert len(expected.file) >= 45
+    for name in expected.file:
+        close(outputs[name], expected(name), floor[name])
+
+
+# Losses and gradients
+
+def published_term(name: str) -> str:
+    hand = re.fullmatch(r'(joint|vertex)_(uv|xyz)_(left|right)_(\d)', name)
+    if hand:
+        return f'{"mesh" if hand[1] == "vertex" else "joint"}_{hand[3]}_{hand[2]}_{hand[4]}'
+    return {'segmentation': 'seg'}.get(name, name)
+
+
+@pytest.fixture(scope='module')
+def objective(hand_models):
+    """(criterion, target): these numbers were made with targets centred on joint 9 and hands centred on the wrist."""
+    arrays = Arrays('targets.npz')
+    labels = torch.tensor(OUR_CLASSES)[arrays('seg')[:, 0].long()]
+    target = Target(arrays.hands('mesh_3d_{}'), arrays.hands('joint_3d_{}'), arrays.hands('mesh_2d_{}')[..., :2],
+                    arrays.hands('joint_2d_{}')[..., :2], labels, arrays('dense'))
+    return build_criterion(load_config(None, ['ROOT_JOINT', '9']), hand_models), target
+
+
+def check_terms(terms: dict[str, torch.Tensor], expected: dict[str, float], tolerance: float) -> None:
+    for name, value in terms.items():
+        assert value.item() == pytest.approx(expected[published_term(name)], rel=tolerance), name
+
+
+def test_losses_and_gradients_with_frozen_norms(network, image, objective):
+    reference, (criterion, target) = read('train_bn_frozen.json'), objective
+    try:
+        terms = criterion(network(image), target)
+        total = sum(terms.values())
+        total.backward()
+        gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+    finally:
+        network.zero_grad(set_to_none=True)
+    assert len(terms) == len(reference['losses']) == 42
+    check_terms(terms, reference['losses'], 1e-5)
+    assert total.item() == pytest.approx(reference['total'], rel=1e-5)
+
+    keys = [entry['key'] for entry in read('official_keys.json')]
+    compared = 0
+    for entry in published.entries(keys):
+        if entry.key not in gradients:  # running statistics
+            continue
+        for name, ours in zip(entry.published, entry.to_published(gradients[entry.key])):
+            expected = reference['grads'][name]['l2']
+            assert ours.norm().item() == pytest.approx(expected, abs=2e-3 * max(expected, 1e-4)), name
+            compared += 1
+    unused = [name for name, gradient in reference['grads'].items() if gradient is None or not gradient['l2']]
+    assert compared + len(unused) == len(reference['grads'])
+    assert all(published.why_dropped(name) for name in unused)
+
+
+@torch.no_grad()
+def test_losses_and_running_statistics_in_training_mode(network, image, objective):
+    reference, (criterion, target) = read('train.json'), objective
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    try:
+        terms = criterion(network.train()(image), target)
+        state = network.state_dict()
+        tables = {name: (entry, position) for entry in published.entries(reference['bn_after'])
+                  if entry.key in state for position, name in enumerate(entry.published)}
+        after = {name: entry.to_published(state[entry.key])[position].double()
+                 for name, (entry, position) in tables.items() if name in reference['bn_after']}
+    finally:
+        network.eval()
+        for name, buffer in network.named_buffers():
+            buffer.copy_(buffers[name])
+    # In float32 one cell of the drawn map lies on its border: segmentation and dense are compared in float64 only.
+    stages = {name: value for name, value in terms.items() if name[-1].isdigit()}
+    assert len(stages) == 39
+    check_terms(stages, reference['losses'], 2e-5)
+    assert after.keys() == reference['bn_after'].keys()
+    for name, ours in after.items():
+        expected = reference['bn_after'][name]
+        for figure, value in (('mean', ours.mean()), ('std', ours.std()), ('absmax', ours.abs().max())):
+            assert value.item() == pytest.approx(expected[figure], rel=2e-3, abs=1e-5), f'{name} {figure}'
+
+
+# Data and figures
+
+def make_batch(hand_models, split: str, indices, **augmentation):
+    data = InterHandDataset(PARITY / 'data' / 'interhand2.6m', split)
+    samples = [data[index]._replace(augmentation=parameters(**augmentation)) for index in indices]
+    return BatchMaker(TwoHandLayer(hand_models))(default_collate(samples))
+
+
+def test_items_of_the_test_split(hand_models):
+    batch, items = make_batch(hand_models, 'test', range(16)), Arrays('data/dataset_test_items.npz')
+    close(batch.target.joints, items.hands('joint_3d_{}'), 1e-6)
+    close(batch.target.vertices, items.hands('mesh_3d_{}'), 1e-6)
+    close(batch.target.joints_uv, items.hands('joint_2d_{}')[..., :2], 2e-6)
+    close(batch.target.vertices_uv, items.hands('mesh_2d_{}')[..., :2], 2e-6)
+    close(batch.intrinsics, items('camera'), 1e-5)
+    close(batch.image[:4], items('img'), GREY_LEVELS / 255 / min(IMAGENET_STD))
+    close(batch.target.dense[:4], items('dense'), GREY_LEVELS / 255)
+    labels = torch.tensor(OUR_CLASSES)[items('seg')[:, 0].long()]
+    assert (labels != batch.target.segmentation).float().mean() < 1e-4
+
+
+@pytest.mark.parametrize('case', range(4))
+def test_training_items_under_fixed_augmentation(hand_models, case):
+    items = Arrays('data/dataset_train_fixed_aug.npz')
+    scale, degrees, right, down, flip = items.file['cfgs'][case].tolist()
+    batch = make_batch(hand_models, 'train', range(2), scale=scale, angle=float(np.radians(degrees)),
+                       shift=(right, down), flip=bool(flip))
+    for sample in range(2):
+        def theirs(name, sample=sample):
+            return items(f'cfg{case}/sample{sample}/{name}')
+
+        for hand, side in enumerate(SIDES):
+            for points, name in ((batch.target.vertices_uv, 'mesh'), (batch.target.joints_uv, 'joint')):
+                close(points[sample, hand] * 128, theirs(f'{name}_2d_{side}')[:, :2] * 128, 1e-3)  # pixels
+            # x and y come from the published approximate back-projection and differ; depths do not.
+            close(batch.target.vertices[sample, hand, :, 2], theirs(f'mesh_3d_{side}')[:, 2], 1e-6)
+        close(batch.image[sample], theirs('img'), GREY_LEVELS / 255 / min(IMAGENET_STD))
+        close(batch.target.dense[sample], theirs('dense'), GREY_LEVELS / 255)
+        labels = torch.tensor(OUR_CLASSES)[theirs('seg')[0].long()]
+        assert (labels != batch.target.segmentation[sample]).float().mean() < 5e-4
+
+
+@pytest.mark.parametrize('root', [0, 9])
+@pytest.mark.parametrize('scale', [True, False])
+def test_evaluation_figures(hand_models, root, scale):
+    items, outputs = Arrays('data/dataset_test_items.npz'), Arrays('eval_net_outputs16.npz')
+    expected = read('eval.json')['runs'][f'root{root}_scale{"On" if scale else "Off"}']
+    protocol = Protocol(root, scale)
+    errors = sample_errors(
+        JointRegressor(hand_models), outputs.hands('stage2/pd_mesh_xyz_{}'), outputs('stage2/pd_offset'),
+        true_vertices=items.hands('mesh_3d_{}'), intrinsics=items('camera'), network_root=0, protocol=protocol)
+    summary = summarise(errors, protocol)
+    for ours, theirs, unit in (('joint_mm', 'joints', 'mm'), ('vert_mm', 'verts', 'mm'),
+                               ('joint_px', 'joints_2d', 'px'), ('vert_px', 'verts_2d', 'px')):
+        for side in (*SIDES, 'all'):
+            assert summary[ours][side] == pytest.approx(expected[f'{theirs}_{side}_{unit}'], abs=0.01), (ours, side)
+    assert summary['root_mm'] == pytest.approx(expected['root_mm'], abs=0.01)
+
+
+@torch.no_grad()
+def test_the_road_from_file_to_estimate(network, hand_models):
+    """Two samples from their files through the network, against what the published network made of them."""
+    outputs = Arrays('eval_net_outputs16.npz')
+    hands = network(make_batch(hand_models, 'test', range(2)).image).stages[-1]
+    close(hands.vertices, outputs.hands('stage2/pd_mesh_xyz_{}')[:2], 1e-3)
+    close(hands.offset * HAND_SCALE, outputs('stage2/pd_offset')[:2] * HAND_SCALE, 1e-3)

@@ -1,0 +1,247 @@
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from manopth import TwoHandLayer, load_hand_models
+from utils import render
+from utils.errors import UserError
+from utils.geometry import project
+from utils.render import interpolate, overlay, rasterize, rasterize_pytorch3d, shade, smooth_normals
+
+HEIGHT, WIDTH = 20, 26
+CAMERA = torch.tensor([[30.0, 0.0, 13.0], [0.0, 28.0, 10.0], [0.0, 0.0, 1.0]])
+
+
+def naive(vertices, faces, intrinsics, height, width):
+    """One image, pixel by pixel in float64: intersect the pixel's ray with every triangle."""
+    face = np.full((height, width), -1)
+    depth = np.zeros((height, width))
+    weights = np.zeros((height, width, 3))
+    margin = np.full((height, width), np.inf)  # how clear the decision was
+    for row in range(height):
+        for column in range(width):
+            ray = np.linalg.solve(intrinsics, [column + 0.5, row + 0.5, 1.0])
+            best = np.inf
+            for number, corners in enumerate(vertices[faces]):
+                if (corners[:, 2] <= 0).any():
+                    continue
+                solution = np.linalg.solve(corners.T, ray)
+                barycentric = solution / solution.sum()
+                z = 1 / solution.sum() * ray[2]
+                margin[row, column] = min(margin[row, column], np.abs(barycentric).min())
+                if (barycentric >= 0).all() and 0 < z < best:
+                    best = z
+                    face[row, column], depth[row, column], weights[row, column] = number, z, barycentric
+    return face, depth, weights, margin
+
+
+def soup(seed, count=14, batch=2):
+    """Random triangles in front of the camera, some of them partly outside the image."""
+    generator = torch.Generator().manual_seed(seed)
+    vertices = torch.rand(batch, count * 3, 3, generator=generator)
+    vertices = (vertices - torch.tensor([0.5, 0.5, 0.0])) * torch.tensor([1.0, 0.9, 0.8]) + torch.tensor([0, 0, 0.7])
+    return vertices, torch.arange(count * 3).view(count, 3)
+
+
+@pytest.mark.parametrize('seed', [0, 1])
+def test_agrees_with_a_naive_oracle(seed):
+    vertices, faces = soup(seed)
+    turned = CAMERA @ torch.tensor([[0.96, -0.28, 0.0], [0.28, 0.96, 0.0], [0.0, 0.0, 1.0]])  # not triangular
+    intrinsics = torch.stack([CAMERA, turned])
+    out = rasterize(vertices, faces, intrinsics, (HEIGHT, WIDTH))
+    for image in range(2):
+        face, depth, weights, margin = naive(vertices[image].double().numpy(), faces.numpy(),
+                                             intrinsics[image].double().numpy(), HEIGHT, WIDTH)
+        clear = margin > 1e-3  # corners are snapped to 1/4096 pixel
+        assert clear.mean() > 0.9 and (face >= 0).mean() > 0.2
+        np.testing.assert_array_equal(out.face[image].numpy()[clear], face[clear])
+        np.testing.assert_allclose(out.depth[image].numpy()[clear], depth[clear], atol=2e-3)
+        np.testing.assert_allclose(out.barycentric[image].numpy()[clear], weights[clear], atol=5e-3)
+
+
+def test_a_point_seen_at_a_pixel_projects_onto_its_centre():
+    vertices, faces = soup(3)
+    intrinsics = CAMERA.expand(2, 3, 3)
+    out = rasterize(vertices, faces, intrinsics, (HEIGHT, WIDTH))
+    points = interpolate(out, faces, vertices)
+    image, row, column = (out.face >= 0).nonzero().unbind(1)
+    centres = torch.stack([column, row], 1) + 0.5
+    torch.testing.assert_close(project(points[image, row, column], CAMERA), centres, atol=2e-3, rtol=0)
+    torch.testing.assert_close(points[..., 2], out.depth, atol=1e-5, rtol=1e-5)
+    assert not points[out.face < 0].any() and not out.barycentric[out.face < 0].any()
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_shared_edges_leave_no_hole_and_corners_on_pixel_centres_do_not_either(seed):
+    # A sheet of small triangles whose corners lie on, near and between pixel centres, shuffled, turned both ways.
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.arange(-2, 34) * 0.75
+    y, x = torch.meshgrid(steps, steps, indexing='ij')
+    jitter = (torch.randint(-2, 3, (2, *x.shape), generator=generator) / 8)
+    grid = torch.arange(x.numel()).view(x.shape)
+    a, b, c, d = (part.flatten() for part in (grid[:-1, :-1], grid[:-1, 1:], grid[1:, 1:], grid[1:, :-1]))
+    faces = torch.cat([torch.stack([a, b, c], 1), torch.stack([a, d, c], 1)])
+    faces = faces[torch.randperm(len(faces), generator=generator)]
+    z = 1 + torch.rand(x.shape, generator=generator)
+    vertices = torch.stack([(x + jitter[0]) * z, (y + jitter[1]) * z, z], -1).flatten(0, 1)[None]
+    out = rasterize(vertices, faces, torch.eye(3)[None], (22, 22))
+    assert (out.face >= 0).all()
+    torch.testing.assert_close(out.barycentric.sum(-1), torch.ones(1, 22, 22))
+
+
+def test_interpolation_is_perspective_correct():
+    # A floor that runs away from the camera: the texture coordinate must follow the ray, not the screen.
+    vertices = torch.tensor([[[-1.0, 0.2, 0.5], [1.0, 0.2, 0.5], [0.0, 0.2, 40.0]]])
+    faces = torch.tensor([[0, 1, 2]])
+    out = rasterize(vertices, faces, CAMERA[None], (HEIGHT, WIDTH))
+    z = interpolate(out, faces, vertices[0, :, 2:])[0, ..., 0]
+    row, column = (out.face[0] >= 0).nonzero().unbind(1)
+    assert len(row) > 50
+    torch.testing.assert_close(z[row, column], 28 * 0.2 / (row + 0.5 - 10), rtol=2e-3, atol=0)
+
+
+def test_the_nearer_surface_hides_the_other_whatever_its_place_in_the_list():
+    square = torch.tensor([[-1.0, -1.0, 1.0], [1.0, -1.0, 1.0], [1.0, 1.0, 1.0], [-1.0, 1.0, 1.0]])
+    vertices = torch.cat([square, square + torch.tensor([0.0, 0.0, 1.0])])[None]
+    near, far = torch.tensor([[0, 1, 2], [0, 2, 3]]), torch.tensor([[4, 5, 6], [4, 6, 7]])
+    for faces, expected in ((torch.cat([near, far]), (0, 1)), (torch.cat([far, near]), (2, 3))):
+        out = rasterize(vertices, faces, CAMERA[None], (HEIGHT, WIDTH))
+        assert set(out.face.unique().tolist()) == set(expected)
+        torch.testing.assert_close(out.depth, torch.ones_like(out.depth))
+
+
+def test_equal_depth_goes_to_the_lower_number_and_repeats_exactly():
+    vertices, faces = soup(4)
+    doubled = torch.cat([faces, faces.flip(1)])
+    first = rasterize(vertices, doubled, CAMERA.expand(2, 3, 3), (HEIGHT, WIDTH))
+    again = rasterize(vertices, doubled, CAMERA.expand(2, 3, 3), (HEIGHT, WIDTH))
+    assert first.face.max() < len(faces)
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
+def test_images_of_a_batch_do_not_mix_and_small_parts_change_nothing(monkeypatch):
+    vertices, faces = soup(5, batch=3)
+    intrinsics = CAMERA.expand(3, 3, 3)
+    together = rasterize(vertices, faces, intrinsics, (HEIGHT, WIDTH))
+    monkeypatch.setattr(render, 'PIXELS_AT_ONCE', 37)
+    in_parts = rasterize(vertices, faces, intrinsics, (HEIGHT, WIDTH))
+    alone = [rasterize(vertices[i:i + 1], faces, intrinsics[i:i + 1], (HEIGHT, WIDTH)) for i in range(3)]
+    for name in render.Fragments._fields:
+        assert torch.equal(getattr(together, name), getattr(in_parts, name))
+        assert torch.equal(getattr(together, name), torch.cat([getattr(one, name) for one in alone]))
+
+
+@pytest.mark.parametrize('corners', [
+    [[0.0, 0.0, 1.0], [1.0, 0.0, 1.0], [0.0, 1.0, -1.0]],  # one corner behind the camera
+    [[0.0, 0.0, -1.0], [1.0, 0.0, -1.0], [0.0, 1.0, -1.0]],
+    [[0.0, 0.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 1.0]],
+    [[9.0, 0.0, 1.0], [10.0, 0.0, 1.0], [9.0, 1.0, 1.0]],  # outside the image
+    [[0.0, 0.0, 1.0], [0.1, 0.1, 1.0], [0.2, 0.2, 1.0]],  # no area
+    [[0.0, 0.0, 1.0], [float('nan'), 0.0, 1.0], [0.0, 1.0, 1.0]],
+])
+def test_faces_that_cannot_be_seen_leave_the_background(corners):
+    out = rasterize(torch.tensor([corners]), torch.tensor([[0, 1, 2]]), CAMERA[None], (HEIGHT, WIDTH))
+    assert (out.face == -1).all() and not out.depth.any() and not out.barycentric.any()
+
+
+def test_empty_batches_and_empty_meshes():
+    vertices, faces = soup(6)
+    out = rasterize(vertices[:0], faces, CAMERA.expand(0, 3, 3), (HEIGHT, WIDTH))
+    assert out.face.shape == (0, HEIGHT, WIDTH) and out.barycentric.shape == (0, HEIGHT, WIDTH, 3)
+    out = rasterize(vertices, faces[:0], CAMERA.expand(2, 3, 3), (HEIGHT, WIDTH))
+    assert (out.face == -1).all() and interpolate(out, faces[:0], vertices).shape == (2, HEIGHT, WIDTH, 3)
+
+
+def test_interpolation_passes_gradients_to_the_attributes():
+    vertices, faces = soup(7)
+    out = rasterize(vertices, faces, CAMERA.expand(2, 3, 3), (HEIGHT, WIDTH))
+    attributes = torch.rand(vertices.shape[1], 4, requires_grad=True)
+    interpolate(out, faces, attributes).sum().backward()
+    torch.testing.assert_close(attributes.grad.sum(), 4.0 * (out.face >= 0).sum(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_the_device_does_not_matter():
+    vertices, faces = soup(9)
+    here = rasterize(vertices, faces, CAMERA.expand(2, 3, 3), (HEIGHT, WIDTH))
+    there = rasterize(vertices.cuda(), faces.cuda(), CAMERA.expand(2, 3, 3).cuda(), (HEIGHT, WIDTH))
+    assert (here.face == there.face.cpu()).float().mean() > 0.995
+    same = here.face == there.face.cpu()
+    torch.testing.assert_close(here.depth[same], there.depth.cpu()[same], atol=1e-5, rtol=1e-5)
+
+
+def octahedron(distance):
+    corners = torch.tensor([[1.0, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0], [0, 0, 1], [0, 0, -1]])
+    faces = torch.tensor([[0, 2, 4], [2, 1, 4], [1, 3, 4], [3, 0, 4], [2, 0, 5], [1, 2, 5], [3, 1, 5], [0, 3, 5]])
+    return (0.3 * corners + torch.tensor([0.0, 0.0, distance]))[None], faces
+
+
+def test_smooth_normals_of_a_symmetric_solid_point_away_from_its_middle():
+    vertices, faces = octahedron(2.0)
+    outwards = (vertices - vertices.mean(1, keepdim=True)) / 0.3
+    torch.testing.assert_close(smooth_normals(vertices, faces), outwards)
+
+
+def test_shading_is_brightest_where_the_surface_faces_the_camera_and_never_exceeds_the_colour():
+    vertices, faces = octahedron(2.0)
+    camera = torch.tensor([[60.0, 0, 16], [0, 60.0, 16], [0, 0, 1]])[None]
+    out = rasterize(vertices, faces, camera, (33, 33))
+    picture = shade(out, vertices, faces, torch.ones(6, 3))[0, ..., 0]
+    assert picture.max() <= 1 + 1e-6 and picture[15:18, 15:18].min() > 0.95
+    seen = out.face[0] >= 0
+    assert picture[seen].min() >= render.AMBIENT and picture[seen].min() < 0.8 and not picture[~seen].any()
+
+
+def test_overlay_colours_each_hand_where_it_lies_and_leaves_the_rest():
+    models = load_hand_models('standin')
+    hands = TwoHandLayer(models)(torch.zeros(1, 2, 3), torch.zeros(1, 2, 45), torch.zeros(1, 2, 10), use_pca=False)
+    vertices = hands.vertices[0] - hands.vertices[0].mean(1, keepdim=True)
+    vertices = vertices + torch.tensor([[[-0.12, 0, 0.8]], [[0.12, 0, 0.8]]])
+    camera = torch.tensor([[200.0, 0, 64], [0, 200.0, 48], [0, 0, 1]])
+    grey = np.full((96, 128, 3), 100, np.uint8)
+    picture = overlay(grey, vertices, camera, models, alpha=1.0)
+    assert picture.shape == grey.shape and picture.dtype == np.uint8 and (grey == 100).all()
+    assert (picture[[0, -1]] == 100).all()
+    drawn = (picture != 100).any(-1)
+    for half, (blue, red) in ((slice(0, 64), (2, 0)), (slice(64, 128), (0, 2))):
+        inside = picture[:, half][drawn[:, half]].astype(int)
+        assert len(inside) > 200
+        assert (inside[:, blue] <= inside[:, red]).mean() > 0.95  # left hand blue, right hand orange
+    np.testing.assert_array_equal(overlay(grey, vertices, camera, models, alpha=0.0), grey)
+
+
+def test_pytorch3d_missing_is_a_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'pytorch3d', None)
+    vertices, faces = soup(0)
+    with pytest.raises(UserError, match='pytorch3d is not installed'):
+        rasterize_pytorch3d(vertices, faces, CAMERA.expand(2, 3, 3), (HEIGHT, WIDTH))
+
+
+def test_the_pytorch3d_path_hands_over_its_documented_screen_and_reads_packed_faces(monkeypatch):
+    # A double of what pytorch3d documents: x left, y up, the shorter side [-1, 1], faces numbered through the batch.
+    def rasterize_meshes(mesh, image_size, **_):
+        vertices, faces = mesh
+        height, width = image_size
+        pixels = (torch.tensor([width, height]) - vertices[..., :2] * min(image_size)) / 2
+        points = torch.cat([pixels, torch.ones_like(pixels[..., :1])], -1) * vertices[..., 2:]
+        out = rasterize(points, faces[0], torch.eye(3).expand(len(points), 3, 3), image_size)
+        packed = out.face + len(faces[0]) * torch.arange(len(points))[:, None, None]
+        nothing = out.face < 0
+        return (packed.masked_fill(nothing, -1)[..., None], out.depth.masked_fill(nothing, -1.0)[..., None],
+                out.barycentric.masked_fill(nothing[..., None], -1.0)[..., None, :], None)
+
+    for name, content in {'pytorch3d': {}, 'pytorch3d.renderer': {}, 'pytorch3d.renderer.mesh': {},
+                          'pytorch3d.renderer.mesh.rasterize_meshes': {'rasterize_meshes': rasterize_meshes},
+                          'pytorch3d.structures': {'Meshes': lambda *arrays: arrays}}.items():
+        module = types.ModuleType(name)
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    vertices, faces = soup(8)
+    ours = rasterize(vertices, faces, CAMERA.expand(2, 3, 3), (HEIGHT, WIDTH))
+    theirs = rasterize_pytorch3d(vertices, faces, CAMERA.expand(2, 3, 3), (HEIGHT, WIDTH))
+    assert (ours.face == theirs.face).float().mean() > 0.995
+    same = ours.face == theirs.face
+    torch.testing.assert_close(ours.depth[same], theirs.depth[same], atol=1e-3, rtol=0)

@@ -1,0 +1,141 @@
+"""The whole road through the real scripts on tiny made data, as ``make demo`` takes it, and what can go wrong there."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+
+from apps import eval_baseline, eval_interhand, run_demo
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ['MODEL.IMAGE_SIZE', '64', 'MODEL.MAP_CHANNELS', '16', 'TRAIN.BATCH_SIZE', '8', 'TRAIN.EPOCHS', '1',
+         'TRAIN.WORKERS', '0', 'DEVICE', 'cpu']
+FIGURES = ('joint_mm', 'vert_mm', 'joint_px', 'vert_px')
+
+
+@pytest.fixture(scope='module')
+def demo(tmp_path_factory) -> Path:
+    """output/demo of a very small ``python apps/run_demo.py``."""
+    out = tmp_path_factory.mktemp('road') / 'demo'
+    command = [sys.executable, 'apps/run_demo.py', '--out', str(out), '--frames', '24', '8', '9', *SMALL]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    (out / 'printed.txt').write_text(result.stdout)
+    return out
+
+
+def test_demo_ends_with_both_tables(demo):
+    summary = json.loads((demo / 'summary.json').read_text())
+    for name in ('trained', 'baseline'):
+        assert summary[name] == json.loads((demo / name / 'metrics.json').read_text())
+        for figure in FIGURES:
+            value = summary[name][figure]
+            assert value['all'] == pytest.approx((value['left'] + value['right']) / 2)
+            assert 0 < value['all'] < 1000
+        assert summary[name]['root_mm'] > 0
+        assert summary[name]['protocol']['root_joint'] == 0 and summary[name]['protocol']['scale'] is True
+    samples = len(list((demo / 'data' / 'test' / 'img').iterdir()))
+    assert summary['trained']['frames'] == summary['baseline']['frames'] == samples
+    printed = (demo / 'printed.txt').read_text()
+    for command in ('dataset/synthesize.py', 'dataset/interhand.py', 'train.py', 'apps/eval_interhand.py'):
+        assert f'$ python {command}' in printed
+    assert 'constant' in printed.splitlines()[-9] and 'pictures' in printed
+
+
+def test_demo_draws_pictures(demo):
+    sheet = cv2.imread(str(demo / 'pictures.jpg'))
+    assert sheet.shape[0] > 256 and sheet.shape[1] > 7 * 256
+    assert sheet.std() > 20
+
+
+def test_demo_called_again_trains_no_further(demo):
+    before = (demo / 'run' / 'latest.pth').read_bytes()
+    images = {path: path.stat().st_mtime_ns for path in (demo / 'data').rglob('*.jpg')}
+    assert run_demo.main(['--out', str(demo), '--frames', '24', '8', '9', *SMALL]) == 0
+    assert (demo / 'run' / 'latest.pth').read_bytes() == before
+    assert {path: path.stat().st_mtime_ns for path in (demo / 'data').rglob('*.jpg')} == images
+
+
+def test_per_sample_rows_average_to_the_headline(demo):
+    metrics = json.loads((demo / 'trained' / 'metrics.json').read_text())
+    with open(demo / 'trained' / 'per_sample.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == metrics['frames']
+    assert [int(row['index']) for row in rows] == list(range(len(rows)))
+    assert all(Path(row['file']).is_file() for row in rows)
+    for figure in FIGURES:
+        for side in ('left', 'right'):
+            mean = math.fsum(float(row[f'{figure}_{side}']) for row in rows) / len(rows)
+            assert mean == pytest.approx(metrics[figure][side], abs=1e-5)
+
+
+def evaluate(demo: Path, *more: str) -> int:
+    return eval_interhand.main(['--data_path', str(demo / 'data'), '--model', str(demo / 'run'), 'TRAIN.WORKERS', '0',
+                                *more])
+
+
+def test_printed_lines_are_the_fields(demo, capsys):
+    assert evaluate(demo, '--root_joint', '9', '--no-scale', '--split', 'val') == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert 'root joint 9' in lines[1] and 'scale alignment off' in lines[1] and 'frames' in lines[1]
+    assert lines[2::3] == ['joint mean error:', 'vert mean error:', 'pixel joint mean error:', 'pixel vert mean error:',
+                           lines[14]]
+    assert lines[14].startswith('root error: ') and lines[14].endswith(' mm')
+    assert all(line.endswith(' mm') for line in lines[3:8] if line.startswith(' '))
+    assert all(line.endswith(' px') for line in lines[9:14] if line.startswith(' '))
+
+
+def test_batch_size_does_not_change_the_figures(demo, tmp_path):
+    for size in ('2', '64'):
+        assert evaluate(demo, '--out', str(tmp_path / size), 'EVAL.BATCH_SIZE', size) == 0
+    a, b = (json.loads((tmp_path / size / 'metrics.json').read_text()) for size in ('2', '64'))
+    for figure in FIGURES:
+        assert a[figure]['all'] == pytest.approx(b[figure]['all'], rel=1e-5)
+    assert a['root_mm'] == pytest.approx(b['root_mm'], rel=1e-5)
+
+
+def test_checkpoint_holds_no_hand_array(demo):
+    content = torch.load(demo / 'run' / 'best.pth', weights_only=True)
+    assert content['hand_model'].startswith('standin')
+    assert [key for key, value in content['model'].items() if {778, 1538} & set(value.shape)] == []
+
+
+def test_other_hands_are_refused(demo, capsys, monkeypatch):
+    content = torch.load(demo / 'run' / 'best.pth', weights_only=True)
+    other = demo / 'other.pth'
+    torch.save(content | {'hand_model': 'mano:000000000000:111111111111'}, other)
+    assert eval_interhand.main(['--data_path', str(demo / 'data'), '--model', str(other)]) == 2
+    error = capsys.readouterr().err
+    assert 'mano:000000000000' in error and 'standin' in error and error.count('\n') == 1
+
+
+def test_what_was_trained_cannot_be_changed_afterwards(demo, capsys):
+    assert evaluate(demo, 'ROOT_JOINT', '9') == 2
+    assert 'ROOT_JOINT 0' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('spoil', ['truncated', 'foreign', 'missing'])
+def test_a_bad_checkpoint_is_one_sentence(demo, tmp_path, capsys, spoil):
+    path = tmp_path / 'bad.pth'
+    if spoil == 'truncated':
+        path.write_bytes((demo / 'run' / 'best.pth').read_bytes()[:10000])
+    elif spoil == 'foreign':
+        torch.save({'net': {'a': torch.zeros(1)}}, path)
+    assert eval_interhand.main(['--data_path', str(demo / 'data'), '--model', str(path)]) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error and error.count('\n') == 1
+
+
+def test_a_constant_cannot_be_beaten_by_chance(demo, capsys):
+    """The baseline on its own training split is better than on another one: it is made of that split's means."""
+    arguments = ['--data_path', str(demo / 'data'), '--cfg', 'configs/demo.yaml', 'TRAIN.WORKERS', '0']
+    assert eval_baseline.main([*arguments, '--split', 'train', '--out', str(demo / 'b_train')]) == 0
+    train, test = (json.loads((demo / name / 'metrics.json').read_text()) for name in ('b_train', 'baseline'))
+    assert train['root_mm'] < 1.2 * test['root_mm']
+    assert train['joint_mm']['all'] > 10  # hands do move

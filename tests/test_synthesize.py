@@ -1,0 +1,313 @@
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import dataset.synthesize as script
+from dataset.hand_appearance import arm_faces, with_forearms, wrist_loop
+from dataset.hand_poses import FINGER_POSES, PLACEMENTS, TOLERATED, hand_axes, push_apart, sample_path
+from dataset.raw import RawSplit, check_hand_model_record
+from dataset.synthesize import SPLITS, Settings, capture_cameras, main, make_sequence, plan, synthesize
+from manopth import TwoHandLayer, load_hand_models
+from manopth.assets import describe
+from manopth.rotations import axis_angle_to_matrix
+from utils.hand import INTERHAND_TO_JOINTS, LEFT, RIGHT, SIDES
+
+ROOT = Path(__file__).resolve().parents[1]
+FRAMES, SEED = (9, 3, 3), 4
+SETTINGS = Settings(FRAMES, SEED, 60.0, 'standin', 'misc/mano')
+
+
+@pytest.fixture(scope='module')
+def layer():
+    return TwoHandLayer(load_hand_models('standin'), dtype=torch.float64)
+
+
+@pytest.fixture(scope='module')
+def tree(tmp_path_factory):
+    """The script, really run by two workers."""
+    root = tmp_path_factory.mktemp('made') / 'raw'
+    done = subprocess.run([sys.executable, 'dataset/synthesize.py', '--save_path', root, '--frames', *map(str, FRAMES),
+                           '--seed', str(SEED), '--workers', '2'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'img/s' in done.stderr and 'hands intersect' in done.stdout
+    return root
+
+
+def annotations(root, split, kind):
+    return json.loads((root / 'annotations' / split / f'InterHand2.6M_{split}_{kind}.json').read_text())
+
+
+def every_picture(root):
+    for split in SPLITS:
+        data = annotations(root, split, 'data')
+        cameras, joints, mano = (annotations(root, split, kind) for kind in ('camera', 'joint_3d', 'MANO_NeuralAnnot'))
+        for image, annotation in zip(data['images'], data['annotations']):
+            capture, frame = str(image['capture']), str(image['frame_idx'])
+            camera = {key: np.array(cameras[capture][key][image['camera']]) for key in cameras[capture]}
+            yield split, image, annotation, camera, joints[capture][frame], mano[capture][frame]
+
+
+def flat_hands(layer, beta=0.0):
+    root, pose = (torch.zeros(1, 2, size, dtype=torch.float64) for size in (3, 45))
+    return layer(root, pose, torch.full((1, 2, 10), beta, dtype=torch.float64), use_pca=False)
+
+
+def annotated_hands(layer, mano):
+    """Both hands of an annotation, world axes; where one is missing the other's numbers stand in."""
+    hands = [mano[side] or mano[SIDES[1 - number]] for number, side in enumerate(SIDES)]
+    pose, shape, trans = (torch.tensor([[hand[key] for hand in hands]], dtype=torch.float64)
+                          for key in ('pose', 'shape', 'trans'))
+    posed = layer(pose[..., :3], pose[..., 3:] + layer.pose_mean, shape, use_pca=False)
+    return [(points + trans[:, :, None])[0] for points in posed]
+
+
+def grey_mean(root, split, image):
+    return cv2.imread(str(root / 'images' / split / image['file_name']), cv2.IMREAD_GRAYSCALE).mean()
+
+
+def test_layout_and_fields_are_those_of_the_real_set(tree):
+    assert sorted(p.name for p in tree.iterdir()) == ['annotations', 'hand_model.json', 'images', 'synthesized.json']
+    for split, count in zip(SPLITS, FRAMES):
+        data = annotations(tree, split, 'data')
+        assert sorted(data) == ['annotations', 'images'] and len(data['images']) == count
+        assert [a['image_id'] for a in data['annotations']] == [i['id'] for i in data['images']] == list(range(count))
+        assert len(list((tree / 'images' / split).rglob('*.jpg'))) == count
+        for capture in annotations(tree, split, 'camera').values():
+            assert list(capture) == ['campos', 'camrot', 'focal', 'princpt']
+    for split, image, annotation, camera, joints, mano in every_picture(tree):
+        assert {key: type(value) for key, value in image.items()} == {
+            'id': int, 'file_name': str, 'width': int, 'height': int, 'capture': int, 'subject': int, 'seq_name': str,
+            'camera': str, 'frame_idx': int}
+        assert image['file_name'] == (f'Capture{image["capture"]}/{image["seq_name"]}/cam{image["camera"]}/'
+                                      f'image{image["frame_idx"]}.jpg')
+        picture = cv2.imread(str(tree / 'images' / split / image['file_name']))
+        assert picture.shape[:2] == (image['height'], image['width']) and sorted(picture.shape[:2]) == [334, 512]
+        assert {key: type(value) for key, value in annotation.items()} == {
+            'id': int, 'image_id': int, 'bbox': list, 'joint_valid': list, 'hand_type': str, 'hand_type_valid': int}
+        assert np.shape(annotation['joint_valid']) == (42, 1) and len(annotation['bbox']) == 4
+        assert {key: np.shape(value) for key, value in camera.items()} == {
+            'campos': (3,), 'camrot': (3, 3), 'focal': (2,), 'princpt': (2,)}
+        assert 800 < np.linalg.norm(camera['campos'] - [0, 0, 1050]) < 1300  # mm
+        assert np.allclose(camera['camrot'] @ camera['camrot'].T, np.eye(3)) and np.linalg.det(camera['camrot']) > 0
+        assert {key: np.shape(value) for key, value in joints.items()} == {
+            'world_coord': (42, 3), 'joint_valid': (42, 1), 'hand_type': (), 'hand_type_valid': ()}
+        assert type(joints['hand_type_valid']) is bool and joints['hand_type'] == annotation['hand_type']
+        for hand in filter(None, mano.values()):
+            assert {key: len(value) for key, value in hand.items()} == {'pose': 48, 'shape': 10, 'trans': 3}
+
+
+def test_formula_gives_the_annotated_joints(tree, layer):
+    for _, _, annotation, camera, joints, mano in every_picture(tree):
+        world = np.array(joints['world_coord'])
+        seen = [side for side in (LEFT, RIGHT) if mano[SIDES[side]] is not None]
+        translation = -camera['camrot'] @ camera['campos'] / 1000
+        in_camera = annotated_hands(layer, mano)[1].numpy() @ camera['camrot'].T + translation
+        for side in seen:
+            real_order = world[21:] if side == LEFT else world[:21]
+            expected = (real_order[list(INTERHAND_TO_JOINTS)] - camera['campos']) @ camera['camrot'].T  # mm
+            assert np.abs(1000 * in_camera[side] - expected).max() < 0.01
+            pixels = camera['focal'] * expected[:, :2] / expected[:, 2:] + camera['princpt']
+            again = camera['focal'] * in_camera[side][:, :2] / in_camera[side][:, 2:] + camera['princpt']
+            assert np.abs(pixels - again).max() < 0.02
+            low = np.array(annotation['bbox'][:2])
+            inside = ((pixels > low - 2) & (pixels < low + annotation['bbox'][2:] + 2)).all(1)
+            assert inside.mean() > 0.6
+
+
+def test_raw_reader_reads_it(tree):
+    check_hand_model_record(tree, load_hand_models('standin'))
+    assert json.loads((tree / 'hand_model.json').read_text())['hand_model'] == describe(load_hand_models('standin'))
+    assert RawSplit(tree, 'train').file('data').is_file()
+
+
+def test_splits_share_neither_captures_nor_subjects(tree):
+    seen = {}
+    for split, image, _, camera, _, _ in every_picture(tree):
+        for key in (('capture', image['capture']), ('subject', image['subject']), ('camera at', *camera['campos'])):
+            assert seen.setdefault(key, split) == split
+
+
+def test_several_cameras_see_one_time_step(tree):
+    steps = {}
+    for split, image, *_ in every_picture(tree):
+        steps.setdefault((split, image['capture'], image['frame_idx']), set()).add(image['camera'])
+    assert max(map(len, steps.values())) == script.VIEWS
+
+
+def test_holds_the_odd_pictures(tree):
+    kinds = {'single': 0, 'invalid': 0, 'black': 0}
+    for split, image, annotation, _, joints, mano in every_picture(tree):
+        kinds['invalid'] += not annotation['hand_type_valid']
+        kinds['black'] += grey_mean(tree, split, image) < 10
+        if annotation['hand_type'] != 'interacting':
+            kinds['single'] += 1
+            hidden = 1 - SIDES.index(annotation['hand_type'])
+            rows = slice(21, 42) if hidden == LEFT else slice(0, 21)
+            assert mano[SIDES[hidden]] is None and mano[annotation['hand_type']] is not None
+            assert (np.array(joints['world_coord'])[rows] == 1).all() and not np.any(joints['joint_valid'][rows])
+            assert np.sum(joints['joint_valid']) == 21
+        else:
+            assert np.all(joints['joint_valid'])
+    assert kinds == {'single': 1, 'invalid': 1, 'black': 1}
+
+
+def test_does_not_depend_on_the_workers_or_their_order(tree, tmp_path):
+    sequences = [s for s in plan(SETTINGS) if s.split in ('val', 'train')][::-1]
+    for sequence in sequences:
+        make_sequence(SETTINGS, sequence, tmp_path)
+    again = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob('*.jpg')}
+    assert len(again) == sum(FRAMES[:2])
+    for name, content in again.items():
+        assert (tree / name).read_bytes() == content
+
+
+def test_hands_hardly_intersect(tree, layer):
+    """Measured another way than the script does: winding numbers, and distances to points all over the triangles."""
+    deepest, done = 0.0, set()
+    weights = torch.tensor([(i, j, 6 - i - j) for i in range(7) for j in range(7 - i)], dtype=torch.float64) / 6
+    for split, image, _, _, _, mano in every_picture(tree):
+        if (split, image['capture'], image['frame_idx']) in done or None in mano.values():
+            continue
+        done.add((split, image['capture'], image['frame_idx']))
+        vertices = annotated_hands(layer, mano)[0]
+        for own, other in ((LEFT, RIGHT), (RIGHT, LEFT)):
+            points, corners = vertices[own], vertices[other][layer.faces[other]]
+            points = points[((points > vertices[other].amin(0)) & (points < vertices[other].amax(0))).all(1)]
+            inside = points[winding_number(points, corners) > 0.5]
+            if len(inside):
+                surface = torch.einsum('kc,fcx->fkx', weights, corners).reshape(-1, 3)
+                deepest = max(deepest, float(torch.cdist(inside, surface).amin(1).amax()))
+    assert len(done) >= 3 and deepest < 0.003
+
+
+def winding_number(points, corners):
+    """Van Oosterom & Strackee's solid angles over 4 pi; points (N, 3), corners (F, 3, 3) -> (N,)."""
+    a, b, c = (corners - points[:, None, None]).unbind(2)
+    la, lb, lc = (v.norm(dim=-1) for v in (a, b, c))
+    volume = (a * torch.linalg.cross(b, c)).sum(-1)
+    below = la * lb * lc + (a * b).sum(-1) * lc + (b * c).sum(-1) * la + (c * a).sum(-1) * lb
+    return torch.atan2(volume, below).sum(1) / (2 * torch.pi)
+
+
+def test_push_apart_ends_at_contact(layer):
+    vertices = flat_hands(layer).vertices - flat_hands(layer).joints[:, :, 9:10]
+    away = torch.tensor([[0.0, 1.0, 0.0]], dtype=torch.float64)
+    distance, depth = push_apart(vertices, layer.faces, away)
+    assert depth[0] <= TOLERATED and 0.01 < distance[0] < 0.06
+    vertices[:, RIGHT] += away * distance
+    assert torch.cdist(vertices[0, LEFT], vertices[0, RIGHT]).min() < 0.006
+    assert push_apart(vertices, layer.faces, away)[0] == 0
+
+
+@pytest.mark.parametrize('side', SIDES)
+def test_hand_axes_turn_fingers_and_palm(side):
+    fingers, palm = np.array([0.0, -1.0, 0.0]), np.array([0.0, 0.0, 1.0])
+    turn = hand_axes(fingers, palm, side)
+    at_rest = np.array([1.0 if side == 'left' else -1.0, 0, 0])
+    assert np.allclose(turn @ at_rest, fingers) and np.allclose(turn @ [0, -1, 0], palm)
+    assert np.isclose(np.linalg.det(turn), 1)
+
+
+@pytest.mark.parametrize('name', PLACEMENTS)
+def test_every_placement_brings_the_hands_together(name, layer):
+    path = sample_path(5, name, np.random.default_rng(0), layer.float(), torch.zeros(2, 10))
+    layer.double()
+    assert path.penetration.max() <= TOLERATED
+    nearest = torch.stack([torch.cdist(left, right).min() for left, right in path.vertices])
+    assert nearest.max() < 0.08
+    joints = path.joints.diff(dim=0).norm(dim=-1)
+    assert 0.001 < joints.mean() < 0.12  # m from step to step: it moves, and it does not jump
+
+
+def test_official_hands_move_by_their_components(layer):
+    models = tuple(dataclasses.replace(model, name='mano') for model in layer.models)
+    path = sample_path(4, 'pray', np.random.default_rng(0), TwoHandLayer(models), torch.zeros(2, 10))
+    for side, model in enumerate(models):
+        coefficients = (path.pose[:, side].numpy() - model.pose_mean) @ model.pose_components.T
+        assert np.abs(coefficients[:, 10:]).max() < 1e-5 and 0.1 < np.abs(coefficients[:, :10]).max() <= 1.5 + 1e-5
+
+
+def test_forearms_close_the_wrists(layer):
+    models = layer.models
+    hands = flat_hands(layer)
+    elbows = np.array([[-0.3, 0.1, 0.0], [0.3, 0.1, 0.0]])
+    mesh = with_forearms(hands.vertices, hands.joints, elbows, tuple(map(wrist_loop, models)))[0]
+    for faces in arm_faces(models).chunk(2):
+        a, b, c = mesh[faces].unbind(1)
+        # The vector area of a closed surface is zero; its volume is positive where faces look outwards.
+        assert torch.linalg.cross(b - a, c - a).sum(0).abs().max() < 1e-7
+        assert (a * torch.linalg.cross(b, c)).sum() / 6 > 3e-4
+
+
+def test_cameras_stay_within_the_spread_and_see_the_hands():
+    for spread in (0.0, 20.0, 120.0):
+        for camera in capture_cameras(SETTINGS._replace(camera_spread=spread), 0):
+            away = camera.position - script.HANDS_AT
+            assert abs(np.degrees(np.arctan2(away[0], -away[2]))) <= spread + 1e-6
+            centre = camera.project(script.HANDS_AT[None])[0]
+            assert np.abs(centre - np.array(camera.size[::-1]) / 2).max() < 40
+
+
+def test_finger_poses_obey_the_joints_limits():
+    from manopth.standin import FLEXION_LIMITS
+
+    for name, (*flexion, _, _) in FINGER_POSES.items():
+        bent = np.radians(flexion)
+        assert (bent >= FLEXION_LIMITS[..., 0] - 1e-9).all() and (bent <= FLEXION_LIMITS[..., 1] + 1e-9).all(), name
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tree, tmp_path, monkeypatch):
+    settings = SETTINGS._replace(frames=(0, 0, 8))
+    made = []
+
+    def stop_at_the_second(settings, sequence, root):
+        if made:
+            raise KeyboardInterrupt
+        made.append(sequence)
+        return make_sequence(settings, sequence, root)
+
+    monkeypatch.setattr(script, 'make_sequence', stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(tmp_path / 'raw', settings, workers=1)
+    assert not (tmp_path / 'raw').exists()
+    with pytest.raises(script.UserError, match='other settings'):
+        synthesize(tmp_path / 'raw', settings._replace(seed=5), workers=1)
+
+    monkeypatch.setattr(script, 'make_sequence', lambda *args: made.append(args[1]) or make_sequence(*args))
+    synthesize(tmp_path / 'raw', settings, workers=1)
+    assert sorted(made) == sorted(plan(settings))
+    assert len(list((tmp_path / 'raw').rglob('*.jpg'))) == 8 and not (tmp_path / 'raw.unfinished').exists()
+
+
+@pytest.mark.parametrize('arguments, word', [
+    (['--frames', '0', '0', '0'], '--frames'), (['--frames', '-1', '5', '5'], '--frames'),
+    (['--camera_spread', '200'], '--camera_spread'), (['--workers', '0'], '--workers'), (['--seed', '-1'], '--seed'),
+    (['MANO.SOURSE', 'files'], 'MANO.SOURCE'), (['MANO.SOURCE', 'files', 'MANO.PATH', 'nowhere'], 'nowhere'),
+])
+def test_bad_arguments_give_one_sentence_and_exit_code_2(arguments, word, tmp_path, capsys):
+    assert main(['--save_path', str(tmp_path / 'raw'), *arguments]) == 2
+    message = capsys.readouterr().err
+    assert word in message and message.count('\n') == 1 and not any(tmp_path.iterdir())
+
+
+def test_refuses_a_folder_that_holds_something(tmp_path, capsys):
+    (tmp_path / 'mine.txt').write_text('precious')
+    assert main(['--save_path', str(tmp_path), '--frames', '1', '0', '0']) == 2
+    assert 'not empty' in capsys.readouterr().err and (tmp_path / 'mine.txt').read_text() == 'precious'
+
+
+def test_rotations_of_the_annotation_turn_about_the_wrist(layer):
+    """trans is where the wrist goes, less where the shaped rest hand has it."""
+    path = sample_path(1, 'gesture', np.random.default_rng(1), TwoHandLayer(layer.models), torch.full((2, 10), 0.5))
+    fit = script.mano_annotation(path, 0, RIGHT, torch.full((2, 10), 0.5), TwoHandLayer(layer.models))
+    wrist = flat_hands(layer, 0.5).joints[0, RIGHT, 0] + torch.tensor(fit['trans'], dtype=torch.float64)
+    assert torch.allclose(wrist.float(), path.joints[0, RIGHT, 0], atol=1e-6)
+    turn = axis_angle_to_matrix(torch.tensor(fit['pose'][:3]))
+    assert torch.allclose(turn, axis_angle_to_matrix(path.root[0, RIGHT]), atol=1e-5)

@@ -1,0 +1,200 @@
+"""Training for real on tiny data: exact resume, determinism, stopping, refusing."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ['--cfg', 'configs/demo.yaml', 'MODEL.IMAGE_SIZE', '64', 'MODEL.MAP_CHANNELS', '16', 'MODEL.STAGES', '1',
+        'TRAIN.BATCH_SIZE', '4', 'TRAIN.EPOCHS', '2', 'TRAIN.WORKERS', '0', 'TRAIN.PICTURES', '2',
+        'TRAIN.LOG_EVERY', '1', 'DEVICE', 'cpu']
+
+
+def run(data: Path, out: Path, *more: str) -> int:
+    return train.main([*TINY, 'DATASET.PATH', str(data), 'OUTPUT_DIR', str(out), *more])
+
+
+@pytest.fixture(scope='module')
+def finished(tiny_prepared, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run."""
+    out = tmp_path_factory.mktemp('run') / 'whole'
+    assert run(tiny_prepared, out) == 0
+    return out
+
+
+def content(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    first, second = content(a)['model'], content(b)['model']
+    assert first.keys() == second.keys()
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+
+
+def lines(out: Path, kind: str) -> list[dict]:
+    return [line for line in map(json.loads, (out / 'log.jsonl').read_text().splitlines()) if line['kind'] == kind]
+
+
+def test_run_writes_what_people_look_for(finished):
+    assert [line['step'] for line in lines(finished, 'train')] == [1, 2, 3, 4]
+    first = lines(finished, 'train')[0]
+    assert {'lr', 'samples_per_second', 'total', 'joint_xyz_left_0', 'offset_1', 'segmentation'} <= first.keys()
+    assert len([name for name in first if name[-2:] in ('_0', '_1')]) == 26
+    for stage in range(2):
+        assert [line['epoch'] for line in lines(finished, f'val_stage{stage}')] == [1, 2]
+    assert sorted(path.name for path in (finished / 'pictures').iterdir()) == [f'epoch_00{n}.jpg' for n in (1, 2)]
+    assert list(finished.glob('events.out.tfevents.*'))
+
+
+def test_training_changes_every_weight(finished, standin):
+    torch.manual_seed(0)  # as train.py does before it builds the network
+    fresh = train.build_model(train.load_config('configs/demo.yaml', TINY[2:]), standin)
+    after = content(finished / 'latest.pth')['model']
+    assert [name for name, value in fresh.named_parameters() if torch.equal(after[name], value)] == []
+
+
+def test_same_seed_same_bits_whatever_the_workers(finished, tiny_prepared, tmp_path):
+    assert run(tiny_prepared, tmp_path / 'again', 'TRAIN.WORKERS', '1') == 0
+    assert_same_weights(finished / 'latest.pth', tmp_path / 'again' / 'latest.pth')
+
+
+def test_another_seed_is_another_run(finished, tiny_prepared, tmp_path):
+    assert run(tiny_prepared, tmp_path / 'other', 'SEED', '1', 'TRAIN.EPOCHS', '1') == 0
+    assert lines(tmp_path / 'other', 'train')[0]['total'] != lines(finished, 'train')[0]['total']
+
+
+def test_killed_run_resumes_to_the_same_bits(finished, tiny_prepared, tmp_path):
+    out = tmp_path / 'killed'
+    command = [sys.executable, 'train.py', *TINY, 'DATASET.PATH', str(tiny_prepared), 'OUTPUT_DIR', str(out),
+               'TRAIN.SAVE_EVERY', '1']
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (out / 'latest.pth').exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    saved = content(out / 'latest.pth')
+    assert (saved['epoch'], saved['step_in_epoch']) < (2, 0)  # it was killed on its way
+    assert run(tiny_prepared, out, '--resume') == 0
+    assert_same_weights(finished / 'latest.pth', out / 'latest.pth')
+    assert [line['step'] for line in lines(out, 'train')] == [1, 2, 3, 4]
+
+
+def test_interrupt_finishes_the_step_and_resumes_exactly(finished, tiny_prepared, tmp_path, monkeypatch):
+    out, real_step, calls = tmp_path / 'stopped', train.train_step, []
+
+    def step_then_ctrl_c(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real_step(*args)
+
+    monkeypatch.setattr(train, 'train_step', step_then_ctrl_c)
+    assert run(tiny_prepared, out) == 130
+    monkeypatch.undo()
+    saved = content(out / 'latest.pth')
+    assert (saved['epoch'], saved['step_in_epoch']) == (1, 1)
+    assert run(tiny_prepared, out, '--resume') == 0
+    assert_same_weights(finished / 'latest.pth', out / 'latest.pth')
+
+
+def test_resuming_a_finished_run_does_nothing(finished, tiny_prepared, tmp_path):
+    out = tmp_path / 'copy'
+    shutil.copytree(finished, out)
+    before = (out / 'latest.pth').read_bytes()
+    assert run(tiny_prepared, out, '--resume') == 0
+    assert (out / 'latest.pth').read_bytes() == before
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(tiny_prepared, tmp_path, monkeypatch, capsys):
+    out, real_build = tmp_path / 'nan', train.build_criterion
+
+    def spoiled(cfg, models):
+        criterion = real_build(cfg, models)
+        judge, calls = criterion.forward, []
+
+        def forward(output, target):
+            calls.append(1)
+            terms = judge(output, target)
+            return terms | {'offset_1': terms['offset_1'] * float('nan')} if len(calls) == 3 else terms
+
+        criterion.forward = forward
+        return criterion
+
+    monkeypatch.setattr(train, 'build_criterion', spoiled)
+    assert run(tiny_prepared, out) == 2
+    message = capsys.readouterr().err
+    assert 'offset_1 nan' in message and 'joint_xyz_left_0' in message
+    assert message.count(str(tiny_prepared / 'train' / 'img')) == 4  # the batch's samples by name
+    saved = content(out / 'latest.pth')
+    assert saved['epoch'] == 1
+    assert all(torch.isfinite(value).all() for value in saved['model'].values())
+
+
+def test_full_disk_leaves_the_old_checkpoint(finished, tiny_prepared, tmp_path, monkeypatch, capsys):
+    out = tmp_path / 'full'
+    shutil.copytree(finished, out)
+    before = content(out / 'latest.pth')
+    saved = dict(before, epoch=1, step_in_epoch=0)
+    torch.save(saved, out / 'latest.pth')
+    old = (out / 'latest.pth').read_bytes()
+
+    def no_space(*args, **kwargs):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(torch, 'save', no_space)
+    assert run(tiny_prepared, out, '--resume') == 2
+    assert 'No space left on device' in capsys.readouterr().err
+    assert (out / 'latest.pth').read_bytes() == old
+    assert not list(out.glob('.*partial'))
+
+
+@pytest.mark.parametrize(('more', 'says'), [
+    ([], '--resume'),
+    (['--resume', 'TRAIN.LR', '0.5'], 'TRAIN.LR'),
+    (['--resume', 'MODEL.MAP_CHANNELS', '32'], 'MODEL.MAP_CHANNELS'),
+])
+def test_an_existing_run_is_never_overwritten(finished, tiny_prepared, capsys, more, says):
+    before = (finished / 'latest.pth').read_bytes()
+    assert run(tiny_prepared, finished, *more) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count('\n') == 1
+    assert (finished / 'latest.pth').read_bytes() == before
+
+
+@pytest.mark.parametrize(('more', 'says'), [
+    (['TRAIN.BATCH_SIZE', '50'], 'TRAIN.BATCH_SIZE'),
+    (['TRAIN.BATCHSIZE', '4'], "nearest is 'TRAIN.BATCH_SIZE'"),
+    (['DATASET.PATH', 'nowhere'], 'nowhere'),
+    (['MANO.SOURCE', 'files', 'MANO.PATH', 'nowhere'], 'MANO_LEFT.pkl is missing'),
+    (['MODEL.PRETRAINED', 'true', 'MODEL.WEIGHTS', 'nowhere.pth'], 'MODEL.PRETRAINED false'),
+    (['DEVICE', 'cuda'] if not torch.cuda.is_available() else ['DEVICE', 'gpu'], 'DEVICE'),
+    (['--resume'], 'latest.pth'),
+])
+def test_a_mistake_is_one_sentence_and_exit_code_2(tiny_prepared, tmp_path, capsys, more, says):
+    assert run(tiny_prepared, tmp_path / 'out', *more) == 2
+    error = capsys.readouterr().err
+    assert says in error and 'Traceback' not in error
+    assert not (tmp_path / 'out' / 'latest.pth').exists()
+
+
+def test_two_processes_train_and_leave_one_checkpoint(tiny_prepared, tmp_path):
+    out = tmp_path / 'two'
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
+               'train.py', *TINY, 'DATASET.PATH', str(tiny_prepared), 'OUTPUT_DIR', str(out), 'TRAIN.EPOCHS', '1']
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert content(out / 'latest.pth')['epoch'] == 1
+    assert [line['step'] for line in lines(out, 'train')] == [1, 2]
+    assert len(lines(out, 'val_stage1')) == 1

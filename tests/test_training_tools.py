@@ -1,0 +1,139 @@
+import json
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from models import build_model
+from utils.config import load_config
+from utils.training import LOG_NAME, RunLog, StopRequest, build_optimizer, learning_rate
+
+# Learning rate
+
+def test_cosine_goes_from_the_base_rate_to_zero():
+    rates = [learning_rate(step, total=100, base=5e-4) for step in range(101)]
+    assert rates[0] == 5e-4 and rates[100] == pytest.approx(0, abs=1e-15) and rates[50] == pytest.approx(2.5e-4)
+    assert all(a > b for a, b in zip(rates, rates[1:]))
+
+
+def test_warm_up_climbs_linearly_and_the_cosine_follows():
+    rates = [learning_rate(step, total=100, base=1.0, warmup=4) for step in range(101)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and max(rates) == rates[4]
+    assert rates[52] == pytest.approx(0.5) and rates[100] == pytest.approx(0, abs=1e-15)
+
+
+@pytest.mark.parametrize('total, warmup', [(1, 0), (3, 3), (3, 10)])
+def test_short_runs_have_positive_rates(total, warmup):
+    rates = [learning_rate(step, total=total, base=1.0, warmup=warmup) for step in range(total)]
+    assert all(0 < rate <= 1 for rate in rates)
+
+
+# Parameter groups
+
+@pytest.fixture(scope='module')
+def network(standin):
+    return build_model(tiny_config(), standin)
+
+
+def tiny_config(*changes: str):
+    return load_config(None, ['MODEL.BACKBONE', 'resnet18', 'MODEL.MAP_CHANNELS', '16', 'MODEL.PRETRAINED', 'false',
+                              'MANO.SOURCE', 'standin', *changes])
+
+
+@pytest.mark.parametrize('decay_all', ['true', 'false'])
+def test_every_parameter_is_optimised_once(network, decay_all):
+    optimizer = build_optimizer(network, tiny_config('TRAIN.DECAY_ALL', decay_all))
+    held = [id(p) for group in optimizer.param_groups for p in group['params']]
+    assert sorted(held) == sorted(id(p) for p in network.parameters())
+    decays = [group['weight_decay'] for group in optimizer.param_groups]
+    assert decays == ([0.01] if decay_all == 'true' else [0.01, 0.0])
+    assert all(group['lr'] == 5e-4 for group in optimizer.param_groups)
+
+
+def test_norms_biases_and_positions_are_spared_without_decay_all(network):
+    decayed, free = build_optimizer(network, tiny_config('TRAIN.DECAY_ALL', 'false')).param_groups
+    free, decayed = ({id(p) for p in group['params']} for group in (free, decayed))
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
+    spared = 0
+    for module_name, module in network.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            plain = isinstance(module, norms) or name in ('bias', 'position', 'neighbour_logits')
+            assert id(parameter) in (free if plain else decayed), f'{module_name}.{name}'
+            spared += plain
+    assert spared > 50 and len(decayed) > 50
+
+
+def test_weight_decay_shrinks_what_has_no_gradient_of_its_own():
+    layer = nn.Linear(2, 2)
+    optimizer = build_optimizer(layer, load_config(None, ['TRAIN.DECAY_ALL', 'false', 'TRAIN.LR', '0.1',
+                                                          'TRAIN.WEIGHT_DECAY', '0.5']))
+    before = [p.detach().clone() for p in layer.parameters()]
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(layer.weight.detach(), 0.95 * before[0])
+    assert torch.equal(layer.bias.detach(), before[1])
+
+
+# Log
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / LOG_NAME).read_text().splitlines()]
+
+
+def run(folder, steps, *, step=0):
+    log = RunLog(folder, step=step)
+    for number in steps:
+        log.write('train', number, loss=number / 2)
+    log.close()
+
+
+def test_log_has_one_object_a_line_and_the_same_numbers_on_the_board(tmp_path):
+    log = RunLog(tmp_path / 'new' / 'run', step=0)
+    scalars = []
+    log.board.add_scalar = lambda *args: scalars.append(args)
+    log.write('val', 3, epoch=1, joint_mm=2.5, note='fine')
+    log.close()
+    assert lines(tmp_path / 'new' / 'run') == [{'kind': 'val', 'step': 3, 'epoch': 1, 'joint_mm': 2.5, 'note': 'fine'}]
+    assert scalars == [('val/epoch', 1, 3), ('val/joint_mm', 2.5, 3)]
+    assert list((tmp_path / 'new' / 'run').glob('events.out.tfevents.*'))
+
+
+def test_resuming_drops_what_came_after_the_checkpoint(tmp_path):
+    run(tmp_path, range(1, 7))
+    run(tmp_path, [5, 6], step=4)
+    assert [line['step'] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    run(tmp_path, [], step=2)
+    assert [line['step'] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
+    run(tmp_path, [1, 2])
+    with open(tmp_path / LOG_NAME, 'a') as file:
+        file.write('{"kind": "train", "step": 3, "lo')
+    run(tmp_path, [3], step=2)
+    assert [line['step'] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_a_fresh_run_starts_an_empty_log(tmp_path):
+    run(tmp_path, [1, 2])
+    run(tmp_path, [1])
+    assert [line['step'] for line in lines(tmp_path)] == [1]
+
+
+# Stopping
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_first_signal_asks_and_a_second_one_insists(number):
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        stop = StopRequest()
+        assert not stop.requested
+        signal.raise_signal(number)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    finally:
+        for n, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+            signal.signal(n, handler)

@@ -1,0 +1,147 @@
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from manopth import TwoHandLayer, load_hand_models
+from utils import render, visualize
+from utils.errors import UserError
+from utils.geometry import project
+
+LEFT_BGR, RIGHT_BGR = (np.array(colour) for colour in render.HAND_COLOURS_BGR)
+INTRINSICS = torch.tensor([[500.0, 0.0, 128.0], [0.0, 500.0, 128.0], [0.0, 0.0, 1.0]])
+
+
+@pytest.fixture(scope='module')
+def models():
+    return load_hand_models('standin')
+
+
+@pytest.fixture(scope='module')
+def hands(models):
+    """The mean pose of both hands, half a metre before the camera, right hand 5 cm nearer: (2, 778, 3), (2, 21, 3)."""
+    flat = [torch.zeros(1, 2, size) for size in (3, 45, 10)]
+    vertices, joints = TwoHandLayer(models)(*flat, root_joint=9)
+    turn = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]])  # look at the back of the hands
+    place = torch.tensor([[[0.0, 0.0, 0.55]], [[0.02, 0.0, 0.5]]])
+    return vertices[0] @ turn.T + place, joints[0] @ turn.T + place
+
+
+def row_inputs(hands, **changes):
+    vertices, joints = hands
+    pixels = project(joints, INTRINSICS)
+    labels = torch.zeros(32, 32, dtype=torch.long)
+    labels[8:20, 4:16], labels[8:20, 16:28] = 1, 2
+    image = np.full((256, 256, 3), 90, np.uint8)
+    inputs = visualize.RowInputs(image, INTRINSICS, pixels, pixels, vertices, vertices, labels, labels)
+    return inputs._replace(**changes)
+
+
+def near(picture, colour, tolerance=12):
+    return (np.abs(picture.astype(int) - colour) <= tolerance).all(-1)
+
+
+def test_skeleton_marks_every_joint_in_its_hands_colour_and_leaves_the_image_alone():
+    image = np.zeros((256, 256, 3), np.uint8)
+    grid = torch.stack(torch.meshgrid(torch.arange(7), torch.arange(6), indexing='xy'), -1).reshape(2, 21, 2)
+    pixels = 20.0 + 35.0 * grid
+    picture = visualize.draw_skeletons(image, pixels)
+    assert not image.any()
+    for hand, colour in enumerate((LEFT_BGR, RIGHT_BGR)):
+        for u, v in pixels[hand].int().tolist():
+            assert near(picture[v, u], colour)
+
+
+def test_skeleton_bone_has_its_fingers_colour():
+    pixels = torch.full((2, 21, 2), torch.nan)
+    pixels[1, 5], pixels[1, 6] = torch.tensor([30.0, 100.0]), torch.tensor([200.0, 100.0])
+    picture = visualize.draw_skeletons(np.zeros((256, 256, 3), np.uint8), pixels)
+    assert near(picture[100, 115], np.array(visualize.FINGER_COLOURS_BGR[1]))
+
+
+def test_skeleton_skips_joints_that_cannot_be_drawn():
+    image = np.full((64, 64, 3), 7, np.uint8)
+    pixels = torch.full((2, 21, 2), torch.nan)
+    pixels[0], pixels[1, 3] = 1e12, torch.inf
+    assert (visualize.draw_skeletons(image, pixels) == image).all()
+
+
+def test_nearer_mesh_hides_the_farther(models, hands):
+    image = np.zeros((256, 256, 3), np.uint8)
+
+    def is_orange(vertices):
+        picture = visualize.mesh_overlay(image, vertices, INTRINSICS, models, alpha=1.0).astype(int)
+        return picture[..., 2] - picture[..., 0] > 20, picture[..., 0] - picture[..., 2] > 20
+
+    vertices = hands[0].clone()
+    right_in_front, left_behind = is_orange(vertices)
+    vertices[:, :, 2] += torch.tensor([[-0.05], [0.05]])
+    right_behind, left_in_front = is_orange(vertices)
+    assert min(mask.sum() for mask in (right_in_front, left_behind, right_behind, left_in_front)) > 200
+    swapped = right_in_front & left_in_front
+    assert swapped.sum() > 500  # the overlap changes hands with the order
+    assert left_in_front.sum() > left_behind.sum()
+
+
+def test_mesh_overlay_takes_arrays_as_well(models, hands):
+    image = np.full((256, 256, 3), 50, np.uint8)
+    a = visualize.mesh_overlay(image, hands[0], INTRINSICS, models)
+    b = visualize.mesh_overlay(image, hands[0].double().numpy(), INTRINSICS.numpy(), models)
+    assert (a == b).all() and (a != image).any()
+
+
+def test_segmentation_picture_keeps_each_label_apart():
+    labels = np.array([[0, 1], [2, 1]])
+    picture = visualize.segmentation_picture(torch.from_numpy(labels))
+    assert (picture[labels == 1] == LEFT_BGR).all() and (picture[labels == 2] == RIGHT_BGR).all()
+    assert (picture[labels == 0] == visualize.BACKGROUND_BGR).all()
+    with pytest.raises(ValueError, match='0, 1 and 2'):
+        visualize.segmentation_picture(np.array([[255]]))
+
+
+@pytest.mark.parametrize('size', [256, 128, 384])
+def test_row_has_seven_panels_of_256_whatever_the_image(models, hands, size):
+    scale = size / 256
+    inputs = row_inputs(hands, image=np.full((size, size, 3), 90, np.uint8),
+                        intrinsics=torch.diag(torch.tensor([scale, scale, 1.0])) @ INTRINSICS)
+    row = visualize.prediction_row(inputs._replace(predicted_pixels=inputs.predicted_pixels * scale), models)
+    step = visualize.PANEL + visualize.GAP
+    assert row.dtype == np.uint8
+    assert row.shape == (visualize.PANEL + visualize.CAPTION_HEIGHT, 7 * step - visualize.GAP, 3)
+    assert (row[visualize.CAPTION_HEIGHT:, :visualize.PANEL] == 90).all()  # the input, as it is
+    for number in range(7):
+        caption = row[:visualize.CAPTION_HEIGHT, number * step:number * step + visualize.PANEL]
+        assert (caption > 180).any()
+
+
+def test_row_shows_prediction_and_truth_in_their_own_panels(models, hands):
+    truth = row_inputs(hands)
+    row = visualize.prediction_row(truth, models)
+    step = visualize.PANEL + visualize.GAP
+    empty = truth._replace(predicted_pixels=truth.true_pixels + 1000, predicted_vertices=truth.true_vertices * -1,
+                           predicted_labels=torch.zeros(32, 32))
+    changed = (visualize.prediction_row(empty, models) != row).any((0, 2))
+    changed_panels = {number for number in range(7) if changed[number * step:number * step + visualize.PANEL].any()}
+    assert changed_panels == {1, 3, 5}
+
+
+def test_sheet_stacks_rows_under_their_headers(models, hands):
+    row = visualize.prediction_row(row_inputs(hands), models)
+    sheet = visualize.picture_sheet([row, row // 2], ['first', 'a header too long for any sheet ' * 20])
+    height = row.shape[0] + visualize.CAPTION_HEIGHT
+    assert sheet.shape == (2 * height, row.shape[1], 3)
+    assert (sheet[visualize.CAPTION_HEIGHT:height] == row).all() and (sheet[-len(row):] == row // 2).all()
+    for rows, headers in (([], []), ([row], ['a', 'b'])):
+        with pytest.raises(ValueError, match='header'):
+            visualize.picture_sheet(rows, headers)
+
+
+def test_write_image_round_trip(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    path = tmp_path / 'new' / 'picture.png'
+    visualize.write_image(path, image)
+    visualize.write_image(path, image)
+    assert (cv2.imread(str(path)) == image).all()
+    assert [p.name for p in path.parent.iterdir()] == ['picture.png']
+    with pytest.raises(UserError, match='xyz'):
+        visualize.write_image(tmp_path / 'picture.xyz', image)

@@ -1,0 +1,64 @@
+"""Writing files so that a killed run or a full disk leaves the old file or the new one, never half of one."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import cv2
+import numpy as np
+
+from utils.errors import UserError
+
+
+@contextmanager
+def written_aside(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """A binary file that takes the name ``path`` only once the block ends well; on failure nothing is left behind.
+
+    Makes missing folders. ``durable`` waits for the disk: else a power cut can leave the new name on an empty file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f'.{path.name}.{os.getpid()}.partial')
+    try:
+        with open(aside, 'wb') as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path: str | Path, content: bytes, *, durable: bool = True) -> None:
+    """Write ``content`` to ``path`` by way of ``written_aside``."""
+    with written_aside(path, durable=durable) as file:
+        file.write(content)
+
+
+def read_image(path: str | Path) -> np.ndarray | None:
+    """(H, W, 3) uint8 BGR, or None for what is cut short or no picture. Raises OSError if there is no reading it."""
+    content = Path(path).read_bytes()
+    # The decoder fills what is missing of a JPEG cut short with grey and says nothing.
+    cut_short = content[:2] == b'\xff\xd8' and b'\xff\xd9' not in content[-1024:]
+    return None if cut_short or not content else cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """``value`` as indented JSON, atomically."""
+    write_atomically(path, (json.dumps(value, indent=1) + '\n').encode())
+
+
+def read_json(path: str | Path) -> Any:
+    """Raises UserError if the file is missing or is not JSON."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise UserError(f'{path} does not exist.') from None
+    except ValueError as error:
+        raise UserError(f'{path} is not valid JSON ({error}): it is cut short or damaged, make or get it '
+                        'again.') from None

@@ -1,0 +1,57 @@
+"""Cameras, crops and the exact geometry of image augmentation. Camera axes: x right, y down, z forward, metres.
+
+Pixel centres lie at integers (OpenCV's sense); a 3 x 3 affine map A acts on homogeneous pixel coordinates.
+"""
+
+import torch
+from torch import Tensor
+
+CROP_SIZE = 256  # side in pixels of a prepared crop; the unit of every pixel figure
+
+
+def project(points: Tensor, intrinsics: Tensor) -> Tensor:
+    """Pinhole projection: points (..., N, 3) m, intrinsics (..., 3, 3), any full matrix -> pixels (..., N, 2)."""
+    image = points @ intrinsics.transpose(-1, -2)
+    return image[..., :2] / image[..., 2:]
+
+
+def to_uv(pixels: Tensor, size: int = CROP_SIZE) -> Tensor:
+    """Pixels of a ``size`` crop -> normalised uv in [-1, 1]: 2 u / size - 1."""
+    return 2 * pixels / size - 1
+
+
+def from_uv(uv: Tensor, size: int = CROP_SIZE) -> Tensor:
+    """Inverse of ``to_uv``."""
+    return (uv + 1) * size / 2
+
+
+def world_to_camera(points: Tensor, rotation: Tensor, translation: Tensor) -> Tensor:
+    """(B, ..., 3) world -> camera axes: R x + t with R (B, 3, 3), t (B, 3), all in one unit."""
+    extra = (1,) * (points.ndim - 2)
+    turned = (rotation.view(len(rotation), *extra, 3, 3) @ points[..., None]).squeeze(-1)
+    return turned + translation.view(len(translation), *extra, 3)
+
+
+def rotation_z(angle: Tensor) -> Tensor:
+    """(...,) rad -> (..., 3, 3): turns x (right) towards y (down), clockwise on screen."""
+    cos, sin, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
+    return torch.stack([cos, -sin, zero, sin, cos, zero, zero, zero, one], -1).unflatten(-1, (3, 3))
+
+
+def similarity_about_centre(scale: Tensor, angle: Tensor, shift: Tensor, size: int = CROP_SIZE) -> Tensor:
+    """The image map u' = s R(angle) (u - c) + c + shift about c = size / 2.
+
+    scale (...,), angle (...,) rad, shift (..., 2) pixels -> A (..., 3, 3).
+    """
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    centre = size / 2
+    row_u = torch.stack([cos, -sin, centre - centre * (cos - sin) + shift[..., 0]], -1)
+    row_v = torch.stack([sin, cos, centre - centre * (sin + cos) + shift[..., 1]], -1)
+    row_w = torch.zeros_like(row_u)
+    row_w[..., 2] = 1
+    return torch.stack([row_u, row_v, row_w], -2)
+
+
+def mirror_image_matrix(size: int = CROP_SIZE) -> Tensor:
+    """The image map of a left-right flip between pixel centres, u -> size - 1 - u, as A (3, 3)."""
+    return torch.tensor([[-1.0, 0.0, size - 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])

@@ -1,0 +1,75 @@
+"""What a training run needs around its loop: schedule, parameter groups, a clean way to stop, logs."""
+
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from yacs.config import CfgNode
+
+from utils.files import write_atomically
+
+LOG_NAME = 'log.jsonl'
+
+
+def learning_rate(step: int, *, total: int, base: float, warmup: int = 0) -> float:
+    """Rate of step ``step`` (0-based): linear warm-up, then cosine to 0 at ``total``."""
+    if step < warmup:
+        return base * (step + 1) / (warmup + 1)
+    return base * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+
+def build_optimizer(model: nn.Module, cfg: CfgNode) -> torch.optim.AdamW:
+    """AdamW; with DECAY_ALL false, norms, biases and position embeddings are not decayed."""
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        plain = parameter.ndim <= 1 or name.endswith(('bias', 'position', 'neighbour_logits'))
+        (free if plain and not cfg.TRAIN.DECAY_ALL else decayed).append(parameter)
+    groups = [{'params': decayed, 'weight_decay': cfg.TRAIN.WEIGHT_DECAY}, {'params': free, 'weight_decay': 0.0}]
+    return torch.optim.AdamW([group for group in groups if group['params']], lr=cfg.TRAIN.LR, fused=True)
+
+
+class StopRequest:
+    """Ctrl-C or a termination signal asks the loop to stop after the step in hand; a second one stops at once."""
+
+    def __init__(self):
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number, frame) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+class RunLog:
+    """log.jsonl (one object a line) and TensorBoard in ``folder``. Lines after ``step``, a lost future, are removed."""
+
+    def __init__(self, folder: str | Path, *, step: int):
+        self.path = Path(folder) / LOG_NAME
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in self._lines() if json.loads(line)['step'] <= step]
+        write_atomically(self.path, ''.join(line + '\n' for line in kept).encode())
+        self.board = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def _lines(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text().splitlines()
+        return [line for line in lines if line.startswith('{') and line.endswith('}')]  # a kill may cut the last one
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Append one line and the same numbers as TensorBoard scalars ``kind/name``."""
+        with open(self.path, 'a') as file:
+            file.write(json.dumps({'kind': kind, 'step': step, **values}) + '\n')
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self.board.add_scalar(f'{kind}/{name}', value, step)
+
+    def close(self) -> None:
+        self.board.close()
