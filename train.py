@@ -7,8 +7,10 @@
 """
 
 import argparse
+import math
 import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,11 +53,25 @@ class Training(NamedTuple):
     batch_maker: BatchMaker
     loader: torch.utils.data.DataLoader
     sampler: EpochSampler
+    validation: InterHandDataset | None  # None: the data set has no split val
     hand_model: str
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.cfg.OUTPUT_DIR)
 
     @property
     def total_steps(self) -> int:
         return self.sampler.steps * self.cfg.TRAIN.EPOCHS
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what a resumed one goes on from, next to weights and optimizer."""
+
+    epoch: int = 0  # epochs done
+    step: int = 0  # steps done of the next one
+    best: float = math.inf  # mm: lowest validation joint error so far
 
 
 @user_facing
@@ -65,15 +81,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--resume', action='store_true', help='go on from OUTPUT_DIR/latest.pth')
     args = parser.parse_intermixed_args(argv)
     cfg = load_config(args.cfg, args.opts)
-    folder = Path(cfg.OUTPUT_DIR)
-    if not args.resume and (folder / 'latest.pth').exists():
-        raise UserError(f'{folder} already holds a run: add --resume to go on with it, or choose another OUTPUT_DIR.')
-
+    latest = Path(cfg.OUTPUT_DIR) / 'latest.pth'
+    if not args.resume and latest.exists():
+        raise UserError(f'{latest.parent} already holds a run: add --resume to go on with it, or choose another '
+                        'OUTPUT_DIR.')
     device = distributed.start(cfg.DEVICE)
     try:
         run = build_training(cfg, device, fresh=not args.resume)
-        epoch, step_in_epoch, best = resume(run, folder / 'latest.pth') if args.resume else (0, 0, float('inf'))
-        return fit(run, folder, epoch, step_in_epoch, best)
+        return fit(run, resume(run, latest) if args.resume else Progress())
     finally:
         distributed.stop()
 
@@ -82,6 +97,7 @@ def build_training(cfg: CfgNode, device: torch.device, *, fresh: bool) -> Traini
     hand_models = load_hand_models(cfg.MANO.SOURCE, cfg.MANO.PATH)
     check_hand_model_record(cfg.DATASET.PATH, hand_models)
     loader, sampler = training_loader(cfg)
+    validation = validation_split(cfg)  # now, not after the first epoch, it should turn out that it cannot be read
     torch.manual_seed(cfg.SEED)
     model = build_model(cfg, hand_models, pretrained=None if fresh else False)
     model = to_device(model, device)
@@ -92,63 +108,71 @@ def build_training(cfg: CfgNode, device: torch.device, *, fresh: bool) -> Traini
                                            find_unused_parameters=unused)
     return Training(
         cfg, model, parallel, build_criterion(cfg, hand_models).to(device), build_optimizer(model, cfg),
-        BatchMaker(TwoHandLayer(hand_models), image_size=cfg.MODEL.IMAGE_SIZE).to(device), loader, sampler,
+        BatchMaker(TwoHandLayer(hand_models), image_size=cfg.MODEL.IMAGE_SIZE).to(device), loader, sampler, validation,
         describe(hand_models))
 
 
-def fit(run: Training, folder: Path, epoch: int, step_in_epoch: int, best: float) -> int:
+def validation_split(cfg: CfgNode) -> InterHandDataset | None:
+    if not (Path(cfg.DATASET.PATH) / 'val').exists():
+        if distributed.is_main():
+            print(f'{cfg.DATASET.PATH} has no split val: nothing is validated, and best.pth is the last epoch.')
+        return None
+    return InterHandDataset(cfg.DATASET.PATH, 'val', with_dense=False)
+
+
+def fit(run: Training, progress: Progress) -> int:
     """The epoch loop; returns the exit code."""
-    cfg, stop = run.cfg, StopRequest()
-    log = RunLog(folder, step=epoch * run.sampler.steps + step_in_epoch) if distributed.is_main() else None
-    with tqdm(total=run.total_steps, initial=epoch * run.sampler.steps + step_in_epoch, unit='step', mininterval=1,
-              disable=not distributed.is_main()) as bar:
-        while epoch < cfg.TRAIN.EPOCHS:
-            bar.set_description(f'epoch {epoch + 1}/{cfg.TRAIN.EPOCHS}')
-            stopped_at = train_one_epoch(run, folder, epoch, step_in_epoch, best, stop=stop, log=log, bar=bar)
-            if stopped_at is not None:
-                save_latest(run, folder, epoch, stopped_at, best)
-                bar.write(f'stopped after step {stopped_at} of epoch {epoch + 1}; --resume goes on from there.')
+    cfg, stop, steps_done = run.cfg, StopRequest(), progress.epoch * run.sampler.steps + progress.step
+    log = RunLog(run.folder, step=steps_done) if distributed.is_main() else None
+    with tqdm(total=run.total_steps, initial=steps_done, unit='step', mininterval=1, disable=log is None) as bar:
+        while progress.epoch < cfg.TRAIN.EPOCHS:
+            bar.set_description(f'epoch {progress.epoch + 1}/{cfg.TRAIN.EPOCHS}')
+            if not train_one_epoch(run, progress, stop=stop, log=log, bar=bar):
+                save_latest(run, progress)
+                bar.write(f'stopped after step {progress.step} of epoch {progress.epoch + 1}; --resume goes on there.')
                 return 130
-            epoch, step_in_epoch = epoch + 1, 0
-            if epoch % cfg.TRAIN.VALIDATE_EVERY == 0 or epoch == cfg.TRAIN.EPOCHS:
-                figure = validate(run, folder, epoch, log=log, bar=bar)
-                if figure < best:
-                    best = figure
-                    save_best(run, folder, epoch, best)
-            save_latest(run, folder, epoch, 0, best)
+            progress.epoch, progress.step = progress.epoch + 1, 0
+            if run.validation is None:
+                save_best(run, progress)
+            elif progress.epoch % cfg.TRAIN.VALIDATE_EVERY == 0 or progress.epoch == cfg.TRAIN.EPOCHS:
+                figure = validate(run, progress.epoch, log=log, bar=bar)
+                if figure < progress.best:
+                    progress.best = figure
+                    save_best(run, progress)
+            save_latest(run, progress)
     if log:
         log.close()
-        print(f'done: best validation joint error {best:.2f} mm, {folder / "best.pth"}')
+        figure = '' if run.validation is None else f', validation joint error {progress.best:.2f} mm'
+        print(f'done: {run.folder / "best.pth"}{figure}')
     return 0
 
 
-def train_one_epoch(run: Training, folder: Path, epoch: int, first_step: int, best: float, *, stop: StopRequest,
-                    log: RunLog | None, bar: tqdm) -> int | None:
-    """Train epoch ``epoch`` from step ``first_step`` on; returns the step it was asked to stop after, else None."""
+def train_one_epoch(run: Training, progress: Progress, *, stop: StopRequest, log: RunLog | None, bar: tqdm) -> bool:
+    """Train the epoch that ``progress`` points at, from its step on; False if it was asked to stop on the way."""
     cfg = run.cfg
     run.parallel.train()
-    run.sampler.start_at(epoch, first_step)
-    last_log = (time.perf_counter(), first_step)
-    for step, samples in enumerate(run.loader, start=first_step + 1):
+    run.sampler.start_at(progress.epoch, progress.step)
+    logged_at, logged_step = time.perf_counter(), progress.step
+    for samples in run.loader:
         batch = run.batch_maker(samples)
-        global_step = epoch * run.sampler.steps + step
-        rate = learning_rate(global_step - 1, total=run.total_steps, base=cfg.TRAIN.LR, warmup=cfg.TRAIN.WARMUP_STEPS)
+        global_step = progress.epoch * run.sampler.steps + progress.step
+        rate = learning_rate(global_step, total=run.total_steps, base=cfg.TRAIN.LR, warmup=cfg.TRAIN.WARMUP_STEPS)
         terms = train_step(run, batch, rate)
+        progress.step += 1
 
-        if log and step % cfg.TRAIN.LOG_EVERY == 0:
-            now = time.perf_counter()
-            speed = (step - last_log[1]) * cfg.TRAIN.BATCH_SIZE / (now - last_log[0])
-            last_log = (now, step)
+        if log and progress.step % cfg.TRAIN.LOG_EVERY == 0:
+            speed = (progress.step - logged_step) * cfg.TRAIN.BATCH_SIZE / (time.perf_counter() - logged_at)
+            logged_at, logged_step = time.perf_counter(), progress.step
             values = {name: value.item() for name, value in terms.items()}
-            log.write('train', global_step, epoch=epoch, lr=rate, samples_per_second=round(speed, 2),
+            log.write('train', global_step + 1, epoch=progress.epoch, lr=rate, samples_per_second=round(speed, 2),
                       total=sum(values.values()), **values)
             bar.set_postfix(loss=f'{sum(values.values()):.3f}', refresh=False)
         bar.update()
-        if asked_to_stop(stop, step, cfg):
-            return step
-        if step % cfg.TRAIN.SAVE_EVERY == 0 and step < run.sampler.steps:
-            save_latest(run, folder, epoch, step, best)
-    return None
+        if asked_to_stop(stop, progress.step, cfg):
+            return False
+        if progress.step % cfg.TRAIN.SAVE_EVERY == 0 and progress.step < run.sampler.steps:
+            save_latest(run, progress)
+    return True
 
 
 def train_step(run: Training, batch: Batch, rate: float) -> dict[str, torch.Tensor]:
@@ -178,22 +202,21 @@ def asked_to_stop(stop: StopRequest, step: int, cfg: CfgNode) -> bool:
     return step % cfg.TRAIN.LOG_EVERY == 0 and distributed.any_process(stop.requested)
 
 
-def validate(run: Training, folder: Path, epoch: int, *, log: RunLog | None, bar: tqdm) -> float:
+def validate(run: Training, epoch: int, *, log: RunLog | None, bar: tqdm) -> float:
     """Figures of every stage on the validation split, and pictures; returns the one that ``best`` is chosen by."""
-    cfg, step = run.cfg, epoch * run.sampler.steps
-    dataset = InterHandDataset(cfg.DATASET.PATH, 'val', with_dense=False)
+    cfg, step, dataset = run.cfg, epoch * run.sampler.steps, run.validation
     result = evaluate(run.model, evaluation_loader(dataset, cfg), run.batch_maker, network_root=cfg.ROOT_JOINT,
                       protocol=Protocol(cfg.ROOT_JOINT, scale=True), title='validate')
+    summary = result.summary()
     if log:
         log_validation(log, result, step, epoch)
         if cfg.TRAIN.PICTURES:
             sheet = draw_samples(run.model, dataset, spread_over(len(dataset), cfg.TRAIN.PICTURES), run.batch_maker,
-                                 path=folder / 'pictures' / f'epoch_{epoch:03d}.jpg')
+                                 path=run.folder / 'pictures' / f'epoch_{epoch:03d}.jpg')
             log.board.add_image('validation', sheet[..., ::-1].copy(), step, dataformats='HWC')
-        summary = result.summary()
         bar.write(f'epoch {epoch}: validation joint {summary["joint_mm"]["all"]:.2f} mm, vert '
                   f'{summary["vert_mm"]["all"]:.2f} mm, root {summary["root_mm"]:.2f} mm')
-    return result.summary()['joint_mm']['all']
+    return summary['joint_mm']['all']
 
 
 def log_validation(log: RunLog, result: Evaluation, step: int, epoch: int) -> None:
@@ -203,21 +226,21 @@ def log_validation(log: RunLog, result: Evaluation, step: int, epoch: int) -> No
         log.write(f'val_stage{stage}', step, epoch=epoch, root_mm=summary['root_mm'], **figures)
 
 
-def save_latest(run: Training, folder: Path, epoch: int, step_in_epoch: int, best: float) -> None:
-    """Where the run stands: ``epoch`` epochs and ``step_in_epoch`` steps are done."""
+def save_latest(run: Training, progress: Progress) -> None:
+    """All that an exact resume needs."""
     if distributed.is_main():
-        save_checkpoint(folder / 'latest.pth', model=run.model, cfg=run.cfg, hand_model=run.hand_model,
-                        optimizer=run.optimizer.state_dict(), epoch=epoch, step_in_epoch=step_in_epoch, best=best)
+        save_checkpoint(run.folder / 'latest.pth', model=run.model, cfg=run.cfg, hand_model=run.hand_model,
+                        optimizer=run.optimizer.state_dict(), progress=asdict(progress))
 
 
-def save_best(run: Training, folder: Path, epoch: int, figure: float) -> None:
+def save_best(run: Training, progress: Progress) -> None:
     if distributed.is_main():
-        save_checkpoint(folder / 'best.pth', model=run.model, cfg=run.cfg, hand_model=run.hand_model, epoch=epoch,
-                        val_joint_mm=figure)
+        save_checkpoint(run.folder / 'best.pth', model=run.model, cfg=run.cfg, hand_model=run.hand_model,
+                        progress=asdict(progress))
 
 
-def resume(run: Training, path: Path) -> tuple[int, int, float]:
-    """Put a saved run back; returns (epoch, step in it, best figure). Raises UserError if it was another run."""
+def resume(run: Training, path: Path) -> Progress:
+    """Put a saved run back. Raises UserError if it was another run."""
     content = read_checkpoint(path)
     if 'optimizer' not in content:
         raise UserError(f'{path} holds a network but no training state; only latest.pth can be resumed.')
@@ -230,7 +253,7 @@ def resume(run: Training, path: Path) -> tuple[int, int, float]:
     check_hand_model(content, run.batch_maker.hand_layer.models, path=path)
     load_state(run.model, content['model'], path=path)
     run.optimizer.load_state_dict(content['optimizer'])
-    return content['epoch'], content['step_in_epoch'], content['best']
+    return Progress(**content['progress'])
 
 
 if __name__ == '__main__':

@@ -85,7 +85,7 @@ def test_killed_run_resumes_to_the_same_bits(finished, tiny_prepared, tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     saved = content(out / 'latest.pth')
-    assert (saved['epoch'], saved['step_in_epoch']) < (2, 0)  # it was killed on its way
+    assert (saved['progress']['epoch'], saved['progress']['step']) < (2, 0)  # it was killed on its way
     assert run(tiny_prepared, out, '--resume') == 0
     assert_same_weights(finished / 'latest.pth', out / 'latest.pth')
     assert [line['step'] for line in lines(out, 'train')] == [1, 2, 3, 4]
@@ -104,7 +104,7 @@ def test_interrupt_finishes_the_step_and_resumes_exactly(finished, tiny_prepared
     assert run(tiny_prepared, out) == 130
     monkeypatch.undo()
     saved = content(out / 'latest.pth')
-    assert (saved['epoch'], saved['step_in_epoch']) == (1, 1)
+    assert (saved['progress']['epoch'], saved['progress']['step']) == (1, 1)
     assert run(tiny_prepared, out, '--resume') == 0
     assert_same_weights(finished / 'latest.pth', out / 'latest.pth')
 
@@ -138,7 +138,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(tiny_prepared, tmp_
     assert 'offset_1 nan' in message and 'joint_xyz_left_0' in message
     assert message.count(str(tiny_prepared / 'train' / 'img')) == 4  # the batch's samples by name
     saved = content(out / 'latest.pth')
-    assert saved['epoch'] == 1
+    assert saved['progress']['epoch'] == 1
     assert all(torch.isfinite(value).all() for value in saved['model'].values())
 
 
@@ -146,8 +146,7 @@ def test_full_disk_leaves_the_old_checkpoint(finished, tiny_prepared, tmp_path, 
     out = tmp_path / 'full'
     shutil.copytree(finished, out)
     before = content(out / 'latest.pth')
-    saved = dict(before, epoch=1, step_in_epoch=0)
-    torch.save(saved, out / 'latest.pth')
+    torch.save(before | {'progress': before['progress'] | {'epoch': 1, 'step': 0}}, out / 'latest.pth')
     old = (out / 'latest.pth').read_bytes()
 
     def no_space(*args, **kwargs):
@@ -189,12 +188,27 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(tiny_prepared, tmp_path, caps
     assert not (tmp_path / 'out' / 'latest.pth').exists()
 
 
+def test_without_a_validation_split_it_says_so_and_keeps_the_last_epoch(tiny_prepared, tmp_path, capsys):
+    shutil.copytree(tiny_prepared / 'train', tmp_path / 'data' / 'train')
+    assert run(tmp_path / 'data', tmp_path / 'out', 'TRAIN.EPOCHS', '1') == 0
+    assert 'has no split val' in capsys.readouterr().out
+    assert_same_weights(tmp_path / 'out' / 'best.pth', tmp_path / 'out' / 'latest.pth')
+
+
+def test_a_broken_validation_split_is_noticed_before_training(tiny_prepared, tmp_path, capsys):
+    shutil.copytree(tiny_prepared, tmp_path / 'data')
+    (tmp_path / 'data' / 'val' / 'img' / '1.jpg').unlink()
+    assert run(tmp_path / 'data', tmp_path / 'out') == 2
+    assert 'has gaps' in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()
+
+
 def test_two_processes_train_and_leave_one_checkpoint(tiny_prepared, tmp_path):
     out = tmp_path / 'two'
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
                'train.py', *TINY, 'DATASET.PATH', str(tiny_prepared), 'OUTPUT_DIR', str(out), 'TRAIN.EPOCHS', '1']
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert content(out / 'latest.pth')['epoch'] == 1
+    assert content(out / 'latest.pth')['progress']['epoch'] == 1
     assert [line['step'] for line in lines(out, 'train')] == [1, 2]
     assert len(lines(out, 'val_stage1')) == 1
