@@ -25,7 +25,7 @@ from utils.files import read_json, write_json
 from utils.prediction_pictures import draw_samples, spread_over
 
 CONFIG = 'configs/demo.yaml'
-FRAMES = (2000, 60, 200)
+FRAMES = (2400, 60, 200)
 PICTURES = 8
 
 
@@ -70,7 +70,8 @@ def run_command(name: str, command: list[str]) -> None:
     print(f'\n== {name}\n$ python {shlex.join(command)}', flush=True)
     code = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
     if code:
-        raise UserError(f"the demo stopped at '{name}' (exit code {code}); the same command goes on from there.")
+        raise UserError(f"the demo stopped at '{name}' (exit code {code}); the same command goes on from there, and "
+                        '`make clean` makes it start afresh.')
 
 
 def draw_test_samples(run: Path, data: Path, opts: list[str], path: Path) -> Path:
