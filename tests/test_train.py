@@ -17,7 +17,7 @@ import train
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ['--cfg', 'configs/demo.yaml', 'MODEL.IMAGE_SIZE', '64', 'MODEL.MAP_CHANNELS', '16', 'MODEL.STAGES', '1',
         'TRAIN.BATCH_SIZE', '4', 'TRAIN.EPOCHS', '2', 'TRAIN.WORKERS', '0', 'TRAIN.PICTURES', '2',
-        'TRAIN.LOG_EVERY', '1', 'DEVICE', 'cpu']
+        'TRAIN.LOG_EVERY', '1', 'TRAIN.VALIDATE_EVERY', '1', 'DEVICE', 'cpu']
 
 
 def run(data: Path, out: Path, *more: str) -> int:
