@@ -61,9 +61,10 @@ def test_a_short_training_overfits_them(prepared, tmp_path):
              for word in (f'AUGMENT.{name}', '0')]
     small = ['MODEL.IMAGE_SIZE', '64', 'MODEL.MAP_CHANNELS', '32', 'TRAIN.BATCH_SIZE', '4', 'TRAIN.WORKERS', '0',
              'TRAIN.PICTURES', '0', 'DEVICE', 'cpu']
+    schedule = ['TRAIN.EPOCHS', '5', 'TRAIN.LR', '1e-3', 'TRAIN.WARMUP_STEPS', '5', 'TRAIN.VALIDATE_EVERY', '5']
     out = tmp_path / 'run'
     assert train.main(['--cfg', 'configs/demo.yaml', 'DATASET.PATH', str(prepared), 'OUTPUT_DIR', str(out), *small,
-                       'TRAIN.EPOCHS', '4', *still]) == 0
+                       *schedule, *still]) == 0
     assert eval_interhand.main(['--data_path', str(prepared), '--model', str(out / 'latest.pth'), '--out',
                                 str(out / 'eval'), 'TRAIN.WORKERS', '0']) == 0
     figures = json.loads((out / 'eval' / 'metrics.json').read_text())
