@@ -72,6 +72,15 @@ class Progress:
     epoch: int = 0  # epochs done
     step: int = 0  # steps done of the next one
     best: float = math.inf  # mm: lowest validation joint error so far
+    seconds: float = 0.0  # spent on it, over all sessions, validation included
+
+    def __post_init__(self):
+        self._since = time.perf_counter()
+
+    def tick(self) -> None:
+        """Count the time since the last call."""
+        now = time.perf_counter()
+        self.seconds, self._since = self.seconds + now - self._since, now
 
 
 @user_facing
@@ -103,7 +112,7 @@ def build_training(cfg: CfgNode, device: torch.device, *, fresh: bool) -> Traini
     model = to_device(model, device)
     parallel = model
     if distributed.rank_and_world()[1] > 1:
-        unused = not all(value for value in cfg.LOSS.values() if isinstance(value, float))
+        unused = not (cfg.MODEL.DENSE_HEADS and all(v for v in cfg.LOSS.values() if isinstance(v, float)))
         parallel = DistributedDataParallel(model, [device] if device.type == 'cuda' else None,
                                            find_unused_parameters=unused)
     return Training(
@@ -136,6 +145,7 @@ def fit(run: Training, progress: Progress) -> int:
                 save_best(run, progress)
             elif progress.epoch % cfg.TRAIN.VALIDATE_EVERY == 0 or progress.epoch == cfg.TRAIN.EPOCHS:
                 figure = validate(run, progress.epoch, log=log, bar=bar)
+                progress.tick()
                 if figure < progress.best:
                     progress.best = figure
                     save_best(run, progress)
@@ -159,6 +169,7 @@ def train_one_epoch(run: Training, progress: Progress, *, stop: StopRequest, log
         rate = learning_rate(global_step, total=run.total_steps, base=cfg.TRAIN.LR, warmup=cfg.TRAIN.WARMUP_STEPS)
         terms = train_step(run, batch, rate)
         progress.step += 1
+        progress.tick()
 
         if log and progress.step % cfg.TRAIN.LOG_EVERY == 0:
             speed = (progress.step - logged_step) * cfg.TRAIN.BATCH_SIZE / (time.perf_counter() - logged_at)

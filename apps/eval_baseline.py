@@ -17,17 +17,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from apps.eval_interhand import add_protocol_arguments, evaluate_split, report
+from apps.eval_interhand import add_evaluation_arguments, evaluate_split, report
 from dataset.interhand import InterHandDataset
 from manopth import TwoHandLayer, load_hand_models
 from models.hand_head import HandHead
 from models.predictions import CAMERA, NUM_PARAMETERS, POSE, ROOT_ROTATION, SHAPE, DIROutput
 from utils import distributed
-from utils.config import load_config
+from utils.config import flatten, load_config
 from utils.errors import user_facing
 from utils.geometry import world_to_camera
 from utils.hand import HAND_SCALE, LEFT, RIGHT
-from utils.metrics import Protocol
 
 
 class ConstantPrediction(nn.Module):
@@ -42,7 +41,7 @@ class ConstantPrediction(nn.Module):
     def forward(self, image: Tensor) -> DIROutput:
         batch = len(image)
         hands = self.hand_head(self.parameters_.expand(batch, -1, -1), self.offset.expand(batch, -1))
-        empty = image.new_zeros(batch, 3, 1, 1)
+        empty = image.new_zeros(batch, 3, 0, 0)  # it has no segmentation and no dense colour
         return DIROutput([hands], empty, empty)
 
 
@@ -91,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data_path', required=True, help='prepared data set; the means are over its training split')
     parser.add_argument('--cfg', metavar='FILE', help='YAML file with what differs from utils/config.py')
-    add_protocol_arguments(parser)
+    add_evaluation_arguments(parser)
     args = parser.parse_intermixed_args(argv)
 
     cfg = load_config(args.cfg, [*args.opts, 'DATASET.PATH', args.data_path])
@@ -99,10 +98,9 @@ def main(argv: list[str] | None = None) -> int:
     means = mean_prediction(InterHandDataset(args.data_path, 'train'), hand_layer, root_joint=cfg.ROOT_JOINT,
                             workers=cfg.TRAIN.WORKERS)
     model = ConstantPrediction(HandHead(hand_layer, root_joint=cfg.ROOT_JOINT), *means)
-    protocol = Protocol(args.root_joint, not args.no_scale)
-    result, dataset = evaluate_split(model, cfg, split=args.split, protocol=protocol)
+    measured = evaluate_split(model, cfg, args)
     if distributed.is_main():
-        report(result, dataset, title='best constant prediction', out=args.out)
+        report(measured, title='best constant prediction', out=args.out, more={'config': flatten(cfg)})
     distributed.stop()
     return 0
 

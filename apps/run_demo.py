@@ -76,7 +76,7 @@ def run_command(name: str, command: list[str]) -> None:
 
 def draw_test_samples(run: Path, data: Path, opts: list[str], path: Path) -> Path:
     """A picture sheet of test samples spread over the split."""
-    model, cfg = load_model(run, [*opts, 'DATASET.PATH', str(data)])
+    model, cfg, _ = load_model(run, [*opts, 'DATASET.PATH', str(data)])
     batch_maker = BatchMaker(TwoHandLayer(model.hand_head.hand_layer.models), image_size=cfg.MODEL.IMAGE_SIZE)
     dataset = InterHandDataset(data, 'test', with_dense=False)
     draw_samples(model, dataset, spread_over(len(dataset), PICTURES), batch_maker, path=path)

@@ -12,7 +12,7 @@ if __name__ == '__main__':
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -81,8 +81,7 @@ class InterHandDataset(Dataset):
 
     def annotation(self, index: int) -> list[Tensor]:
         """[root, pose, shape, translation, camera_rotation, camera_translation, intrinsics] as in Sample."""
-        path = self.folder / 'anno' / f'{index}.pkl'
-        content = safe_pickle.load(path)
+        path, content = self._read_annotation(index)
         try:
             hands = [content['mano_params'][side] for side in SIDES]
             camera = content['camera']
@@ -96,6 +95,19 @@ class InterHandDataset(Dataset):
         if not all(np.isfinite(array).all() for array in arrays):
             raise UserError(f'{path} holds NaN or infinity; prepare the data set again (python dataset/interhand.py).')
         return [torch.from_numpy(array) for array in arrays]
+
+    def entries(self, index: int) -> dict[str, dict]:
+        """The sample's entries of data.json, 'image' and 'annotation'; empty where the preparation kept none."""
+        content = self._read_annotation(index)[1]
+        return {kind: content.get(kind) or {} for kind in ('image', 'annotation')}
+
+    def _read_annotation(self, index: int) -> tuple[Path, dict[str, Any]]:
+        path = self.folder / 'anno' / f'{index}.pkl'
+        content = safe_pickle.load(path)
+        if not isinstance(content, dict):
+            raise UserError(f'{path} is not a prepared annotation (it holds {type(content).__name__}); prepare the '
+                            'data set again (python dataset/interhand.py).')
+        return path, content
 
     def _read_image(self, kind: str, index: int) -> np.ndarray:
         path = self.folder / kind / f'{index}.jpg'

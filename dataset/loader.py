@@ -1,6 +1,6 @@
 """Loaders and the order of samples: all follows from (seed, epoch, index), so a resumed run sees what it would have."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -8,7 +8,7 @@ from yacs.config import CfgNode
 
 from dataset.augmentation import AugmentationRanges
 from dataset.interhand import InterHandDataset
-from utils.distributed import rank_and_world
+from utils.distributed import rank_and_world, usable_cores
 from utils.errors import UserError
 
 
@@ -47,7 +47,8 @@ class EpochSampler(Sampler[tuple[int, int]]):
 def training_loader(cfg: CfgNode) -> tuple[DataLoader, EpochSampler]:
     """Loader of the training split with augmentation; raises UserError if the split is too small for one batch."""
     ranges = AugmentationRanges(**{name.lower(): value for name, value in cfg.AUGMENT.items()})
-    dataset = InterHandDataset(cfg.DATASET.PATH, 'train', ranges=ranges, seed=cfg.SEED, with_dense=cfg.LOSS.DENSE > 0)
+    dataset = InterHandDataset(cfg.DATASET.PATH, 'train', ranges=ranges, seed=cfg.SEED,
+                               with_dense=cfg.MODEL.DENSE_HEADS and cfg.LOSS.DENSE > 0)
     world = rank_and_world()[1]
     if cfg.TRAIN.BATCH_SIZE % world:
         raise UserError(f'TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} is over all processes and cannot be split over '
@@ -59,14 +60,15 @@ def training_loader(cfg: CfgNode) -> tuple[DataLoader, EpochSampler]:
     return _loader(dataset, cfg, batch_size=cfg.TRAIN.BATCH_SIZE // world, sampler=sampler), sampler
 
 
-def evaluation_loader(dataset: InterHandDataset, cfg: CfgNode) -> DataLoader:
-    """Loader of this process's share of a data set: over all processes every sample comes exactly once."""
+def evaluation_loader(dataset: InterHandDataset, cfg: CfgNode, indices: Sequence[int] | None = None) -> DataLoader:
+    """Loader of this process's share of a data set, or of some samples of it: over all processes each comes once."""
     rank, world = rank_and_world()
-    return _loader(dataset, cfg, batch_size=cfg.EVAL.BATCH_SIZE, sampler=range(rank, len(dataset), world))
+    indices = range(len(dataset)) if indices is None else indices
+    return _loader(dataset, cfg, batch_size=cfg.EVAL.BATCH_SIZE, sampler=indices[rank::world])
 
 
 def _loader(dataset: InterHandDataset, cfg: CfgNode, *, batch_size: int, sampler) -> DataLoader:
-    workers = cfg.TRAIN.WORKERS
+    workers = min(cfg.TRAIN.WORKERS, usable_cores())  # more of them only get in each other's way
     return DataLoader(dataset, batch_size=batch_size, sampler=sampler, num_workers=workers,
                       pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
                       prefetch_factor=4 if workers else None, worker_init_fn=_worker_setup)

@@ -39,7 +39,8 @@ from manopth import HandModel, TwoHandLayer, load_hand_models
 from manopth.assets import describe
 from manopth.rotations import axis_angle_to_matrix
 from utils import safe_pickle
-from utils.config import add_config_arguments, load_config
+from utils.config import add_config_arguments, load_config, split_off_pairs
+from utils.distributed import usable_cores
 from utils.errors import UserError, user_facing
 from utils.files import read_image, read_json, write_json
 from utils.geometry import CROP_SIZE, project
@@ -482,10 +483,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--colours', metavar='FILE', help='v_color.pkl (default: colours by position on the hand)')
     add_config_arguments(parser)
     arguments = parser.parse_intermixed_args(argv)
-    # ``--splits train MANO.SOURCE standin``: keys are in capitals, splits are not.
-    words = arguments.splits or []
-    first_key = next((n for n, word in enumerate(words) if word.isupper()), len(words))
-    arguments.splits, arguments.opts = words[:first_key], words[first_key:] + arguments.opts
+    arguments.splits, keys = split_off_pairs(arguments.splits or [])
+    arguments.opts = keys + arguments.opts
     if unknown := [word for word in arguments.splits if word not in SPLITS]:
         raise UserError(f"--splits: there is no split '{unknown[0]}'; it must be one of {', '.join(SPLITS)}.")
     if arguments.workers is not None and arguments.workers < 1:
@@ -513,8 +512,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = {'format': FORMAT, 'hand_model': describe(models), 'renderer': arguments.renderer,
                 'vertex_colours': hashlib.sha256(colours.tobytes()).hexdigest()[:12]}
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    workers = arguments.workers or min(cores, MOST_WORKERS)
+    workers = arguments.workers or min(usable_cores(), MOST_WORKERS)
     if workers == 1:
         for split in splits:
             prepare_split(split, save_path, settings, lambda chunks: map(preparer, chunks))

@@ -251,7 +251,8 @@ def check_hand_model_record(root: str | Path, models: tuple[HandModel, HandModel
     path = Path(root) / HAND_MODEL_RECORD
     if not path.exists():
         return
-    recorded = read_json(path).get('hand_model')
+    content = read_json(path)
+    recorded = content.get('hand_model') if isinstance(content, dict) else None
     if recorded != describe(models):
         raise UserError(f'{root} was made with the hand model {recorded}, but {describe(models)} is set; set '
                         'MANO.SOURCE and MANO.PATH to the same hand, or use another folder.')

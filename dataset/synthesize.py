@@ -1,6 +1,6 @@
 """Made data in InterHand2.6M's own layout, so that every later tool runs without the real set.
 
-    python dataset/synthesize.py --save_path data/made_raw --frames 2000 100 200 --seed 0
+    python dataset/synthesize.py --save_path data/made_raw --frames 2300 --seed 0
 
 Two skin-toned hands of a made-up person meet in natural ways before several cameras. A few per cent of the pictures are
 the odd ones that the real set has: a single hand, an invalid type, an almost black image.
@@ -9,7 +9,7 @@ the odd ones that the real set has: a single hand, an invalid type, an almost bl
 import argparse
 import json
 import multiprocessing
-import os
+import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -43,7 +43,8 @@ from dataset.hand_poses import ELBOWS, HandPath, sample_path, sample_placement_n
 from dataset.raw import write_hand_model_record
 from manopth import HandModel, TwoHandLayer, load_hand_models
 from manopth.assets import describe
-from utils.config import add_config_arguments, load_config
+from utils.config import add_config_arguments, load_config, split_off_pairs
+from utils.distributed import usable_cores
 from utils.errors import UserError, user_facing
 from utils.hand import INTERHAND_TO_JOINTS, LEFT, NUM_JOINTS, RIGHT, SIDES
 
@@ -488,23 +489,36 @@ def claim_folder(folder: Path, settings: Settings, models: tuple[HandModel, Hand
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--save_path', required=True, type=Path, help='folder to make; must not hold anything yet')
-    parser.add_argument('--frames', nargs=3, type=int, metavar=('TRAIN', 'VAL', 'TEST'), default=(2000, 100, 200),
-                        help='pictures of each split, 0 leaves a split out (default: 2000 100 200)')
+    parser.add_argument('--frames', nargs='+', metavar='N', default=['2000', '100', '200'],
+                        help='pictures to make: N altogether, eight tenths of them to train on, or TRAIN VAL TEST of '
+                             'each split, where 0 leaves one out (default: 2000 100 200)')
     parser.add_argument('--seed', type=int, default=0, help='equal seeds make equal data (default: 0)')
     parser.add_argument('--camera_spread', type=float, default=60.0, metavar='DEGREES',
                         help='how far the cameras stand round the person: azimuth within +-DEGREES of the front, 0 to '
                              '180; larger is harder to learn (default: 60)')
-    parser.add_argument('--workers', type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
-                        else os.cpu_count(), help='processes (default: one for each core)')
+    parser.add_argument('--workers', type=int, default=usable_cores(), help='processes (default: one for each core)')
     add_config_arguments(parser)
-    return parser.parse_intermixed_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
+    words, keys = split_off_pairs(args.frames)
+    args.frames, args.opts = frames_of_splits(words), keys + args.opts
+    return args
+
+
+def frames_of_splits(words: list[str]) -> tuple[int, int, int]:
+    """'N' or 'TRAIN VAL TEST' as typed -> pictures of each split; raises UserError for anything else."""
+    counts = [int(word) for word in words if re.fullmatch(r'-?\d+', word)]
+    if len(counts) != len(words) or len(counts) not in (1, 3) or min(counts) < 0 or not sum(counts):
+        raise UserError(f'--frames is {" ".join(words)}; give one count, or three for train, val and test, at least '
+                        'one above 0.')
+    if len(counts) == 3:
+        return tuple(counts)
+    tenth = counts[0] // 10
+    return counts[0] - 2 * tenth, tenth, tenth
 
 
 @user_facing
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    if min(args.frames) < 0 or not sum(args.frames):
-        raise UserError(f'--frames is {" ".join(map(str, args.frames))}; give three counts, at least one above 0.')
     if args.seed < 0:
         raise UserError(f'--seed is {args.seed}; it must be 0 or more.')
     if not 0 <= args.camera_spread <= 180:
@@ -512,7 +526,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.workers < 1:
         raise UserError(f'--workers is {args.workers}; it must be at least 1.')
     cfg = load_config(args.cfg, args.opts, base={'MANO': {'SOURCE': 'standin'}})  # made data need no licensed file
-    settings = Settings(tuple(args.frames), args.seed, args.camera_spread, cfg.MANO.SOURCE, cfg.MANO.PATH)
+    settings = Settings(args.frames, args.seed, args.camera_spread, cfg.MANO.SOURCE, cfg.MANO.PATH)
     records = synthesize(args.save_path, settings, workers=args.workers)
     depths = [depth for record in records for depth in record['penetration_mm']]
     print(f'{sum(args.frames)} pictures in {args.save_path}; hands intersect by {np.mean(depths):.1f} mm on average, '

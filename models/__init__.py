@@ -4,14 +4,13 @@ from torch import nn
 from yacs.config import CfgNode
 
 from manopth import HandModel, TwoHandLayer
-from models.backbone import ResNetBackbone, imagenet_state
+from models.backbone import ResNetBackbone, load_imagenet
 from models.criterion import DIRCriterion
-from models.dir import DIR, DenseHeads
+from models.dir import DIR, DenseHeads, NoDenseHeads
 from models.hand_head import HandHead
 from models.initial_regressor import InitialRegressor
 from models.initialisation import initialise
 from models.refinement import RefinementStage
-from utils.errors import UserError
 from utils.hand import LEFT, TIP_VERTICES
 
 __all__ = ['DIR', 'DIRCriterion', 'build_criterion', 'build_model']
@@ -39,16 +38,12 @@ def build_model(cfg: CfgNode, hand_models: tuple[HandModel, HandModel], *, pretr
         initial_regressor=InitialRegressor(c4),
         hand_head=HandHead(TwoHandLayer(hand_models, tip_vertices=tips), root_joint=cfg.ROOT_JOINT),
         stages=stages,
-        dense_heads=DenseHeads(m.MAP_CHANNELS if stages else c4, m.MAP_CHANNELS),
+        dense_heads=DenseHeads(m.MAP_CHANNELS if stages else c4, m.MAP_CHANNELS) if m.DENSE_HEADS else NoDenseHeads(),
         detach=m.DETACH,
     )
     initialise(model, m.INIT)
     if m.PRETRAINED if pretrained is None else pretrained:
-        try:
-            backbone.load_torchvision(imagenet_state(m.BACKBONE, m.WEIGHTS))
-        except (RuntimeError, ValueError, AttributeError):
-            raise UserError(f'{m.WEIGHTS or "The ImageNet weights"} do not fit {m.BACKBONE}: MODEL.WEIGHTS takes a '
-                            'torchvision state_dict of that very network.') from None
+        load_imagenet(backbone, m.BACKBONE, m.WEIGHTS)
     return model
 
 

@@ -41,6 +41,21 @@ def ours(torchvision_key: str) -> str:
     return f'stem.{("conv1", "bn1").index(module)}.{rest}'
 
 
+def torchvisions(our_key: str) -> str:
+    """Inverse of ``ours``."""
+    part, index, rest = our_key.split('.', 2)
+    return f'layer{int(index) + 1}.{rest}' if part == 'layers' else f'{("conv1", "bn1")[int(index)]}.{rest}'
+
+
+def load_imagenet(backbone: ResNetBackbone, name: str, weights_file: str = '') -> None:
+    """Give ``backbone`` its ImageNet weights (see ``imagenet_state``); raises UserError if they do not fit, too."""
+    try:
+        backbone.load_torchvision(imagenet_state(name, weights_file))
+    except (RuntimeError, ValueError, AttributeError):
+        raise UserError(f'{weights_file or "The ImageNet weights"} do not fit {name}: MODEL.WEIGHTS takes a '
+                        'torchvision state_dict of that very network.') from None
+
+
 def imagenet_state(name: str, weights_file: str = '') -> dict[str, Tensor]:
     """ImageNet weights of torchvision's ``name``: from a local file, or from torchvision's cache or download.
 

@@ -45,7 +45,7 @@ class DIRCriterion(nn.Module):
 
     def forward(self, output: DIROutput, target: Target) -> dict[str, Tensor]:
         """-> {'joint_uv_left_0': value, ...}: every term already weighted; their sum is the objective."""
-        terms = self._dense_terms(output, target)
+        terms = self._dense_terms(output, target) if output.segmentation.numel() else {}
         truth = self._centred_truth(target)
         for stage, hands in enumerate(output.stages):
             for name, value in self._hand_terms(hands, target, truth).items():

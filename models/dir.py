@@ -24,11 +24,18 @@ class DenseHeads(nn.Module):
         return self.segmentation(x), self.dense(x)
 
 
+class NoDenseHeads(nn.Module):
+    """Ablation: empty maps, of which no loss is taken."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.new_zeros(len(x), 3, 0, 0), x.new_zeros(len(x), 3, 0, 0)
+
+
 class DIR(nn.Module):
     """Image (B, 3, H, W), RGB, ImageNet-normalised, H = W a multiple of 32 -> DIROutput."""
 
     def __init__(self, *, backbone: ResNetBackbone, initial_regressor: InitialRegressor, hand_head: HandHead,
-                 stages: list[RefinementStage], dense_heads: DenseHeads, detach: bool = True):
+                 stages: list[RefinementStage], dense_heads: nn.Module, detach: bool = True):
         super().__init__()
         self.backbone, self.initial_regressor, self.hand_head = backbone, initial_regressor, hand_head
         self.stages, self.dense_heads, self.detach = nn.ModuleList(stages), dense_heads, detach

@@ -30,5 +30,5 @@ class DIROutput(NamedTuple):
     """Everything that the criterion and the metrics see."""
 
     stages: list[HandPrediction]  # the initial estimate, then one per refinement stage
-    segmentation: Tensor  # (B, 3, S, S) logits: background, left, right
+    segmentation: Tensor  # (B, 3, S, S) logits: background, left, right; S = 0 for a model without dense heads
     dense: Tensor  # (B, 3, S, S) vertex colour of the visible surface, in [0, 1], channels as in the files (BGR)

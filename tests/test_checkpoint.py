@@ -46,7 +46,8 @@ def small(standin):
 
 def test_a_network_comes_back_with_its_configuration(trained, saved):
     model, cfg = trained
-    loaded, its_cfg = load_model(saved)
+    loaded, its_cfg, more = load_model(saved)
+    assert more['epoch'] == 7 and 'model' not in more
     assert flatten(its_cfg) == flatten(cfg) and not loaded.training
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
@@ -56,7 +57,7 @@ def test_a_network_comes_back_with_its_configuration(trained, saved):
 
 
 def test_overrides_go_over_the_checkpoints_configuration(saved):
-    assert load_model(saved, ['EVAL.BATCH_SIZE', '3'])[1].EVAL.BATCH_SIZE == 3
+    assert load_model(saved, ['EVAL.BATCH_SIZE', '3']).cfg.EVAL.BATCH_SIZE == 3
 
 
 def test_the_file_holds_tensors_numbers_and_strings_only(saved):

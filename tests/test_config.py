@@ -6,7 +6,7 @@ import pytest
 from yacs.config import CfgNode
 
 import train
-from models import build_criterion
+from models import build_criterion, build_model
 from utils.config import add_config_arguments, default_config, flatten, load_config
 from utils.errors import UserError
 
@@ -39,13 +39,38 @@ def test_keys_that_may_change_on_resuming_exist():
     assert not {'SEED', 'TRAIN.LR', 'TRAIN.BATCH_SIZE', 'MODEL.STAGES', 'ROOT_JOINT'} & set(train.FREE_KEYS)
 
 
-@pytest.mark.parametrize('file', sorted((ROOT / 'configs').glob('*.yaml')), ids=lambda path: path.name)
+SHIPPED = sorted((ROOT / 'configs').rglob('*.yaml'))
+
+
+@pytest.mark.parametrize('file', SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_file_loads_and_says_only_what_differs(file):
     cfg, default = flatten(load_config(file)), flatten(load_config())
-    assert cfg['OUTPUT_DIR'] != default['OUTPUT_DIR'] or file.name == 'dir_interhand.yaml'
-    keys = re.findall(r'^ *([A-Z_]+): *\S', file.read_text(), re.M)
-    changed = [key for key in cfg if cfg[key] != default[key]]
-    assert len(keys) == len(changed) + (file.name == 'dir_interhand.yaml')
+    keys = set(re.findall(r'^ *([A-Z_]+): *\S', file.read_text(), re.M))
+    changed = {key.rpartition('.')[2] for key in cfg if cfg[key] != default[key]}
+    assert keys - {'OUTPUT_DIR'} == changed - {'OUTPUT_DIR'}
+
+
+def test_runs_of_shipped_files_never_share_a_folder():
+    folders = [load_config(file).OUTPUT_DIR for file in SHIPPED]
+    assert len(SHIPPED) > 12 and len(set(folders)) == len(folders)
+    assert load_config(ROOT / 'configs/dir_interhand.yaml').OUTPUT_DIR == load_config().OUTPUT_DIR
+
+
+@pytest.mark.parametrize('file', sorted((ROOT / 'configs/ablations').glob('*.yaml')), ids=lambda path: path.stem)
+def test_an_ablation_is_one_key_and_its_claim(file, standin):
+    cfg, main = flatten(load_config(file)), flatten(load_config(ROOT / 'configs/dir_interhand.yaml'))
+    assert len([key for key in cfg if cfg[key] != main[key] and key != 'OUTPUT_DIR']) == 1
+    assert file.read_text().startswith('# Claim')
+    small = load_config([ROOT / 'configs/demo.yaml', file], ['MODEL.IMAGE_SIZE', '64', 'MODEL.MAP_CHANNELS', '16'])
+    build_model(small, standin)  # and it is one that can be built
+
+
+def test_files_go_over_each_other_in_their_order(tmp_path):
+    a, b = write(tmp_path / 'a.yaml', 'SEED: 1\nTRAIN:\n  LR: 0.1\n'), write(tmp_path / 'b.yaml', 'SEED: 2\n')
+    cfg = load_config([a, b])
+    assert (cfg.SEED, cfg.TRAIN.LR, cfg.OUTPUT_DIR) == (2, 0.1, './output/a+b')
+    assert load_config([b, a]).SEED == 1
+    assert load_config([a, b], ['OUTPUT_DIR', 'x']).OUTPUT_DIR == 'x'
 
 
 def test_the_paper_era_recipe():
@@ -160,7 +185,8 @@ def test_missing_binary_and_folder_files(tmp_path):
 
 
 def test_an_empty_file_changes_nothing(tmp_path):
-    assert load_config(write(tmp_path / 'a.yaml', '# nothing\n')) == load_config()
+    cfg = load_config(write(tmp_path / 'a.yaml', '# nothing\n'))
+    assert cfg == load_config(None, ['OUTPUT_DIR', './output/a'])  # but where its runs go
 
 
 def test_flatten_names_every_leaf():
@@ -172,4 +198,8 @@ def test_scripts_take_a_file_and_pairs():
     parser = argparse.ArgumentParser()
     add_config_arguments(parser, default='configs/demo.yaml')
     assert vars(parser.parse_args([])) == {'cfg': 'configs/demo.yaml', 'opts': []}
-    assert parser.parse_args(['--cfg', 'x.yaml', 'SEED', '1']).opts == ['SEED', '1']
+    given = parser.parse_args(['--cfg', 'x.yaml', 'SEED', '1'])
+    assert (given.cfg, given.opts) == (['x.yaml'], ['SEED', '1'])
+    again = parser.parse_intermixed_args(['--cfg', 'x.yaml', 'SEED', '1', '--cfg', 'y.yaml', 'TRAIN.LR', '1'])
+    assert (again.cfg, again.opts) == (['x.yaml', 'y.yaml'], ['SEED', '1', 'TRAIN.LR', '1'])
+    assert parser.parse_args([]).cfg == 'configs/demo.yaml'  # one use leaves no trace in the next

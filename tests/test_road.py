@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from apps import eval_baseline, eval_interhand, run_demo
+from apps.eval_interhand import METRICS_VERSION
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ['MODEL.IMAGE_SIZE', '64', 'MODEL.MAP_CHANNELS', '16', 'TRAIN.BATCH_SIZE', '8', 'TRAIN.EPOCHS', '1',
@@ -84,11 +85,80 @@ def test_printed_lines_are_the_fields(demo, capsys):
     assert evaluate(demo, '--root_joint', '9', '--no-scale', '--split', 'val') == 0
     lines = capsys.readouterr().out.splitlines()
     assert 'root joint 9' in lines[1] and 'scale alignment off' in lines[1] and 'frames' in lines[1]
-    assert lines[2::3] == ['joint mean error:', 'vert mean error:', 'pixel joint mean error:', 'pixel vert mean error:',
-                           lines[14]]
+    assert lines[2:14:3] == ['joint mean error:', 'vert mean error:', 'pixel joint mean error:',
+                             'pixel vert mean error:']
     assert lines[14].startswith('root error: ') and lines[14].endswith(' mm')
     assert all(line.endswith(' mm') for line in lines[3:8] if line.startswith(' '))
     assert all(line.endswith(' px') for line in lines[9:14] if line.startswith(' '))
+
+
+def test_everything_is_measured_and_says_on_how_many_frames(demo):
+    metrics = json.loads((demo / 'trained' / 'metrics.json').read_text())
+    frames = metrics['frames']
+    assert metrics['version'] == METRICS_VERSION and metrics['subset'] is None
+    assert metrics['protocol']['name'] == 'published' and metrics['protocol']['split'] == 'test'
+    for name in FIGURES:
+        low, high = metrics['interval_95'][name]['all']
+        assert low <= metrics[name]['all'] <= high
+        assert [stage[name] for stage in metrics['stages']][-1] == metrics[name]
+    assert len(metrics['stages']) == 3 and 'protocols' not in metrics
+    for side in ('left', 'right', 'all'):
+        assert 0 < metrics['pa_joint_mm'][side] < metrics['joint_mm'][side]
+        assert 0 < metrics['pck']['auc'][side] < 1
+    assert sum(row['frames'] for row in metrics['by_box_iou']) == frames
+    assert sum(row['frames'] for row in metrics['by_distance_mm']) == frames
+    assert 0 <= metrics['penetration']['share'] <= 1 and 0 <= metrics['true_penetration']['share'] <= 1
+    assert 0 < metrics['segmentation_iou']['background'] < 1
+    assert metrics['config']['MODEL.IMAGE_SIZE'] == 64 and metrics['training']['seconds'] > 0
+    baseline = json.loads((demo / 'baseline' / 'metrics.json').read_text())
+    assert baseline['segmentation_iou'] is None and len(baseline['stages']) == 1
+
+
+def test_every_protocol_at_once_is_each_alone(demo, tmp_path, capsys):
+    assert evaluate(demo, '--all_protocols', '--out', str(tmp_path / 'grid')) == 0
+    assert 'scale off' in capsys.readouterr().out
+    grid = json.loads((tmp_path / 'grid' / 'metrics.json').read_text())['protocols']
+    assert [(s['protocol']['root_joint'], s['protocol']['scale']) for s in grid] == [
+        (0, True), (0, False), (9, True), (9, False)]
+    for number, arguments in enumerate([(), ('--no-scale',), ('--protocol', 'intaghand'), ('--protocol', 'acr')]):
+        out = tmp_path / str(number)
+        assert evaluate(demo, *arguments, '--out', str(out)) == 0
+        alone = json.loads((out / 'metrics.json').read_text())
+        assert {name: alone[name] for name in (*FIGURES, 'root_mm', 'frames')} == {
+            name: grid[number][name] for name in (*FIGURES, 'root_mm', 'frames')}
+    assert alone['protocol']['name'] == 'acr'
+    assert evaluate(demo, '--root_joint', '9', '--no-scale') == 0
+    assert 'protocol acr: root joint 9' in capsys.readouterr().out  # the name of what was asked for
+
+
+def test_annotated_joints_protocol(demo, tmp_path, capsys):
+    assert evaluate(demo, '--protocol', 'internet') == 2
+    assert '--annotations INTERHAND' in capsys.readouterr().err
+    assert evaluate(demo, '--protocol', 'internet', '--annotations', str(demo / 'raw'), '--out', str(tmp_path)) == 0
+    metrics = json.loads((tmp_path / 'metrics.json').read_text())
+    assert metrics['protocol']['name'] == 'internet' and metrics['protocol']['joints'] == 'annotated'
+    fits = json.loads((demo / 'trained' / 'metrics.json').read_text())
+    assert 0 < metrics['joint_mm']['all'] < 2 * fits['joint_mm']['all']
+
+
+def test_a_subset_is_recorded_with_its_number_of_frames(demo, tmp_path, capsys):
+    with open(demo / 'trained' / 'per_sample.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert evaluate(demo, '--first', '3', '--out', str(tmp_path / 'first')) == 0
+    assert '3 frames of' in capsys.readouterr().out
+    metrics = json.loads((tmp_path / 'first' / 'metrics.json').read_text())
+    assert metrics['frames'] == 3
+    assert metrics['subset'] == {'description': 'first 3', 'frames': 3, 'of': len(rows)}
+    mean = sum(float(row['root_mm']) for row in rows[:3]) / 3
+    assert metrics['root_mm'] == pytest.approx(mean, rel=1e-4)
+
+    ids = tmp_path / 'ids.txt'
+    ids.write_text('-1')
+    for arguments in (['--image_ids', str(ids)], ['--capture', 'none'], ['--first', '0']):
+        assert evaluate(demo, *arguments) == 2
+        assert capsys.readouterr().err.count('\n') == 1
+    assert evaluate(demo, '--protocol', 'interwild') == 2
+    assert '--annotation_ids' in capsys.readouterr().err
 
 
 def test_batch_size_does_not_change_the_figures(demo, tmp_path):

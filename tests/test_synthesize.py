@@ -286,7 +286,15 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tree, tmp_path, monkeypatch
     assert len(list((tmp_path / 'raw').rglob('*.jpg'))) == 8 and not (tmp_path / 'raw.unfinished').exists()
 
 
+@pytest.mark.parametrize('words, frames', [
+    (['7', '0', '2'], (7, 0, 2)), (['100'], (80, 10, 10)), (['5'], (5, 0, 0)), (['19'], (17, 1, 1))])
+def test_frames_are_counted_by_split_or_altogether(words, frames):
+    args = script.parse_arguments(['--save_path', 'x', '--frames', *words, 'MANO.SOURCE', 'files'])
+    assert args.frames == frames and args.opts == ['MANO.SOURCE', 'files']
+
+
 @pytest.mark.parametrize('arguments, word', [
+    (['--frames', '5', '5'], '--frames'), (['--frames', 'many'], '--frames'), (['--frames', '0'], '--frames'),
     (['--frames', '0', '0', '0'], '--frames'), (['--frames', '-1', '5', '5'], '--frames'),
     (['--camera_spread', '200'], '--camera_spread'), (['--workers', '0'], '--workers'), (['--seed', '-1'], '--seed'),
     (['MANO.SOURSE', 'files'], 'MANO.SOURCE'), (['MANO.SOURCE', 'files', 'MANO.PATH', 'nowhere'], 'nowhere'),

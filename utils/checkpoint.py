@@ -6,7 +6,7 @@ A checkpoint records its configuration and which hand model it was trained on; n
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from yacs.config import CfgNode
@@ -14,6 +14,7 @@ from yacs.config import CfgNode
 from manopth import HandModel, load_hand_models
 from manopth.assets import describe
 from models import DIR, build_model
+from utils import published
 from utils.config import flatten, load_config
 from utils.errors import UserError
 from utils.files import written_aside
@@ -23,7 +24,12 @@ FORMAT = 'dir-checkpoint-1'
 
 def save_checkpoint(path: str | Path, *, model: torch.nn.Module, cfg: CfgNode, hand_model: str, **more: Any) -> None:
     """Write a checkpoint; ``more`` (optimizer state, epoch, figures): tensors, numbers, strings and containers."""
-    content = {'format': FORMAT, 'model': model.state_dict(), 'config': to_plain(cfg), 'hand_model': hand_model, **more}
+    write_tensors(path, {'format': FORMAT, 'model': model.state_dict(), 'config': to_plain(cfg),
+                         'hand_model': hand_model, **more})
+
+
+def write_tensors(path: str | Path, content: dict[str, Any]) -> None:
+    """``torch.save``, written aside and renamed; raises UserError where the disk is full."""
     try:
         with written_aside(path) as file:
             torch.save(content, file)
@@ -37,20 +43,34 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises UserError if it is missing, cut short, or not one of ours.
     """
+    return _require_ours(read_tensors(path), path)
+
+
+def _require_ours(content: Any, path: str | Path) -> dict[str, Any]:
+    if not isinstance(content, dict) or content.get('format') != FORMAT:
+        instead = f"has neither its format {FORMAT} nor the published form {{'net': ...}}"
+        if published.is_published(content):
+            instead = 'has the published form: apps/convert_checkpoint.py makes one of it'
+        raise UserError(f'{path} is not a checkpoint of this project; it {instead}.')
+    return content
+
+
+def read_tensors(path: str | Path) -> Any:
+    """What a file written by ``torch.save`` holds, read safely, on the CPU; a folder stands for the best.pth in it.
+
+    Raises UserError if it is missing, cut short, or holds more than tensors, numbers, strings and containers of them.
+    """
     path = Path(path)
     if path.is_dir():
         path = path / 'best.pth'
     if not path.is_file():
         raise UserError(f'The checkpoint {path} does not exist.')
     try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
+        return torch.load(path, map_location='cpu', weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f'The checkpoint {path} cannot be read: it is cut short, damaged, or holds more than tensors, '
                         f'numbers and strings ({reason[:120]}).') from None
-    if not isinstance(content, dict) or content.get('format') != FORMAT:
-        raise UserError(f'{path} is not a checkpoint of this project (its format is not {FORMAT}).')
-    return content
 
 
 def check_hand_model(content: dict[str, Any], hand_models: tuple[HandModel, HandModel], *, path: str | Path) -> None:
@@ -75,13 +95,25 @@ def load_state(model: torch.nn.Module, state: dict[str, torch.Tensor], *, path: 
     model.load_state_dict(state)
 
 
-def load_model(path: str | Path, overrides: list[str] = ()) -> tuple[DIR, CfgNode]:
-    """A trained network in evaluation mode on the CPU, with its own configuration plus ``overrides`` (KEY VALUE ...).
+class Loaded(NamedTuple):
+    """A trained network and what its checkpoint says of it."""
 
-    Raises UserError for a file that cannot be read, is not ours, or was trained on another hand model, and for
-    overrides that would make it another network.
+    model: DIR  # in evaluation mode, on the CPU
+    cfg: CfgNode  # its own configuration with the overrides
+    content: dict[str, Any]  # the rest of the checkpoint: progress, optimizer state ...
+
+
+def load_model(path: str | Path, overrides: list[str] = ()) -> Loaded:
+    """A trained network with its own configuration plus ``overrides`` (KEY VALUE ...).
+
+    Takes this project's checkpoints and, converting it, the published one. Raises UserError for a file that cannot be
+    read, is neither, or was trained on another hand model, and for overrides that would make it another network.
     """
-    content = read_checkpoint(path)
+    content = read_tensors(path)
+    if published.is_published(content):
+        model, cfg, rest = published.load_published(content, path=path, overrides=overrides)
+        return Loaded(model, cfg, {'published_rest': rest, 'hand_model': describe(model.hand_head.hand_layer.models)})
+    _require_ours(content, path)
     cfg = load_config(None, overrides, base=content['config'])
     trained, now = flatten(load_config(None, base=content['config'])), flatten(cfg)
     changed = [key for key in now if now[key] != trained[key] and (key.startswith('MODEL.') or key == 'ROOT_JOINT')]
@@ -92,7 +124,7 @@ def load_model(path: str | Path, overrides: list[str] = ()) -> tuple[DIR, CfgNod
     check_hand_model(content, hand_models, path=path)
     model = build_model(cfg, hand_models, pretrained=False)
     load_state(model, content['model'], path=path)
-    return model.eval(), cfg
+    return Loaded(model.eval(), cfg, {key: value for key, value in content.items() if key != 'model'})
 
 
 def to_device(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:

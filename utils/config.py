@@ -19,7 +19,7 @@ _C = CfgNode()
 _C.ROOT_JOINT = 0  # joint that everything is centred on: 0 wrist, 9 middle MCP. Hands, targets, losses, metrics alike
 _C.SEED = 0  # seeds weights, sample order and augmentation; one seed makes two CPU runs equal to the bit
 _C.DEVICE = 'auto'  # 'auto' (CUDA if there is one), 'cpu', 'cuda' or 'cuda:N'
-_C.OUTPUT_DIR = './output/dir_interhand'  # checkpoints, logs, pictures
+_C.OUTPUT_DIR = './output/dir_interhand'  # checkpoints, logs, pictures; with --cfg NAME.yaml it is ./output/NAME
 
 _C.MANO = CfgNode()
 _C.MANO.SOURCE = 'files'  # 'files': the official MANO pickles; 'standin': hands made by code
@@ -38,6 +38,7 @@ _C.MODEL.STAGES = 2  # refinement stages, 0 to 3: the first takes c3, the second
 _C.MODEL.BONE_RADIUS = [1.0, 2.0, 4.0]  # feature-map cells: half width of a projected bone, stage by stage
 _C.MODEL.INTERACTION = 'both'  # joint interaction: 'both', 'graph' (within a hand), 'transformer' (across), 'none'
 _C.MODEL.PROJECTION = 'bones'  # joint features back to the image along 'bones', at 'joints' only, or 'none'
+_C.MODEL.DENSE_HEADS = True  # segmentation and dense colour as auxiliary tasks; false: neither heads nor their losses
 _C.MODEL.DETACH = True  # the previous stage's estimate enters a stage without gradient
 _C.MODEL.LEFT_MIDDLE_TIP = 444  # vertex; the published network was trained with 445, its converted checkpoint says so
 _C.MODEL.INIT = 'published'  # 'published': N(0, 0.001) linear layers; 'identity': a stage starts as the one before
@@ -108,22 +109,45 @@ def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = 
 
     Parse with ``parse_intermixed_args``: the pairs may then stand anywhere between the options.
     """
-    parser.add_argument('--cfg', metavar='FILE', default=default,
-                        help=f'YAML file with what differs from utils/config.py (default: {default or "none"})')
+    parser.add_argument('--cfg', metavar='FILE', default=default, action=_Layers,
+                        help='YAML file with what differs from utils/config.py; given again, the later one goes over '
+                        f'the earlier (default: {default or "none"})')
     parser.add_argument('opts', nargs='*', metavar='KEY VALUE', help='single keys, e.g. TRAIN.BATCH_SIZE 32')
 
 
-def load_config(cfg_file: str | Path | None = None, overrides: list[str] = (), *, base: dict | None = None) -> CfgNode:
-    """Defaults, then ``base`` (a checkpoint's configuration), then the file, then KEY VALUE pairs; frozen.
+def split_off_pairs(words: list[str]) -> tuple[list[str], list[str]]:
+    """Words of an option that takes any number of them -> (its own, the KEY VALUE pairs it swallowed).
 
+    ``--splits train MANO.SOURCE standin``: keys are in capitals, an option's own words are not.
+    """
+    first_key = next((number for number, word in enumerate(words) if word.isupper()), len(words))
+    return words[:first_key], words[first_key:]
+
+
+class _Layers(argparse.Action):
+    """Every use adds a file to a list; the first one replaces the default."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        given = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*(given if isinstance(given, list) else ()), value])
+
+
+def load_config(cfg_file: str | Path | list[str | Path] | None = None, overrides: list[str] = (), *,
+                base: dict | None = None) -> CfgNode:
+    """Defaults, then ``base`` (a checkpoint's configuration), then the file or files, then KEY VALUE pairs; frozen.
+
+    Where no file sets OUTPUT_DIR, it is ./output/ and the files' names: an ablation's file holds its one key only.
     Raises UserError for an unreadable file, an unknown key (naming the nearest known one), a value of another type or
     out of range.
     """
     cfg = default_config()
     if base is not None:
         _merge(cfg, base, where='the checkpoint')
-    if cfg_file is not None:
-        _merge(cfg, _read_yaml(Path(cfg_file)), where=str(cfg_file))
+    files = [Path(file) for file in (cfg_file if isinstance(cfg_file, list) else [cfg_file]) if file is not None]
+    if files:
+        cfg.OUTPUT_DIR = f'./output/{"+".join(file.stem for file in files)}'
+    for file in files:
+        _merge(cfg, _read_yaml(file), where=str(file))
     if len(overrides) % 2:
         raise UserError(f"Configuration on the command line comes as KEY VALUE pairs; '{overrides[-1]}' has no value.")
     for key, text in zip(overrides[::2], overrides[1::2]):

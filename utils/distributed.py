@@ -21,6 +21,11 @@ def choose_device(name: str) -> torch.device:
                         'the driver (nvidia-smi).') from None
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on: fewer than the machine's in a container or under a job scheduler."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
 def start(device: str) -> torch.device:
     """Join the process group if ``torchrun`` started us; returns this process's device for DEVICE ``device``."""
     if 'RANK' in os.environ and not dist.is_initialized():

@@ -1,5 +1,6 @@
 """Run a network over a split and collect the errors of every sample, on one process or many."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -8,44 +9,110 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataset.batch import Batch, BatchMaker
-from models.predictions import DIROutput
+from models.predictions import DIROutput, HandPrediction
 from utils import distributed
 from utils.errors import UserError
-from utils.metrics import JointRegressor, Protocol, SampleErrors, concatenate, sample_errors, summarise
+from utils.geometry import project
+from utils.metrics import (
+    METRES_TO_MM,
+    JointRegressor,
+    Protocol,
+    SampleDetails,
+    SampleErrors,
+    box_iou,
+    concatenate,
+    hand_distance,
+    in_one_frame,
+    procrustes_errors,
+    sample_errors,
+    segmentation_overlap,
+)
+from utils.penetration import PenetrationDepth
+from utils.summary import breakdown, summarise
 
 
 class Evaluation(NamedTuple):
-    """Errors of every sample, in the order of the split, for each stage."""
+    """Errors of every sample, in the order of the split."""
 
     index: Tensor  # (N,) sample numbers
-    stages: list[SampleErrors]
     protocol: Protocol
+    stages: list[SampleErrors]  # of each stage, in ``protocol``
+    details: SampleDetails | None  # of the last stage
+    grid: dict[Protocol, SampleErrors]  # of the last stage, in other protocols
 
     def summary(self, stage: int = -1) -> dict:
+        """The headline figures of a stage."""
         return summarise(self.stages[stage], self.protocol)
+
+    def report(self) -> dict:
+        """All that metrics.json holds of the errors; needs ``details``."""
+        report = self.summary() | breakdown(self.stages[-1], self.details)
+        report['stages'] = [self.summary(stage) for stage in range(len(self.stages))]
+        if self.grid:
+            report['protocols'] = [summarise(errors, protocol) for protocol, errors in self.grid.items()]
+        return report
+
+
+class Judge(nn.Module):
+    """Output and truth of a batch -> errors of each sample."""
+
+    def __init__(self, batch_maker: BatchMaker, *, network_root: int, protocol: Protocol,
+                 grid: tuple[Protocol, ...] = (), details: bool = False,
+                 annotated: Callable[[Tensor], Tensor] | None = None):
+        super().__init__()
+        hand_models = batch_maker.hand_layer.models
+        self.network_root, self.protocol, self.grid, self.annotated = network_root, protocol, grid, annotated
+        self.regressor = JointRegressor(hand_models)
+        self.penetration = PenetrationDepth(hand_models) if details else None
+
+    def forward(self, output: DIROutput, batch: Batch) -> tuple[list[SampleErrors], list[SampleErrors],
+                                                                SampleDetails | None]:
+        """-> errors of each stage, of the last stage in each protocol of the grid, details of the last stage."""
+        joints = None
+        if self.protocol.joints == 'annotated':
+            joints = self.annotated(batch.index.cpu()).to(batch.intrinsics)
+
+        def errors(hands: HandPrediction, protocol: Protocol) -> SampleErrors:
+            return sample_errors(self.regressor, hands.vertices, hands.offset, true_vertices=batch.target.vertices,
+                                 intrinsics=batch.intrinsics, network_root=self.network_root, protocol=protocol,
+                                 annotated=joints)
+
+        last = output.stages[-1]
+        return ([errors(hands, self.protocol) for hands in output.stages],
+                [errors(last, protocol) for protocol in self.grid],
+                self._details(output, batch, joints) if self.penetration else None)
+
+    def _details(self, output: DIROutput, batch: Batch, joints: Tensor | None) -> SampleDetails:
+        hands, true = output.stages[-1], batch.target.vertices
+        depth = self.penetration(torch.cat([in_one_frame(hands.vertices, hands.offset), true])).chunk(2)
+        return SampleDetails(
+            *procrustes_errors(self.regressor, hands.vertices, true_vertices=true, true_joints=joints),
+            box_iou(project(true, batch.intrinsics[:, None])),
+            METRES_TO_MM * hand_distance(true),
+            *(METRES_TO_MM * metres for metres in depth),
+            *segmentation_overlap(output.segmentation, batch.target.segmentation),
+        )
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: DataLoader, batch_maker: BatchMaker, *, network_root: int, protocol: Protocol,
-             title: str = 'evaluate') -> Evaluation:
+def evaluate(model: nn.Module, loader: DataLoader, batch_maker: BatchMaker, *, title: str = 'evaluate',
+             **judgement) -> Evaluation:
     """Errors of every stage of ``model`` over ``loader`` (this process's share of it); the model's mode is restored.
 
-    Raises UserError if a prediction is not finite, naming the samples.
+    judgement: what ``Judge`` takes. Raises UserError if a prediction is not finite, naming the samples.
     """
-    regressor = JointRegressor(batch_maker.hand_layer.models).to(batch_maker.mean.device)
+    judge = Judge(batch_maker, **judgement).to(batch_maker.mean.device)
     was_training = model.training
     model.eval()
-    indices, errors = [], []
+    indices, judged = [], []
     for samples in tqdm(loader, desc=title, unit='batch', disable=not distributed.is_main(), leave=False):
         batch = batch_maker(samples)
         output = model(batch.image)
         _check_finite(output, batch, loader)
         indices.append(batch.index)
-        errors.append([sample_errors(regressor, hands.vertices, hands.offset, true_vertices=batch.target.vertices,
-                                     intrinsics=batch.intrinsics, network_root=network_root, protocol=protocol)
-                       for hands in output.stages])
+        judged.append(judge(output, batch))
     model.train(was_training)
-    return _gather(torch.cat(indices).cpu(), [concatenate(list(stage)) for stage in zip(*errors)], protocol)
+    return _gather(indices, judged, judge)
 
 
 def _check_finite(output: DIROutput, batch: Batch, loader: DataLoader) -> None:
@@ -57,10 +124,29 @@ def _check_finite(output: DIROutput, batch: Batch, loader: DataLoader) -> None:
                         'checkpoint is damaged or its training diverged.')
 
 
-def _gather(index: Tensor, stages: list[SampleErrors], protocol: Protocol) -> Evaluation:
+def _gather(indices: list[Tensor], judged: list[tuple], judge: Judge) -> Evaluation:
     """Put the shares of all processes together, every sample once, in the order of the split."""
-    parts = distributed.gather_objects((index, stages))
-    index = torch.cat([part[0] for part in parts])
+    mine = None
+    if indices:  # a process may have no share of a small split
+        stages, grid, details = zip(*judged)
+        mine = (torch.cat(indices).cpu(), _columns(stages), _columns(grid),
+                concatenate(list(details)) if details[0] else None)
+    parts = [part for part in distributed.gather_objects(mine) if part is not None]
+    if not parts:
+        raise UserError('There are no samples to evaluate.')
+    index, stages, grid, details = zip(*parts)
+    index = torch.cat(index)
     order = index.argsort()
-    merged = [concatenate([part[1][stage] for part in parts]) for stage in range(len(stages))]
-    return Evaluation(index[order], [SampleErrors(*(values[order] for values in stage)) for stage in merged], protocol)
+
+    def ordered(table: NamedTuple) -> NamedTuple:
+        return type(table)(*(values[order] for values in table))
+
+    return Evaluation(
+        index[order], judge.protocol, [ordered(table) for table in _columns(stages)],
+        ordered(concatenate(list(details))) if details[0] else None,
+        dict(zip(judge.grid, [ordered(table) for table in _columns(grid)])))
+
+
+def _columns(parts: tuple[list[SampleErrors], ...]) -> list[SampleErrors]:
+    """Batches (or processes) of the same tables -> each table whole."""
+    return [concatenate(list(column)) for column in zip(*parts)]

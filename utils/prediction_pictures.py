@@ -47,7 +47,8 @@ def row_inputs(images: np.ndarray, batch: Batch, output: DIROutput, *, root_join
     hands, target = output.stages[-1], batch.target
     placed = hands.vertices + target.joints[:, :, root_joint:root_joint + 1]
     predicted_pixels, true_pixels = (from_uv(uv, CROP_SIZE) for uv in (hands.joints_uv, target.joints_uv))
-    labels = output.segmentation.argmax(1)
+    # A model without dense heads has no mask to show.
+    labels = output.segmentation.argmax(1) if output.segmentation.numel() else torch.zeros(len(images), 1, 1)
     columns = (images, batch.intrinsics, predicted_pixels, true_pixels, placed, target.vertices, labels,
                target.segmentation)
     return [RowInputs(*row) for row in zip(*columns)]

@@ -1,19 +1,40 @@
-"""The published checkpoint's names <-> ours: an explicit map in which every published name is used exactly once.
+"""The published checkpoint ``{'net': state_dict}`` <-> ours: an explicit map, every published name used exactly once.
 
 Dropped, and why: MANO arrays (licensed, and a constant of the hand model), the ImageNet classifier ``backbone.fc`` and
 the transformer's block 0 (never run), ``e_0`` (logits of a softmax over one entry: always 1), pixel grids and class
 weights (constants). Segmentation class 1 is the right hand there and the left hand here.
+
+A converted checkpoint keeps what was dropped but for the MANO arrays, so that the way back is exact to the bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from yacs.config import CfgNode
 
+from manopth import HandModel, load_hand_models
+from models import DIR, build_model
 from models.backbone import ours as backbone_key
+from models.backbone import torchvisions as torchvision_key
 from models.bone_projection import ProjectedConvolution
+from models.criterion import SEGMENTATION_CLASS_WEIGHTS
 from models.refinement import JOINT_FEATURES
+from utils.config import flatten, load_config
+from utils.errors import UserError
+from utils.hand import PUBLISHED_LEFT_MIDDLE_TIP, SIDES
+
+# What the published file does not say: it is the network of configs/dir_interhand.yaml with a fingertip of its own.
+CONFIGURATION = ['MODEL.LEFT_MIDDLE_TIP', str(PUBLISHED_LEFT_MIDDLE_TIP), 'MODEL.PRETRAINED', 'false']
+# Keys that the published code has fixed: only such a network can be written in its form.
+_FIXED = ('MODEL.BACKBONE', 'MODEL.IMAGE_SIZE', 'MODEL.MAP_CHANNELS', 'MODEL.STAGES', 'MODEL.BONE_RADIUS',
+          'MODEL.INTERACTION', 'MODEL.PROJECTION', 'MODEL.DENSE_HEADS')
+_NAMES_SHOWN = 20  # of each kind, in an error
+_SAME_HAND = 1e-6  # of an array's largest entry: float32 rounding
 
 
 @dataclass(frozen=True)
@@ -132,12 +153,110 @@ def why_dropped(key: str) -> str | None:
     return None
 
 
-def to_ours(published: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Published ``net`` dictionary -> our state_dict. Raises KeyError listing missing or unknown names."""
-    table = entries(published)
-    used = {name for entry in table for name in entry.published}
-    missing = sorted(used - published.keys())
-    unknown = sorted(key for key in published.keys() - used if why_dropped(key) is None)
-    if missing or unknown:
-        raise KeyError(f'missing: {missing}; unknown: {unknown}')
-    return {entry.key: entry.to_ours(*(published[name] for name in entry.published)) for entry in table}
+def is_published(content: Any) -> bool:
+    """Whether a file's content has the published form; whether the names in it fit is ``load_published``'s question."""
+    return isinstance(content, dict) and isinstance(content.get('net'), dict)
+
+
+def load_published(content: dict[str, Any], *, path: str | Path, overrides: Iterable[str] = ()
+                   ) -> tuple[DIR, CfgNode, dict[str, Tensor]]:
+    """Content of a published file -> (our network in evaluation mode, its configuration, what was dropped of it).
+
+    Raises UserError for names that are missing, unknown or misshapen, and if the file's hands are not MANO.PATH's.
+    """
+    net = content['net']
+    _check_names(net, path)
+    cfg = load_config(None, [*CONFIGURATION, *overrides])
+    hand_models = load_hand_models(cfg.MANO.SOURCE, cfg.MANO.PATH)
+    arrays = hand_arrays(hand_models)
+    for key, array in arrays.items():
+        if not torch.allclose(net[key], array, rtol=0, atol=_SAME_HAND * max(array.abs().max().item(), 1)):
+            raise UserError(f'{path} was trained on other hands than those of {cfg.MANO.PATH} ({key} differs): set '
+                            'MANO.PATH to the files it was trained on.')
+    model, state = build_model(cfg, hand_models, pretrained=False), to_ours(net)
+    model.load_state_dict(state)
+    back = to_published(state)
+    rest = {key: value for key, value in net.items()
+            if key not in arrays and not (key in back and torch.equal(back[key], value))}
+    return model.eval(), cfg, rest
+
+
+def to_ours(net: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Published ``net`` dictionary, complete -> our state_dict."""
+    return {entry.key: entry.to_ours(*(net[name] for name in entry.published)) for entry in entries(net)}
+
+
+def to_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our state_dict -> the part of the published one that it determines."""
+    backbone = [f'backbone.{torchvision_key(key[9:])}' for key in state if key.startswith('backbone.')]
+    return {name: value.contiguous() for entry in entries(backbone)
+            for name, value in zip(entry.published, entry.to_published(state[entry.key]))}
+
+
+def whole_published(state: dict[str, Tensor], cfg: CfgNode, rest: dict[str, Tensor] | None = None
+                    ) -> dict[str, Tensor]:
+    """Our state_dict -> all 963 entries of the published one, MANO arrays from MANO.PATH included.
+
+    rest: what a converted checkpoint kept of its source. Without it the parts that never run are zeros.
+    Raises UserError if the configuration is not the published network's.
+    """
+    wanted, is_now = flatten(load_config(None, CONFIGURATION)), flatten(cfg)
+    other = [f'{key} is {is_now[key]}, there it is {wanted[key]}' for key in _FIXED if is_now[key] != wanted[key]]
+    if other:
+        raise UserError(f'The published code has no such network: {"; ".join(other)}.')
+    net = to_published(state) | hand_arrays(load_hand_models(cfg.MANO.SOURCE, cfg.MANO.PATH))
+    return net | (_idle_parts(net) if rest is None else rest)
+
+
+def hand_arrays(hand_models: tuple[HandModel, HandModel]) -> dict[str, Tensor]:
+    """The 60 MANO arrays of a published checkpoint: ten for each hand in three places."""
+    arrays = {}
+    for side, hand in zip(SIDES, hand_models):
+        of_hand = {'betas': np.zeros((1, 10)), 'shapedirs': hand.shape_dirs, 'posedirs': hand.pose_dirs,
+                   'v_template': hand.template[None], 'J_regressor': hand.joint_regressor,
+                   'weights': hand.skinning_weights, 'hands_mean': hand.pose_mean[None],
+                   'comps': hand.pose_components, 'selected_comps': hand.pose_components, 'faces': hand.faces}
+        for place in ('init_regressor', 'decoder.projecter_4.regressor', 'decoder.projecter_3.regressor'):
+            for name, array in of_hand.items():
+                kind = torch.int64 if name == 'faces' else torch.float32
+                arrays[f'{place}.mano_layer_{side}.th_{name}'] = torch.from_numpy(array.copy()).to(kind)
+    return arrays
+
+
+def _idle_parts(net: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the published network holds and does not use: zeros, but for its constants."""
+    idle = {'backbone.fc.weight': torch.zeros(1000, 2048), 'backbone.fc.bias': torch.zeros(1000),
+            'seg_loss.weight': torch.tensor(SEGMENTATION_CLASS_WEIGHTS)}
+    for key, value in net.items():
+        if '.STEblocks.1.' in key:
+            idle[key.replace('.STEblocks.1.', '.STEblocks.0.')] = torch.zeros_like(value)
+        elif key.endswith('.gconv.e_1'):
+            idle[f'{key[:-1]}0'] = torch.ones(1, 21)
+    for number, size in ((4, 16), (3, 32)):
+        centres = torch.arange(size) + 0.5
+        idle[f'decoder.projecter_{number}.img_gird'] = torch.cartesian_prod(centres, centres).flip(1)
+    return idle
+
+
+def published_shapes() -> dict[str, tuple[int, ...]]:
+    """Name -> shape of all 963 entries; any hand model has MANO's shapes."""
+    hand_models = load_hand_models('standin')
+    with torch.device('meta'):  # shapes only
+        state = build_model(load_config(None, CONFIGURATION), hand_models).state_dict()
+    net = to_published(state)
+    return {key: tuple(value.shape) for key, value in (net | _idle_parts(net) | hand_arrays(hand_models)).items()}
+
+
+def _check_names(net: dict[str, Any], path: str | Path) -> None:
+    """Raises UserError, listing names, unless ``net`` holds tensors of the published names and shapes."""
+    shapes = published_shapes()
+    tensors = {key: value for key, value in net.items() if isinstance(value, Tensor)}
+    odd = [f'{key} is {tuple(tensors[key].shape)}, not {shape}' for key, shape in shapes.items()
+           if key in tensors and tuple(tensors[key].shape) != shape]
+    problems = {'missing': sorted(shapes.keys() - tensors.keys()),
+                'unknown': sorted(map(str, net.keys() - shapes.keys())), 'misshapen': odd}
+    listed = [f'{len(names)} {what}: {", ".join(names[:_NAMES_SHOWN])}{", ..." if len(names) > _NAMES_SHOWN else ""}'
+              for what, names in problems.items() if names]
+    if listed:
+        raise UserError(f'{path} is not the published DIR checkpoint, whose {len(shapes)} names are known '
+                        f'({"; ".join(listed)}).')

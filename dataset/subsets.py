@@ -1,0 +1,103 @@
+"""Parts of a split, chosen by what its annotations say, and the annotated joints of its frames."""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dataset.interhand import InterHandDataset
+from dataset.raw import RawSplit, RecordError
+from utils.errors import UserError
+
+
+class Subset(NamedTuple):
+    """Samples of a split and how they were chosen; ``description`` is None for the whole split."""
+
+    indices: list[int]
+    description: str | None = None
+
+
+def choose(dataset: InterHandDataset, *, image_ids: str | Path | None = None, annotation_ids: str | Path | None = None,
+           captures: Iterable[str] = (), first: int | None = None) -> Subset:
+    """The samples that pass every filter, in the order of the split; ``first`` takes the first N of them.
+
+    image_ids, annotation_ids: files of ids as in InterHand2.6M's data.json (see ``read_ids``). Raises UserError if a
+    file cannot be read or nothing is left.
+    """
+    indices, said = list(range(len(dataset))), []
+    captures = {str(capture) for capture in captures}
+    files = {'image': image_ids, 'annotation': annotation_ids}
+    lists = [(kind, path, read_ids(path)) for kind, path in files.items() if path]
+    if lists or captures:
+        table = [_identity(dataset.entries(index)) for index in
+                 tqdm(indices, desc='choose', unit='sample', leave=False, disable=None)]
+        for kind, path, ids in lists:
+            indices = [index for index in indices if table[index][kind] in ids]
+            said.append(f'{kind} ids of {path} ({len(ids):,} listed)')
+        if captures:
+            known = {row['capture'] for row in table}
+            if unknown := captures - known:
+                raise UserError(f'{dataset.folder} has no capture {", ".join(sorted(unknown))}; it has '
+                                f'{", ".join(sorted(known, key=lambda name: (len(name), name)))}.')
+            indices = [index for index in indices if table[index]['capture'] in captures]
+            said.append(f'capture {", ".join(sorted(captures))}')
+    if not indices:
+        raise UserError(f'No sample of {dataset.folder} passes: {"; ".join(said)}. Do they belong to this split?')
+    if first is not None:
+        if first < 1:
+            raise UserError(f'--first is {first}; it must be at least 1.')
+        indices = indices[:first]
+        said.append(f'first {first:,}')
+    return Subset(indices, '; '.join(said) or None)
+
+
+def _identity(entries: dict[str, dict]) -> dict[str, Any]:
+    image, annotation = entries['image'], entries['annotation']
+    return {'image': image.get('id'), 'annotation': annotation.get('id'), 'capture': str(image.get('capture'))}
+
+
+def read_ids(path: str | Path) -> set[int]:
+    """Ids from a text file (separated by blanks, commas or lines) or a JSON list; raises UserError otherwise."""
+    try:
+        text = Path(path).read_text()
+        ids = json.loads(text) if text.lstrip().startswith('[') else re.split(r'[\s,]+', text.strip())
+        return {int(one) for one in ids if one != ''}
+    except FileNotFoundError:
+        raise UserError(f'The id list {path} does not exist.') from None
+    except (ValueError, TypeError, UnicodeDecodeError) as error:
+        raise UserError(f'{path} is not a list of ids ({error}): it must hold whole numbers, one a line.') from None
+
+
+class AnnotatedJoints:
+    """The joints that people and machines marked in the frames, from the annotation files as downloaded.
+
+    data_path: the folder with InterHand2.6M's annotations/. Called with sample numbers (B,) it gives (B, 2, 21, 3) m
+    in camera axes, NaN where not annotated. Raises UserError if the split or a frame is not in the files.
+    """
+
+    def __init__(self, dataset: InterHandDataset, data_path: str | Path):
+        self.dataset, self.split = dataset, RawSplit(data_path, dataset.folder.name)
+
+    def __call__(self, indices: Tensor) -> Tensor:
+        return torch.from_numpy(np.stack([self._joints(index) for index in indices.tolist()]))
+
+    def _joints(self, index: int) -> np.ndarray:
+        image = self.dataset.entries(index)['image']
+        try:
+            capture, camera, frame = image['capture'], image['camera'], image['frame_idx']
+        except KeyError as error:
+            raise UserError(f'The annotation of {self.dataset.name(index)} does not say its {error.args[0]}: annotated '
+                            'joints cannot be found for it; prepare the data set again.') from None
+        try:
+            points, valid = self.split.joints(capture, frame)
+            rotation, translation, _ = self.split.camera(capture, camera)
+        except RecordError as error:
+            raise UserError(f'{error} (wanted for {self.dataset.name(index)})') from None
+        points = points @ rotation.T + translation
+        return np.where(valid[..., None], points, np.nan).astype(np.float32)

@@ -1,0 +1,185 @@
+import numpy as np
+import pytest
+import torch
+
+from utils.hand import FINGERS, JOINT_NAMES
+from utils.metrics import GRID, Protocol, SampleDetails, SampleErrors, concatenate
+from utils.summary import (
+    BOX_IOU_EDGES,
+    DISTANCE_EDGES,
+    binned,
+    breakdown,
+    by_joint,
+    format_breakdown,
+    format_grid,
+    format_summary,
+    intervals,
+    pck,
+    penetration,
+    segmentation_iou,
+    summarise,
+)
+
+
+def make(frames: int = 40, seed: int = 0) -> tuple[SampleErrors, SampleDetails]:
+    g = torch.Generator().manual_seed(seed)
+
+    def errors(*shape, mean=10.0):
+        return mean * (0.5 + torch.rand(frames, *shape, generator=g, dtype=torch.float64))
+
+    joints = errors(2, 21)
+    return (SampleErrors(joints.mean(-1), errors(2), errors(2), errors(2), errors(mean=30), joints),
+            SampleDetails(errors(2), errors(2), errors(mean=0.3), errors(mean=8), errors(mean=2).sub(2).clamp_min(0),
+                          errors(mean=1), errors(3, mean=50), errors(3, mean=50) + 60))
+
+
+def test_summary_is_means_over_samples_and_all_is_the_mean_of_the_hands():
+    means = torch.tensor([[1.0, 2.0], [3.0, 8.0]])
+    errors = SampleErrors(*(means * k for k in (1, 10, 100, 1000)), torch.tensor([7.0, 9.0]),
+                          means[..., None].expand(-1, -1, 21))
+    summary = summarise(errors, Protocol(9, False))
+    assert summary['joint_mm'] == {'left': 2, 'right': 5, 'all': 3.5}
+    assert summary['vert_px'] == {'left': 2000, 'right': 5000, 'all': 3500}
+    assert summary['root_mm'] == 8 and summary['frames'] == 2
+    assert summary['protocol'] == {
+        'root_joint': 9, 'scale': False, 'joints': 'regressed',
+        'description': 'root joint 9 (middle MCP), scale alignment off, joints regressed from vertices'}
+
+
+def test_summary_prints_the_fields_lines_in_their_order():
+    errors = SampleErrors(torch.DoubleTensor([[10.732769, 9.722339]]), torch.DoubleTensor([[10.47924, 9.521340]]),
+                          torch.DoubleTensor([[6.329594, 5.843324]]), torch.DoubleTensor([[6.235760, 5.768412]]),
+                          torch.DoubleTensor([29.26052]), torch.full((1, 2, 21), 10.0))
+    summary = summarise(concatenate([errors]), Protocol())
+    assert format_summary(summary) == '''\
+joint mean error:
+    left: 10.732769 mm, right: 9.722339 mm
+    all: 10.227554 mm
+vert mean error:
+    left: 10.479240 mm, right: 9.521340 mm
+    all: 10.000290 mm
+pixel joint mean error:
+    left: 6.329594 px, right: 5.843324 px
+    all: 6.086459 px
+pixel vert mean error:
+    left: 6.235760 px, right: 5.768412 px
+    all: 6.002086 px
+root error: 29.260520 mm'''
+
+
+# Intervals
+
+def test_an_interval_surrounds_its_mean_and_narrows_with_frames():
+    protocol = Protocol()
+    for frames, half in ((25, 0.5), (400, 0.125)):
+        errors, _ = make(frames)
+        interval, mean = intervals(errors), summarise(errors, protocol)
+        for name in ('joint_mm', 'vert_mm', 'joint_px', 'vert_px'):
+            for side in ('left', 'right', 'all'):
+                low, high = interval[name][side]
+                assert low < mean[name][side] < high
+        low, high = interval['root_mm']
+        # A uniform distribution's mean: +- 1.96 sd / sqrt(frames), sd = 30 / sqrt(12).
+        assert (high - low) / 2 == pytest.approx(1.96 * 30 / (12 * frames) ** 0.5, rel=0.25)
+        assert low < mean['root_mm'] < high
+        assert (interval['vert_mm']['left'][1] - interval['vert_mm']['left'][0]) < 10 * half
+
+
+def test_intervals_are_reproducible_and_pass_over_what_is_not_annotated():
+    errors, _ = make()
+    assert intervals(errors) == intervals(errors)
+    gaps = errors._replace(root_mm=torch.cat([errors.root_mm, torch.full((40,), torch.nan)]),
+                           **{name: torch.cat([getattr(errors, name)] * 2) for name in errors._fields[:4]})
+    low, high = intervals(gaps)['root_mm']
+    assert low < errors.root_mm.mean() < high
+
+
+def test_one_frame_has_an_interval_of_no_width():
+    errors, _ = make(1)
+    low, high = intervals(errors)['root_mm']
+    assert low == pytest.approx(high) == pytest.approx(errors.root_mm.item())
+
+
+# Curves and breakdowns
+
+def test_pck_counts_joints_within_each_threshold():
+    errors, _ = make()
+    joints = errors.joints_mm * 4
+    curve = pck(joints)
+    for hand, side in enumerate(('left', 'right')):
+        flat = joints[:, hand].flatten().numpy()
+        expected = [np.mean(flat <= threshold) for threshold in curve['thresholds_mm']]
+        np.testing.assert_allclose(curve[side], expected)
+        assert curve['auc'][side] == pytest.approx(np.trapezoid(expected, dx=1) / 50)
+    assert pck(torch.zeros(3, 2, 21))['auc']['all'] == 1
+    assert pck(torch.full((3, 2, 21), 60.0))['auc']['all'] == 0
+
+
+def test_pck_passes_over_what_is_not_annotated():
+    joints = torch.full((2, 2, 21), 10.0)
+    joints[0] = torch.nan
+    assert pck(joints)['left'][9:11] == [0, 1]
+
+
+def test_joints_and_fingers_are_split_by_name():
+    joints_mm = torch.arange(21.0).expand(4, 2, 21) + torch.tensor([0.0, 100])[:, None]
+    joints, fingers = by_joint(joints_mm)
+    assert list(joints) == list(JOINT_NAMES) and list(fingers) == ['wrist', *FINGERS]
+    assert joints['index_2'] == {'left': 6, 'right': 106, 'all': 56}
+    assert fingers['thumb'] == {'left': 2.5, 'right': 102.5, 'all': 52.5}
+    assert fingers['wrist']['left'] == 0 and fingers['little']['left'] == 18.5
+
+
+@pytest.mark.parametrize('edges, by', [(BOX_IOU_EDGES, [0.0, 0.05, 0.1, 1.0]), (DISTANCE_EDGES, [0.0, 1.0, 4.9, 1e4])])
+def test_every_frame_falls_into_exactly_one_bin(edges, by):
+    errors, _ = make(4)
+    rows = binned(errors, torch.tensor(by), edges)
+    assert [(row['from'], row['to']) for row in rows[:2]] == [(edges[0], edges[1]), (edges[1], edges[2])]
+    assert [row['frames'] for row in rows] == [1, 2, *[0] * (len(edges) - 4), 1]
+    assert rows[1]['joint_mm'] == pytest.approx(errors.joint_mm[1:3].mean().item())
+    assert rows[-1]['root_mm'] == pytest.approx(errors.root_mm[3].item())
+    assert 'joint_mm' not in rows[2] or rows[2]['frames']
+
+
+def test_penetration_is_over_the_frames_that_have_it():
+    assert penetration(torch.tensor([0.0, 2, 0, 4])) == {'share': 0.5, 'mean_mm': 3, 'worst_mm': 4}
+    assert penetration(torch.zeros(3)) == {'share': 0, 'mean_mm': 0, 'worst_mm': 0}
+
+
+def test_segmentation_iou_is_over_all_pixels():
+    _, details = make(2)
+    details = details._replace(seg_intersection=torch.tensor([[90.0, 10, 0], [10, 20, 0]]),
+                               seg_union=torch.tensor([[100.0, 20, 5], [100, 40, 5]]))
+    assert segmentation_iou(details) == pytest.approx({'background': 0.5, 'left': 0.5, 'right': 0, 'hands': 0.25})
+    assert segmentation_iou(details._replace(seg_union=torch.zeros(2, 3))) is None
+
+
+# Text
+
+def whole(frames: int = 40) -> dict:
+    errors, details = make(frames)
+    protocol = Protocol(9, False)
+    return summarise(errors, protocol) | breakdown(errors, details) | {'stages': [summarise(errors, protocol)] * 3}
+
+
+def test_the_breakdown_prints_every_part_with_its_number_of_frames():
+    summary = whole()
+    printed = format_breakdown(summary)
+    assert 'bootstrap over 40 frames' in printed
+    assert f'Procrustes-aligned: joint {summary["pa_joint_mm"]["all"]:.3f} mm' in printed
+    for part in ('PCK area', 'by finger', 'thumb', 'by stage', 'by box IoU', 'by distance', 'penetration, true',
+                 'segmentation IoU'):
+        assert part in printed
+    rows = [line for line in printed.splitlines() if ' frames: ' in line]
+    assert len(rows) == len(BOX_IOU_EDGES) + len(DISTANCE_EDGES) - 2
+    assert sum(int(line.split(' frames')[0].split()[-1]) for line in rows) == 80
+    assert 'segmentation IoU' not in format_breakdown(summary | {'segmentation_iou': None})
+
+
+def test_the_grid_has_a_column_for_each_protocol():
+    errors, _ = make()
+    lines = format_grid([summarise(errors, protocol) for protocol in GRID]).splitlines()
+    assert lines[0].split()[2:] == ['root', '0', 'root', '0', 'root', '9', 'root', '9']
+    assert lines[1].split() == ['scale', 'on', 'scale', 'off', 'scale', 'on', 'scale', 'off']
+    assert len(lines) == 2 + 12 + 1 and len({len(line) for line in lines}) == 1
+    assert lines[-1].split()[-1] == f'{errors.root_mm.mean():.3f}'
