@@ -1,0 +1,292 @@
+"""Before a run: what is there, what is missing, and what to do about each. Changes nothing and downloads nothing.
+
+    python apps/check_setup.py                                # for python train.py
+    python apps/check_setup.py --cfg configs/demo.yaml DATASET.PATH DIR
+
+Takes train.py's --cfg FILE and KEY VALUE pairs. Exit code 0 when training can start, 2 when it cannot.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlparse
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+try:
+    import torch
+    import torchvision
+    from yacs.config import CfgNode
+
+    from dataset.interhand import InterHandDataset
+    from dataset.raw import HAND_MODEL_RECORD, check_hand_model_record
+    from manopth import load_hand_models
+    from manopth.assets import describe
+    from models.backbone import ResNetBackbone, load_imagenet
+    from utils.config import add_config_arguments, load_config
+    from utils.distributed import choose_device, usable_cores
+    from utils.errors import UserError, user_facing
+    from utils.files import read_json
+except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
+    print(f'error: a package is missing or does not fit the others ({error}): '
+          f'python -m pip install -r {ROOT / "requirements.txt"}', file=sys.stderr)
+    sys.exit(2)
+
+OK, NOTE, MISSING, WRONG = 'ok', 'note', 'MISSING', 'WRONG'  # the last two keep training from starting
+WIDTH = 110  # characters of a line
+OLDEST_PYTHON = (3, 11)
+# Where the name under which a package is imported is not its own; it may then come from another package, too.
+IMPORTED_AS = {'opencv-python-headless': 'cv2'}
+LITTLE_SPACE = 5  # GB
+CHECKPOINT_SIZES = ('Of the published network (resnet50) latest.pth takes 1.1 GB, twice that while it is being '
+                    'replaced, and best.pth 0.4 GB.')
+WITHOUT = {'val': 'training then validates nothing, and best.pth is the last epoch', 'test': 'only evaluation wants it'}
+
+
+class Check(NamedTuple):
+    """One line of the report and what is printed below it."""
+
+    mark: str  # OK, NOTE, MISSING or WRONG
+    what: str
+    found: str
+    todo: str = ''  # whole sentences
+
+
+@user_facing
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config_arguments(parser, default='configs/dir_interhand.yaml')
+    args = parser.parse_intermixed_args(argv)
+    cfg = load_config(args.cfg, args.opts)
+
+    failed = 0
+    for check in examine(cfg):
+        print(layout(check), flush=True)
+        failed += check.mark in (MISSING, WRONG)
+    if failed:
+        print(f'not ready: {failed} {"thing is" if failed == 1 else "things are"} missing or wrong')
+        return 2
+    resume = ['--resume'] if latest(cfg).exists() else []
+    print(f'ready: {shlex.join(["python", "train.py", *resume, *argv])}')
+    return 0
+
+
+def examine(cfg: CfgNode) -> Iterator[Check]:
+    """Run every check; what one of them raises for the user is its result, and the others still run."""
+    for what, check in CHECKS.items():
+        try:
+            result = check(what, cfg)
+        except (UserError, OSError) as error:
+            result = Check(WRONG, what, 'cannot be used', sentence(error))
+        if result:
+            yield result
+
+
+def layout(check: Check) -> str:
+    """The line of a check with what is to be done below it, wrapped, but no path or address broken."""
+    names = max(map(len, CHECKS))
+    indent = ' ' * (len(MISSING) + names + 4)
+    below = textwrap.fill(check.todo, WIDTH, initial_indent=indent, subsequent_indent=indent, break_long_words=False,
+                          break_on_hyphens=False)
+    return f'{check.mark:{len(MISSING)}}  {check.what:{names}}  {check.found}' + (f'\n{below}' if below else '')
+
+
+def sentence(error: UserError | OSError) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    return f'{error.filename} cannot be read ({error.strerror}): check its permissions and the disk.'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The checks: (what, configuration) -> Check, or None where there is nothing to say
+# ---------------------------------------------------------------------------------------------------------------------
+
+def check_software(what: str, cfg: CfgNode) -> Check:
+    """Python and the packages of requirements.txt, in versions that are new enough."""
+    found = f'Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}'
+    problems = []
+    if sys.version_info[:2] < OLDEST_PYTHON:
+        problems.append(f'Python is older than {".".join(map(str, OLDEST_PYTHON))}')
+    for package, oldest in re.findall(r'^([\w.-]+)>=([\d.]+)', (ROOT / 'requirements.txt').read_text(), re.M):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            if importlib.util.find_spec(IMPORTED_AS.get(package, package)) is None:
+                problems.append(f'{package} is not installed')
+            continue
+        if release(version) < release(oldest):
+            problems.append(f'{package} {version} is older than {oldest}')
+    if problems:
+        return Check(WRONG, what, f'{found}; {", ".join(problems)}', 'python -m pip install -r requirements.txt, with '
+                     f'Python {".".join(map(str, OLDEST_PYTHON))} or later.')
+    return Check(OK, what, found)
+
+
+def release(version: str) -> tuple[int, ...]:
+    """'2.6.0+cu124' -> (2, 6): what is compared."""
+    return tuple(int(number) for number in re.findall(r'\d+', version)[:2])
+
+
+def check_device(what: str, cfg: CfgNode) -> Check:
+    """What DEVICE stands for on this machine, tried out."""
+    device = choose_device(cfg.DEVICE)
+    if device.type == 'cuda':
+        gpu = torch.cuda.get_device_properties(device)
+        return Check(OK, what, f'{device}: {gpu.name}, {gpu.total_memory / 1e9:.0f} GB')
+    cores = usable_cores()
+    todo = 'Training on the whole data set takes a GPU; a CPU does for configs/demo.yaml.'
+    if not torch.cuda.is_available():
+        todo += (' If there is a GPU: nvidia-smi tells whether its driver works.' if torch.version.cuda else
+                 ' If there is a GPU: this torch is a build without CUDA, https://pytorch.org has the others.')
+    return Check(NOTE, what, f'{device}, {cores} {"core" if cores == 1 else "cores"}', todo)
+
+
+def check_hands(what: str, cfg: CfgNode) -> Check:
+    """The hand model: its files there, whole, and not swapped."""
+    try:
+        return Check(OK, what, describe(load_hand_models(cfg.MANO.SOURCE, cfg.MANO.PATH)))
+    except UserError as error:
+        files = [Path(cfg.MANO.PATH) / f'MANO_{side}.pkl' for side in ('LEFT', 'RIGHT')]
+        missing = not all(file.is_file() for file in files)
+        return Check(MISSING if missing else WRONG, what, f'no usable pair in {cfg.MANO.PATH}', str(error))
+
+
+def check_split(what: str, cfg: CfgNode, *, split: str) -> Check:
+    """A split of the prepared data set: complete, its first sample readable, at least a batch to train on."""
+    folder = Path(cfg.DATASET.PATH) / split
+    absent = not folder.exists()
+    try:
+        dataset = InterHandDataset(cfg.DATASET.PATH, split)
+        _ = dataset[0]
+    except (UserError, OSError) as error:
+        return _unusable_split(what, cfg, folder, sentence(error), absent=absent)
+    samples, batch = len(dataset), cfg.TRAIN.BATCH_SIZE
+    found = f'{samples:,} {"sample" if samples == 1 else "samples"} in {folder}'
+    if split == 'train' and samples < batch:
+        return Check(WRONG, what, f'{found}, fewer than TRAIN.BATCH_SIZE {batch}',
+                     f'Set TRAIN.BATCH_SIZE to {samples} or less, or prepare more frames.')
+    return _with_preparation(Check(OK, what, found), folder, samples)
+
+
+def _unusable_split(what: str, cfg: CfgNode, folder: Path, problem: str, *, absent: bool) -> Check:
+    """Whether training can do without depends on the split, and for val on whether it is away or broken."""
+    split, partial_folder = folder.name, folder.with_name(f'{folder.name}.partial')
+    half = absent and partial_folder.is_dir()
+    found = f'only half prepared ({partial_folder})' if half else f'none in {folder.parent}' if absent else 'damaged'
+    if split == 'test' or (split == 'val' and absent):
+        if absent and not half:  # what the loader says of it, train has said already
+            hands = ' MANO.SOURCE standin' if cfg.MANO.SOURCE == 'standin' else ''
+            problem = ('To have it: python dataset/interhand.py --data_path INTERHAND --save_path '
+                       f'{shlex.quote(cfg.DATASET.PATH)} --splits {split}{hands}')
+        return Check(NOTE, what, f'{found}: {WITHOUT[split]}', problem)
+    if absent and not half and cfg.MANO.SOURCE == 'standin':
+        problem += ' Without InterHand2.6M: `make demo` makes pictures of stand-in hands (dataset/synthesize.py).'
+    return Check(MISSING if absent else WRONG, what, found, problem)
+
+
+def _with_preparation(check: Check, folder: Path, samples: int) -> Check:
+    """Add what preparation.json says; a data set prepared by other tools has none."""
+    file = folder / 'preparation.json'
+    if not file.exists():
+        return check
+    try:
+        record = read_json(file)
+        frames, kept = int(record['frames']), int(record['kept'])
+        skipped, damaged = sum(record['skipped'].values()), len(record['damaged'])
+    except (UserError, KeyError, TypeError, ValueError, AttributeError):
+        return check._replace(mark=NOTE, found=f'{check.found}; preparation.json is damaged',
+                              todo=f'{file} is only a record of the preparation: training does not read it.')
+    check = check._replace(found=f'{check.found}; {frames:,} frames, {skipped:,} skipped, {damaged:,} of them damaged')
+    if samples == kept:
+        return check
+    return check._replace(mark=NOTE, todo=f'{file} says that {kept:,} were prepared: is this copy of them complete?')
+
+
+def check_hands_of_data(what: str, cfg: CfgNode) -> Check | None:
+    """Whether the data was made with the hands that are set; nothing to say where either is not there."""
+    if not (Path(cfg.DATASET.PATH) / HAND_MODEL_RECORD).exists():
+        return None
+    try:
+        models = load_hand_models(cfg.MANO.SOURCE, cfg.MANO.PATH)
+    except (UserError, OSError):
+        return None
+    try:
+        check_hand_model_record(cfg.DATASET.PATH, models)
+    except UserError as error:
+        return Check(WRONG, what, f'{cfg.DATASET.PATH} belongs to other hands', str(error))
+    return Check(OK, what, 'the same')
+
+
+def check_weights(what: str, cfg: CfgNode) -> Check:
+    """What the backbone starts from; weights that are on this machine are read and tried on."""
+    name, file = cfg.MODEL.BACKBONE, cfg.MODEL.WEIGHTS
+    if not cfg.MODEL.PRETRAINED:
+        return Check(OK, what, f'{name} from random weights (MODEL.PRETRAINED false)')
+    url = torchvision.models.get_model_weights(name).DEFAULT.url
+    cached = Path(torch.hub.get_dir()) / 'checkpoints' / Path(urlparse(url).path).name
+    if not file and not cached.exists():
+        return Check(NOTE, what, f'{name}: the first run downloads {url}',
+                     f'Without a network: get that file elsewhere and put it into {cached.parent} or give it with '
+                     'MODEL.WEIGHTS FILE, or start from random weights with MODEL.PRETRAINED false.')
+    source = file or str(cached)
+    again = '' if file else f' Or remove {cached}: the first run then downloads it again.'
+    try:
+        # By its path, the cached one too: so nothing can be downloaded here.
+        load_imagenet(ResNetBackbone(name), name, source)
+    except UserError as error:
+        return Check(WRONG if Path(source).exists() else MISSING, what, f'{source} cannot be used', f'{error}{again}')
+    return Check(OK, what, f'{name} from {source}')
+
+
+def check_output(what: str, cfg: CfgNode) -> Check:
+    """Whether OUTPUT_DIR can be written, has room, and is not taken."""
+    folder = Path(cfg.OUTPUT_DIR)
+    ground = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not ground.is_dir() or not os.access(ground, os.W_OK | os.X_OK):
+        reason = 'may not be written' if ground.is_dir() else 'is not a folder'
+        return Check(WRONG, what, f'{folder}: {ground} {reason}', 'Choose another OUTPUT_DIR, or mend this one.')
+    free = shutil.disk_usage(ground).free / 1e9
+    found, notes = f'{folder}, {free:.0f} GB free', []
+    if free < LITTLE_SPACE:
+        found, notes = f'{folder}, only {free:.1f} GB free', [f'{CHECKPOINT_SIZES} Make room, or choose another '
+                                                              'OUTPUT_DIR.']
+    if latest(cfg).exists():
+        found += ', holds a run'
+        notes.append('train.py wants --resume to go on with it; for a new run choose another OUTPUT_DIR.')
+    return Check(NOTE if notes else OK, what, found, ' '.join(notes))
+
+
+def latest(cfg: CfgNode) -> Path:
+    """What train.py resumes, and without --resume refuses to overwrite."""
+    return Path(cfg.OUTPUT_DIR) / 'latest.pth'
+
+
+# In the order of the report.
+CHECKS: dict[str, Callable[[str, CfgNode], Check | None]] = {
+    'software': check_software,
+    'device': check_device,
+    'hand files': check_hands,
+    'data: train': partial(check_split, split='train'),
+    'data: val': partial(check_split, split='val'),
+    'data: test': partial(check_split, split='test'),
+    'data: hands': check_hands_of_data,
+    'weights': check_weights,
+    'output': check_output,
+}
+
+
+if __name__ == '__main__':
+    sys.exit(main())
