@@ -20,7 +20,8 @@ from utils.hand import NUM_VERTICES
 SKEW = (0.61, -0.37, 0.23)
 SLABS = [normal for normal in itertools.product((-1, 0, 1), repeat=3) if normal > (0, 0, 0)]  # 13: one of each pair +-
 ON_EDGE = 1e-9  # m: a ray this near to an edge is not relied on
-POINTS_AT_ONCE = 128  # each against all faces of a hand: 1.6 MB per tensor, which fits into a cache
+# Points that are tested at once, each against all faces of a hand: 1.6 MB per tensor fits into a CPU's cache.
+POINTS_AT_ONCE = {'cpu': 128, 'cuda': 8192}
 
 
 class PenetrationDepth(nn.Module):
@@ -87,7 +88,7 @@ def winding_number(points: Tensor, surfaces: Tensor, row: Tensor) -> Tensor:
     """
     low, high = surfaces[:2].amin(1), surfaces[:2].amax(1)  # (2 axes, N, F)
     number, unsure = points.new_zeros(len(row)), torch.zeros_like(row)
-    for part in torch.arange(len(row), device=row.device).split(POINTS_AT_ONCE):
+    for part in _parts(torch.arange(len(row), device=row.device)):
         x, y, _ = points[:, part, None]
         (x_low, y_low), (x_high, y_high) = (bounds.index_select(1, row[part]) for bounds in (low, high))
         under = (x >= x_low) & (x <= x_high) & (y >= y_low) & (y <= y_high)
@@ -95,7 +96,7 @@ def winding_number(points: Tensor, surfaces: Tensor, row: Tensor) -> Tensor:
         crossing, near_edge = cross_faces(points.index_select(1, point), corners)
         number.index_add_(0, point, crossing)
         unsure.index_add_(0, point, near_edge.long())
-    for part in unsure.nonzero().squeeze(1).split(POINTS_AT_ONCE):
+    for part in _parts(unsure.nonzero().squeeze(1)):
         angles = solid_angle(points[:, part, None], surfaces.index_select(2, row[part]))
         number[part] = angles.sum(1) / (4 * math.pi)
     return number
@@ -134,7 +135,7 @@ def surface_distance(points: Tensor, surfaces: Tensor, row: Tensor) -> Tensor:
     centres = surfaces.mean(1)
     radii = _length(surfaces - centres[:, None]).amax(0)
     distance = points.new_full((len(row),), torch.inf)
-    for part in torch.arange(len(row), device=row.device).split(POINTS_AT_ONCE):
+    for part in _parts(torch.arange(len(row), device=row.device)):
         to_centre = _length(centres.index_select(1, row[part]) - points[:, part, None])
         # A face's centre is on the surface: no face whose sphere stays farther than the nearest centre is the nearest.
         near = to_centre - radii.index_select(0, row[part]) <= to_centre.amin(1, keepdim=True)
@@ -156,6 +157,10 @@ def triangle_distance(points: Tensor, corners: Tensor) -> Tensor:
     over = ((torch.linalg.cross(normal[:, None], edges, dim=0) * offset).sum(0) > 0).all(0)
     to_plane = (offset[:, 0] * normal).sum(0).abs() / _length(normal)
     return torch.where(over, to_plane, to_edge)
+
+
+def _parts(numbers: Tensor) -> tuple[Tensor, ...]:
+    return numbers.split(POINTS_AT_ONCE['cpu' if numbers.device.type == 'cpu' else 'cuda'])
 
 
 def _pairs(chosen: Tensor, part: Tensor, surfaces: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
