@@ -56,10 +56,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
 
     model, cfg, content = load_model(args.model, [*args.opts, 'DATASET.PATH', args.data_path])
-    if 'published_rest' in content and 'format' not in content and distributed.is_main():
-        print(f'{args.model} has the published form and was converted (apps/convert_checkpoint.py keeps the result).')
     measured = evaluate_split(model, cfg, args)
     if distributed.is_main():
+        if 'format' not in content:
+            print(f'{args.model} has the published form and was converted (apps/convert_checkpoint.py keeps that).')
         report(measured, title=args.model, out=args.out,
                more={'config': flatten(cfg), 'training': content.get('progress')})
     distributed.stop()

@@ -34,3 +34,9 @@ def test_json_comes_back_and_damage_is_a_sentence(tmp_path):
         read_json(tmp_path / 'a.json')
     with pytest.raises(UserError, match='nowhere.json does not exist'):
         read_json(tmp_path / 'nowhere.json')
+
+
+def test_what_json_has_no_word_for_becomes_null(tmp_path):
+    write_json(tmp_path / 'a.json', {'x': [1.5, float('nan'), (float('inf'),)], 'y': {'z': -float('inf')}})
+    assert read_json(tmp_path / 'a.json') == {'x': [1.5, None, [None]], 'y': {'z': None}}
+    assert 'NaN' not in (tmp_path / 'a.json').read_text()

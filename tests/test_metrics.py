@@ -269,6 +269,7 @@ def test_hand_distance_is_the_smallest_of_all_pairs(made):
     true = made[3]
     expected = [min(np.linalg.norm(sample[1].numpy() - a.numpy(), axis=1).min() for a in sample[0]) for sample in true]
     np.testing.assert_allclose(hand_distance(true).numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(hand_distance(true.float()).numpy(), expected, atol=1e-6)  # of hands 0.7 m away
 
 
 def test_the_offset_places_the_right_hand(made):

@@ -1,6 +1,7 @@
 """Writing files so that a killed run or a full disk leaves the old file or the new one, never half of one."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,8 +50,16 @@ def read_image(path: str | Path) -> np.ndarray | None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """``value`` as indented JSON, atomically."""
-    write_atomically(path, (json.dumps(value, indent=1) + '\n').encode())
+    """``value`` as indented JSON, atomically. JSON has no NaN or infinity: they become null."""
+    write_atomically(path, (json.dumps(_finite(value), indent=1, allow_nan=False) + '\n').encode())
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(child) for key, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(child) for child in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: str | Path) -> Any:

@@ -169,7 +169,8 @@ def box_iou(pixels: Tensor) -> Tensor:
 
 def hand_distance(vertices: Tensor) -> Tensor:
     """(B, 2, V, 3) m -> (B,) m: smallest distance between a vertex of one hand and one of the other."""
-    return torch.cdist(vertices[:, LEFT], vertices[:, RIGHT]).amin((1, 2))
+    # By way of products, torch's default, a metre from the camera touching hands would be half a millimetre apart.
+    return torch.cdist(vertices[:, LEFT], vertices[:, RIGHT], compute_mode='donot_use_mm_for_euclid_dist').amin((1, 2))
 
 
 def in_one_frame(vertices: Tensor, offset: Tensor) -> Tensor:
