@@ -110,7 +110,7 @@ def test_pck_counts_joints_within_each_threshold():
         flat = joints[:, hand].flatten().numpy()
         expected = [np.mean(flat <= threshold) for threshold in curve['thresholds_mm']]
         np.testing.assert_allclose(curve[side], expected)
-        assert curve['auc'][side] == pytest.approx(np.trapezoid(expected, dx=1) / 50)
+        assert curve['auc'][side] == pytest.approx((sum(expected) - (expected[0] + expected[-1]) / 2) / 50)
     assert pck(torch.zeros(3, 2, 21))['auc']['all'] == 1
     assert pck(torch.full((3, 2, 21), 60.0))['auc']['all'] == 0
 
