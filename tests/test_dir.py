@@ -73,6 +73,21 @@ def test_one_training_step_reaches_every_parameter(standin, changes):
     assert sum(reached) > 0.9 * len(reached)  # all but biases in front of a norm
 
 
+def test_without_dense_heads_the_hands_alone_are_trained(standin):
+    model = tiny_model(standin, STAGES=1, DENSE_HEADS='false').train()
+    output = model(images(2))
+    assert output.segmentation.shape == output.dense.shape == (2, 3, 0, 0)
+    assert not list(model.dense_heads.parameters())
+    criterion = build_criterion(tiny_config(STAGES=1), standin)
+    terms = criterion(output, made_target(2))
+    with_dense = criterion(tiny_model(standin, STAGES=1).train()(images(2)), made_target(2))
+    assert with_dense.keys() - terms.keys() == {'segmentation', 'lovasz', 'dense'}
+    sum(terms.values()).backward()
+    # The last map served the dense heads only: nothing but its making goes without gradient.
+    idle = {name.split('.')[2] for name, parameter in model.named_parameters() if parameter.grad is None}
+    assert idle == {'projection', 'projected', 'fuse', 'enhance_map'}
+
+
 @pytest.mark.parametrize('detach', [True, False])
 def test_detach_stops_the_last_stages_loss_at_its_own_input(standin, detach):
     model = tiny_model(standin, DETACH=detach).train()

@@ -131,6 +131,21 @@ def test_every_protocol_at_once_is_each_alone(demo, tmp_path, capsys):
     assert 'protocol acr: root joint 9' in capsys.readouterr().out  # the name of what was asked for
 
 
+def test_two_processes_measure_what_one_does(demo, tmp_path):
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
+               'apps/eval_interhand.py', '--data_path', str(demo / 'data'), '--model', str(demo / 'run'), '--out',
+               str(tmp_path), 'TRAIN.WORKERS', '0', 'EVAL.BATCH_SIZE', '2', 'DEVICE', 'cpu']
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert len([line for line in result.stdout.splitlines() if line.startswith('root error: ')]) == 1
+    one, two = (json.loads((folder / 'metrics.json').read_text()) for folder in (demo / 'trained', tmp_path))
+    assert two['frames'] == one['frames'] and two['frames'] % 2  # not even: one has a sample more
+    for name in FIGURES:
+        assert two[name] == pytest.approx(one[name], rel=1e-5)
+    assert two['penetration'] == pytest.approx(one['penetration'], rel=1e-4)
+    assert two['pck']['auc'] == pytest.approx(one['pck']['auc'], rel=1e-4)
+
+
 def test_annotated_joints_protocol(demo, tmp_path, capsys):
     assert evaluate(demo, '--protocol', 'internet') == 2
     assert '--annotations INTERHAND' in capsys.readouterr().err
