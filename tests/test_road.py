@@ -132,14 +132,16 @@ def test_every_protocol_at_once_is_each_alone(demo, tmp_path, capsys):
 
 
 def test_two_processes_measure_what_one_does(demo, tmp_path):
+    odd = ['--first', '5']  # one process has a sample more than the other
+    assert evaluate(demo, *odd, '--out', str(tmp_path / 'one')) == 0
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
-               'apps/eval_interhand.py', '--data_path', str(demo / 'data'), '--model', str(demo / 'run'), '--out',
-               str(tmp_path), 'TRAIN.WORKERS', '0', 'EVAL.BATCH_SIZE', '2', 'DEVICE', 'cpu']
+               'apps/eval_interhand.py', '--data_path', str(demo / 'data'), '--model', str(demo / 'run'), *odd, '--out',
+               str(tmp_path / 'two'), 'TRAIN.WORKERS', '0', 'EVAL.BATCH_SIZE', '2', 'DEVICE', 'cpu']
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr[-2000:]
     assert len([line for line in result.stdout.splitlines() if line.startswith('root error: ')]) == 1
-    one, two = (json.loads((folder / 'metrics.json').read_text()) for folder in (demo / 'trained', tmp_path))
-    assert two['frames'] == one['frames'] and two['frames'] % 2  # not even: one has a sample more
+    one, two = (json.loads((tmp_path / name / 'metrics.json').read_text()) for name in ('one', 'two'))
+    assert two['frames'] == one['frames'] == 5
     for name in FIGURES:
         assert two[name] == pytest.approx(one[name], rel=1e-5)
     assert two['penetration'] == pytest.approx(one['penetration'], rel=1e-4)
