@@ -39,7 +39,7 @@ class _HandLayer(nn.Module):
         """rotations (B, H, 16, 3, 3), betas (B, H, 10) -> Hands; the wrist stays at its rest position."""
         arrays = HandArrays(*(getattr(self, name) for name in HandArrays._fields))
         vertices, chain = linear_blend_skinning(arrays, rotations, betas)
-        index = self.tip_vertices[None, :, :, None].expand(len(vertices), -1, -1, 3)
+        index = self.tip_vertices[None, :, :, None].expand(vertices.shape[0], -1, -1, 3)
         joints = torch.cat([chain, vertices.gather(2, index)], 2)[:, :, MANO_TO_JOINTS]
         return Hands(vertices, joints)
 

@@ -28,7 +28,8 @@ class NoDenseHeads(nn.Module):
     """Ablation: empty maps, of which no loss is taken."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x.new_zeros(len(x), 3, 0, 0), x.new_zeros(len(x), 3, 0, 0)
+        empty = x.new_zeros(x.shape[0], 3, 0, 0)
+        return empty, empty
 
 
 class DIR(nn.Module):

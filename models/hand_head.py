@@ -1,10 +1,19 @@
 """64 numbers per hand -> meshes, joints and where they are seen."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
 from manopth.mano_layer import TwoHandLayer
 from models.predictions import CAMERA, POSE, ROOT_ROTATION, SHAPE, HandPrediction
+
+
+def full_precision(device_type: str) -> AbstractContextManager:
+    """A region without autocast; no region where there is none anyway: torch.export makes a graph of its own of one."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 class HandHead(nn.Module):
@@ -17,7 +26,7 @@ class HandHead(nn.Module):
     def forward(self, parameters: Tensor, offset: Tensor) -> HandPrediction:
         """parameters (B, 2, 64), offset (B, 3) -> HandPrediction. Always in the hand layer's own precision."""
         parameters, offset = (x.to(self.hand_layer.template.dtype) for x in (parameters, offset))
-        with torch.autocast(parameters.device.type, enabled=False):
+        with full_precision(parameters.device.type):
             hands = self.hand_layer(parameters[..., ROOT_ROTATION], parameters[..., POSE], parameters[..., SHAPE],
                                     root_joint=self.root_joint)
             camera = parameters[..., None, CAMERA]

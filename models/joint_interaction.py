@@ -34,7 +34,7 @@ class SkeletonGraphLayer(nn.Module):
         return scores.softmax(-1)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        batch = len(tokens)
+        batch = tokens.shape[0]  # not len: torch.export would take it for a constant
         by_joint = tokens.permute(1, 2, 0, 3).flatten(0, 1)  # (2 J, B, a)
         both = torch.bmm(by_joint, self.weight.flatten(0, 1)).view(2, NUM_JOINTS, batch, 2, self.out_features)
         own, around = both.unbind(3)  # (2, J, B, b)

@@ -128,6 +128,17 @@ def test_root_joint_lies_at_the_origin_of_every_estimate(standin):
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_hands_are_made_in_full_precision_under_autocast(standin):
+    model = tiny_model(standin, STAGES=1).eval()
+    with torch.autocast('cpu', torch.bfloat16):
+        output = model(images(2))
+    assert output.segmentation.dtype == torch.bfloat16  # the rest is not
+    for hands in output.stages:
+        alone = model.hand_head(hands.parameters, hands.offset)
+        assert all(torch.equal(a, b) for a, b in zip(hands, alone)) and hands.vertices.dtype == torch.float32
+
+
 def test_uv_is_the_weak_perspective_of_the_joints(standin):
     hands = tiny_model(standin, STAGES=0).eval()(images(1)).stages[0]
     camera = hands.parameters[0, 1, CAMERA]
