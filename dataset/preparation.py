@@ -351,8 +351,8 @@ def prepare_split(split: RawSplit, save_path: Path, settings: dict,
     chunks = [frames[begin:begin + CHUNK] for begin in range(0, len(frames), CHUNK)]
     done, index = journal.replay(chunks, skipped)
     todo = chunks[done:]
-    missing = {frame.file_name: str(path) for chunk in todo for frame in chunk
-               if not (path := split.image_path(frame)).exists()}
+    missing = {frame.file_name: str(split.image_path(frame))
+               for frame in split.missing_pictures(frame for chunk in todo for frame in chunk)}
     refuse_heavy_damage(split, skipped.damage | missing, total, partial)
 
     for folder in FOLDERS:

@@ -8,8 +8,9 @@ millimetres to metres here and nowhere else. Camera: X_cam = R X_world + t, x ri
 """
 
 import mmap
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,6 +150,18 @@ class RawSplit:
     def image_path(self, frame: Frame) -> Path:
         return self.images / frame.file_name
 
+    def missing_pictures(self, frames: Iterable[Frame]) -> list[Frame]:
+        """The frames without a picture. A folder is listed once: a network file system makes each call a round trip."""
+        listings: dict[str, set[str]] = {}
+        missing = []
+        for frame in frames:
+            folder, _, name = frame.file_name.rpartition('/')
+            if folder not in listings:
+                listings[folder] = _file_names(self.images / folder)
+            if name not in listings[folder]:
+                missing.append(frame)
+        return missing
+
     @cached_property
     def frames(self) -> list[Frame]:
         return list(self.iterate_frames())
@@ -256,6 +269,14 @@ def check_hand_model_record(root: str | Path, models: tuple[HandModel, HandModel
     if recorded != describe(models):
         raise UserError(f'{root} was made with the hand model {recorded}, but {describe(models)} is set; set '
                         'MANO.SOURCE and MANO.PATH to the same hand, or use another folder.')
+
+
+def _file_names(folder: Path) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}  # a link to nowhere is no file
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
 
 
 def _decode(path: Path, kind: Any) -> Any:

@@ -45,6 +45,25 @@ def test_a_picture_without_annotation_has_no_hand_type(tree):
     assert frame.hand_type == '' and not frame.hand_type_valid and full_entries(frame)[1] == {}
 
 
+def test_missing_pictures_are_found_whatever_is_in_their_place(tree):
+    root = tree[0]
+    split = RawSplit(root, 'train')
+    assert split.missing_pictures(split.frames) == []
+    gone, link, folder, there = (split.image_path(frame) for frame in split.frames)
+    gone.unlink()
+    link.unlink()
+    link.symlink_to(root / 'nowhere')
+    folder.unlink()
+    folder.mkdir()
+    elsewhere = there.rename(root / 'elsewhere.jpg')
+    there.symlink_to(elsewhere)
+    assert split.missing_pictures(split.frames) == split.frames[:3]
+    for name in CAMERAS:
+        (gone.parents[1] / f'cam{name}').rename(root / name)
+    (gone.parents[1] / f'cam{CAMERAS[0]}').write_bytes(b'')
+    assert split.missing_pictures(reversed(split.frames)) == split.frames[::-1]
+
+
 def test_the_camera_stands_where_the_file_says_and_looks_along_z(tree):
     root, content = tree
     for name in CAMERAS:
