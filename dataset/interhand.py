@@ -3,6 +3,8 @@
 As a script this prepares the data set from the files as downloaded:
 
     python dataset/interhand.py --data_path INTERHAND --save_path ./data/interhand2.6m/
+
+or a part of it, as the task of a job array (``--shard i/n``, i from 1), and puts the parts together (``--merge``).
 """
 
 import sys
@@ -130,6 +132,9 @@ def _count(folder: Path) -> int:
         if folder.with_name(f'{folder.name}.partial').is_dir():
             raise UserError(f'{folder} is only half prepared; give the same dataset/interhand.py command again to '
                             'finish it.')
+        if any(folder.parent.glob(f'{folder.name}.shard-*')):
+            raise UserError(f'{folder} is prepared in shards; when all are finished, give the dataset/interhand.py '
+                            'command with --merge.')
         raise UserError(f'{folder} does not exist: set DATASET.PATH to a prepared data set '
                         '(python dataset/interhand.py --data_path INTERHAND --save_path ./data/interhand2.6m/).')
     numbers: dict[str, set[int]] = {}

@@ -9,14 +9,12 @@
 Frames are numbered without gaps, though whether one is kept shows only when its picture is read. So worker processes
 only compute; this process takes their results in order, numbers and writes them, chunk by chunk, into
 ``<split>.partial`` and notes each finished chunk in a journal. A killed run resumes after the last noted chunk, and the
-folder gets its name when all of it is there.
+folder gets its name when all of it is there. A job array prepares a split in parts: see dataset/shards.py.
 """
 
 import argparse
 import hashlib
-import json
 import os
-import pickle
 import signal
 import threading
 from collections import deque
@@ -34,7 +32,36 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset import raw
+from dataset.prepared import (
+    BAD_CAMERA,
+    BAD_FIT,
+    BEHIND,
+    DARK,
+    DARKEST,
+    FOLDERS,
+    JOURNAL,
+    MISSING,
+    NO_ANNOTATION,
+    NO_FIT,
+    NOT_INTERACTING,
+    NOT_VALID,
+    OTHER_SIZE,
+    UNREADABLE,
+    Journal,
+    Skip,
+    Skipped,
+    already_complete,
+    finish,
+    partial_folder,
+    paths,
+    pickle_annotation,
+    refuse_heavy_damage,
+    refuse_nothing_kept,
+    refuse_other_settings,
+    summarize,
+)
 from dataset.raw import SPLITS, Camera, Frame, ManoFit, RawSplit, RecordError
+from dataset.shards import Shard, check_shards, clean_up, merge, parse_shard, refuse_other_counts, refuse_shards
 from manopth import HandModel, TwoHandLayer, load_hand_models
 from manopth.assets import describe
 from manopth.rotations import axis_angle_to_matrix
@@ -42,33 +69,20 @@ from utils import safe_pickle
 from utils.config import add_config_arguments, load_config, split_off_pairs
 from utils.distributed import usable_cores
 from utils.errors import UserError, user_facing
-from utils.files import read_image, read_json, write_json
+from utils.files import read_image
 from utils.geometry import CROP_SIZE, project
 from utils.hand import NUM_FACES, NUM_VERTICES, SIDES
 from utils.render import RENDERERS, interpolate, two_hand_faces
 
 FORMAT = 1  # of what this file writes; raised when the same input gives other files
 HANDS_IN_CROP = 0.8  # share of the crop's side that the larger extent of the two hands takes
-DARKEST = 10  # least mean grey value of a picture that is kept
 MASK_CHANNEL = {'left': 2, 'right': 1}  # BGR
 # Labels are told by their colour. At full colour resolution the masks survive JPEG without a wrong pixel; at OpenCV's
 # default, a quarter of it, about 270 pixels of each change their class.
 LABEL_JPEG = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
 CHUNK = 32  # frames per task; the unit of the journal
 SOURCES = ('data', 'camera', 'MANO_NeuralAnnot')  # the annotation files that are read
-FOLDERS = {'img': 'jpg', 'mask': 'jpg', 'dense': 'jpg', 'anno': 'pkl'}
-RECORD, JOURNAL = 'preparation.json', 'journal.jsonl'
-
-# Why a frame is not kept. The first are properties of the data set, the others damage that the user should know about.
-NOT_INTERACTING, NOT_VALID = 'hands not interacting', 'hand type not valid'
-NO_FIT, DARK = 'a hand without MANO parameters', f'mean grey value below {DARKEST}'
-NO_ANNOTATION, BAD_FIT, BAD_CAMERA = 'no annotation', 'damaged MANO parameters', 'damaged camera'
-MISSING, UNREADABLE, OTHER_SIZE = 'picture missing', 'picture unreadable', 'picture of another size'
-BEHIND = 'hands behind the camera'
-DAMAGE = (NO_ANNOTATION, BAD_FIT, BAD_CAMERA, MISSING, UNREADABLE, OTHER_SIZE, BEHIND)
 MOST_WORKERS = 16  # by default: a process takes half a gigabyte, and beyond it the one that writes is the bottleneck
-# More damage than this is no accident but, say, half a download.
-TOLERATED_SHARE, TOLERATED_FRAMES = 0.01, 10
 
 
 class Job(NamedTuple):
@@ -79,11 +93,6 @@ class Job(NamedTuple):
     entries: tuple[dict, dict]
     camera: Camera
     fits: dict[str, ManoFit]
-
-
-class Skip(NamedTuple):
-    reason: str
-    detail: str = ''
 
 
 class Sample(NamedTuple):
@@ -206,31 +215,9 @@ def _jpeg(image: np.ndarray, options: tuple[int, ...] = ()) -> bytes:
     return cv2.imencode('.jpg', image, options)[1].tobytes()
 
 
-def pickle_annotation(annotation: dict[str, Any]) -> bytes:
-    """A pickle that readers with NumPy 1 and with NumPy 2 open: in it NumPy's core goes by its old, lasting name."""
-    # Protocol 3 writes a class as a line of text, so that another name of another length is still a valid pickle.
-    return pickle.dumps(annotation, protocol=3).replace(b'cnumpy._core.', b'cnumpy.core.')
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # One split
 # ---------------------------------------------------------------------------------------------------------------------
-
-class Skipped:
-    """Frames that are not kept: image ids by reason, and a sentence for each damaged one."""
-
-    def __init__(self):
-        self.image_ids: dict[str, list[int]] = {}
-        self.damage: dict[str, str] = {}
-
-    def add(self, frame: Frame, skip: Skip) -> None:
-        self.image_ids.setdefault(skip.reason, []).append(frame.id)
-        if skip.reason in DAMAGE:
-            self.damage[frame.file_name] = skip.detail or skip.reason
-
-    def table(self) -> str:
-        return ''.join(f'{len(ids):>12,}  {reason}\n' for reason, ids in self.image_ids.items())
-
 
 def select(split: RawSplit, skipped: Skipped) -> list[Frame]:
     """The frames whose annotations qualify; pictures are not looked at yet."""
@@ -278,87 +265,43 @@ def _camera_problem(split: RawSplit, capture: str, camera: str) -> Skip | None:
     return None
 
 
-def refuse_heavy_damage(split: RawSplit, damage: dict[str, str], total: int, partial: Path) -> None:
-    """Single damaged frames (what is wrong, by file name) are listed; many of them are an incomplete data set."""
-    if len(damage) > max(TOLERATED_FRAMES, TOLERATED_SHARE * total):
-        some = '; '.join(list(dict.fromkeys(damage.values()))[:3])
-        raise UserError(f'{len(damage):,} of {total:,} frames of {split.split} in {split.root} are missing or damaged '
-                        f'({some}; ...): complete the data set, remove {partial} if it is there, and give the same '
-                        'command again.')
-
-
-class Journal:
-    """What of a split is done: a line of settings, then a line per finished chunk. A line cut short does not count."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.lines: list[dict] = []
-        end = 0
-        if path.exists():
-            for line in path.read_bytes().splitlines(keepends=True):
-                if not line.endswith(b'\n'):
-                    break
-                try:
-                    self.lines.append(json.loads(line))
-                except ValueError:
-                    raise UserError(f'{path} is damaged; remove {path.parent} and start again.') from None
-                end += len(line)
-            os.truncate(path, end)
-
-    def start(self, settings: dict) -> None:
-        """Forget what there was."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.unlink(missing_ok=True)
-        self.lines = []
-        self.append(settings)
-
-    def append(self, line: dict) -> None:
-        with open(self.path, 'ab') as file:
-            file.write(json.dumps(line).encode() + b'\n')
-        self.lines.append(line)
-
-    def replay(self, chunks: list[list[Frame]], skipped: Skipped) -> tuple[int, int]:
-        """Enter the noted skips into ``skipped`` -> (number of finished chunks, number of the next sample)."""
-        finished = self.lines[1:]
-        for line, chunk in zip(finished, chunks):
-            for number, skip in line['skipped']:
-                skipped.add(chunk[number], Skip(*skip))
-        return len(finished), finished[-1]['next'] if finished else 0
-
-
-def prepare_split(split: RawSplit, save_path: Path, settings: dict,
-                  run: Callable[[Iterable[list[Job]]], Iterator]) -> None:
-    """Prepare one split, or what is left of it. ``run`` maps chunks of jobs to their results, in order.
+def prepare_split(split: RawSplit, save_path: Path, settings: dict, run: Callable[[Iterable[list[Job]]], Iterator],
+                  shard: Shard | None = None) -> None:
+    """Prepare one split or a shard of it, or the rest of it. ``run`` maps chunks of jobs to their results, in order.
 
     Raises UserError if the folder holds something else, too many frames are damaged, or none can be kept.
     """
-    target, partial = save_path / split.split, save_path / f'{split.split}.partial'
-    settings = settings | {'chunk': CHUNK, 'source': {kind: _size(split.file(kind)) for kind in SOURCES}}
-    if target.exists():
-        _refuse_other_settings(target / RECORD, settings)
-        (target / JOURNAL).unlink(missing_ok=True)
-        print(f'{split.split}: {target} is already complete.')
+    whole, what = save_path / split.split, f'{split.split}, shard {shard}' if shard else split.split
+    target = shard.folder(whole) if shard else whole
+    partial = partial_folder(target)
+    if already_complete(target, settings):
+        clean_up(target)
         return
+    if shard:
+        if already_complete(whole, settings):
+            return
+        refuse_other_counts(whole, shard)
+    else:
+        refuse_shards(whole)
     journal = Journal(partial / JOURNAL)
+    if journal.is_of_merge:
+        raise UserError(f'{partial} is a merge of shards that was cut off; finish it with --merge, or remove it.')
     if len(journal.lines) < 2:
         journal.start(settings)
-    elif journal.lines[0] != settings:
-        raise UserError(_other_settings(partial, journal.lines[0], settings))
+    refuse_other_settings(partial, journal.lines[0], settings)
 
-    skipped = Skipped()
-    frames = select(split, skipped)
-    total = len(frames) + sum(map(len, skipped.image_ids.values()))
+    frames, total, skipped, more = _select_part(split, shard, partial)
     chunks = [frames[begin:begin + CHUNK] for begin in range(0, len(frames), CHUNK)]
     done, index = journal.replay(chunks, skipped)
     todo = chunks[done:]
     missing = {frame.file_name: str(split.image_path(frame))
                for frame in split.missing_pictures(frame for chunk in todo for frame in chunk)}
-    refuse_heavy_damage(split, skipped.damage | missing, total, partial)
+    refuse_heavy_damage(split, what, skipped.damage | missing, total, partial)
 
     for folder in FOLDERS:
         (partial / folder).mkdir(parents=True, exist_ok=True)
     results = run([_job(split, frame) for frame in chunk] for chunk in todo)
-    with tqdm(total=len(frames), initial=len(frames) - sum(map(len, todo)), desc=split.split, unit='frame') as progress:
+    with tqdm(total=len(frames), initial=len(frames) - sum(map(len, todo)), desc=what, unit='frame') as progress:
         for chunk, outcomes in zip(todo, results):
             noted = []
             for number, (frame, outcome) in enumerate(zip(chunk, outcomes, strict=True)):
@@ -371,15 +314,50 @@ def prepare_split(split: RawSplit, save_path: Path, settings: dict,
                                     'there? The same command goes on from here.')
                 skipped.add(frame, outcome)
                 noted.append([number, outcome])
-            refuse_heavy_damage(split, skipped.damage, total, partial)
+            refuse_heavy_damage(split, what, skipped.damage, total, partial)
             journal.append({'next': index, 'skipped': noted})
             progress.update(len(chunk))
-    _finish(split, partial, target, settings, index, total, skipped)
+    summary = summarize(what, index, total, skipped)
+    if not shard:  # others may have what this one lacks
+        refuse_nothing_kept(split, index, summary)
+    finish(partial, target, settings, index, total, skipped, **more)
+    print(summary, end='')
     (target / JOURNAL).unlink()
 
 
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.exists() else None
+def _select_part(split: RawSplit, shard: Shard | None, partial: Path) -> tuple[list[Frame], int, Skipped, dict]:
+    """The frames to prepare, of how many, what is left out already, and what the record says besides."""
+    skipped = Skipped()
+    frames = select(split, skipped)
+    total = len(frames) + len(skipped)
+    if not shard:
+        return frames, total, skipped, {}
+    # What the selection leaves out belongs to the split, not to a shard: the merge enters it, once.
+    refuse_heavy_damage(split, split.split, skipped.damage, total, partial)
+    begin, end = shard.bounds(len(frames), CHUNK)
+    more = {'shard': {'number': shard.number, 'of': shard.of, 'begin': begin, 'end': end, 'selected': len(frames)}}
+    return frames[begin:end], end - begin, Skipped(), more
+
+
+def settings_of(split: RawSplit, settings: dict) -> dict:
+    """All that decides what a split's files are: the command's settings, and the annotation files by their sizes."""
+    sizes = {kind: path.stat().st_size if (path := split.file(kind)).exists() else None for kind in SOURCES}
+    return settings | {'chunk': CHUNK, 'source': sizes}
+
+
+def merge_splits(splits: list[tuple[RawSplit, dict]], save_path: Path) -> None:
+    """Put the shards of each split, which comes with its settings, together. All are checked before the first merge."""
+    found = []
+    for split, settings in splits:
+        target = save_path / split.split
+        if already_complete(target, settings):
+            clean_up(target)
+        else:
+            found.append((split, settings, check_shards(target, settings)))
+    for split, settings, shards in found:
+        skipped = Skipped()
+        selected = len(select(split, skipped))
+        merge(split, save_path / split.split, settings, shards, selected, skipped)
 
 
 def _job(split: RawSplit, frame: Frame) -> Job:
@@ -387,48 +365,11 @@ def _job(split: RawSplit, frame: Frame) -> Job:
                split.camera(frame.capture, frame.camera), split.mano(frame.capture, frame.frame_idx))
 
 
-def _paths(folder: Path, index: int) -> dict[str, Path]:
-    return {name: folder / name / f'{index}.{suffix}' for name, suffix in FOLDERS.items()}
-
-
 def _write(folder: Path, index: int, sample: Sample) -> None:
     contents = sample.files | {'anno': pickle_annotation({'inter_idx': index} | sample.annotation)}
-    for name, path in _paths(folder, index).items():
+    for name, path in paths(folder, index).items():
         # Half a file may be left here by a kill, but only beyond the journal's last chunk: it is written again.
         path.write_bytes(contents[name])
-
-
-def _finish(split: RawSplit, partial: Path, target: Path, settings: dict, kept: int, total: int,
-            skipped: Skipped) -> None:
-    report = f'{split.split}: {kept:,} of {total:,} frames kept\n{skipped.table()}'
-    if not kept:
-        raise UserError(f'{split.root}: no frame of {split.split} can be prepared. {" ".join(report.split())}.')
-    index = kept  # files of a run that knew more pictures
-    while left_over := [path for path in _paths(partial, index).values() if path.exists()]:
-        for path in left_over:
-            path.unlink()
-        index += 1
-    os.sync()  # or a power cut could leave the finished name on files that never reached the disk
-    write_json(partial / RECORD, {
-        'settings': settings, 'frames': total, 'kept': kept,
-        'skipped': {reason: len(ids) for reason, ids in skipped.image_ids.items()},
-        'damaged': skipped.damage, 'skipped_image_ids': skipped.image_ids})
-    os.rename(partial, target)
-    print(report, end='')
-
-
-def _refuse_other_settings(record: Path, settings: dict) -> None:
-    if not record.exists():
-        raise UserError(f'{record.parent} exists and was not prepared by this command; give another --save_path.')
-    found = read_json(record).get('settings', {})
-    if found != settings:
-        raise UserError(_other_settings(record.parent, found, settings))
-
-
-def _other_settings(folder: Path, found: dict, wanted: dict) -> str:
-    different = [key for key in wanted if found.get(key) != wanted[key]]
-    what = '; '.join(f'{key} was {found.get(key)}, now {wanted[key]}' for key in different)
-    return f'{folder} was prepared with other settings ({what}); give another --save_path, or remove the folder first.'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -477,6 +418,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--data_path', required=True, help='folder with InterHand2.6M\'s images/ and annotations/')
     parser.add_argument('--save_path', required=True, help='where the prepared data set goes')
     parser.add_argument('--splits', nargs='+', metavar='SPLIT', help='train, val, test (default: those that are there)')
+    parser.add_argument('--shard', metavar='I/N', help='prepare only part I (1 to N) of N of each split: a task of a '
+                        'job array')
+    parser.add_argument('--merge', action='store_true', help='put the finished shards together; other options as they '
+                        'were')
     parser.add_argument('--workers', type=int,
                         help=f'processes (default: one per core, at most {MOST_WORKERS})')
     parser.add_argument('--renderer', choices=sorted(RENDERERS), default='torch')
@@ -487,6 +432,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     arguments.opts = keys + arguments.opts
     if unknown := [word for word in arguments.splits if word not in SPLITS]:
         raise UserError(f"--splits: there is no split '{unknown[0]}'; it must be one of {', '.join(SPLITS)}.")
+    if arguments.shard is not None:
+        if arguments.merge:
+            raise UserError('--shard prepares a part and --merge puts all parts together; give one of them.')
+        arguments.shard = parse_shard(arguments.shard)
     if arguments.workers is not None and arguments.workers < 1:
         raise UserError(f'--workers is {arguments.workers}; it must be at least 1.')
     return arguments
@@ -504,23 +453,28 @@ def main(argv: list[str] | None = None) -> None:
     save_path = Path(arguments.save_path)
     raw.check_hand_model_record(arguments.data_path, models)
     raw.check_hand_model_record(save_path, models)
+    common = {'format': FORMAT, 'hand_model': describe(models), 'renderer': arguments.renderer,
+              'vertex_colours': hashlib.sha256(colours.tobytes()).hexdigest()[:12]}
+    todo = [(split, settings_of(split, common)) for split in splits]
+    if arguments.merge:
+        merge_splits(todo, save_path)
+        return
     _use_one_thread()
     preparer = FramePreparer(models, colours, arguments.renderer)
     preparer.rasterize(torch.ones(1, 3, 3), torch.tensor([[0, 1, 2]]), torch.eye(3)[None], (4, 4))  # is it installed?
     save_path.mkdir(parents=True, exist_ok=True)
     raw.write_hand_model_record(save_path, models)
-    settings = {'format': FORMAT, 'hand_model': describe(models), 'renderer': arguments.renderer,
-                'vertex_colours': hashlib.sha256(colours.tobytes()).hexdigest()[:12]}
 
     workers = arguments.workers or min(usable_cores(), MOST_WORKERS)
     if workers == 1:
-        for split in splits:
-            prepare_split(split, save_path, settings, lambda chunks: map(preparer, chunks))
+        for split, settings in todo:
+            prepare_split(split, save_path, settings, lambda chunks: map(preparer, chunks), arguments.shard)
         return
     executor = ProcessPoolExecutor(workers, get_context('spawn'), _start_worker, (mano, colours, arguments.renderer))
     try:
-        for split in splits:
-            prepare_split(split, save_path, settings, lambda chunks: ordered_map(executor, _work, chunks, 2 * workers))
+        for split, settings in todo:
+            prepare_split(split, save_path, settings, lambda chunks: ordered_map(executor, _work, chunks, 2 * workers),
+                          arguments.shard)
     except BrokenProcessPool:
         raise UserError(f'A worker process was killed, perhaps for want of memory; use fewer than --workers {workers}. '
                         'What was finished is kept, the same command goes on from there.') from None

@@ -368,7 +368,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tree, spoil, capsys, monkeypa
 def test_a_partial_run_with_other_settings_is_not_resumed(tree, monkeypatch, capsys):
     root, _, save_path = tree
     monkeypatch.setattr(preparation, 'CHUNK', 3)
-    monkeypatch.setattr(preparation, '_finish', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(preparation, 'finish', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     assert prepare(root, save_path) == 130
     before = contents(save_path)
     colours = write_colours(save_path.with_name('v_color.pkl'), np.zeros((778, 3)))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,8 @@ def written_aside(path: str | Path, *, durable: bool = True) -> Iterator[BinaryI
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f'.{path.name}.{os.getpid()}.partial')
+    # Tasks of a job array write the same file from different machines, where process ids may be the same.
+    aside = path.with_name(f'.{path.name}.{secrets.token_hex(8)}.partial')
     try:
         with open(aside, 'wb') as file:
             yield file
