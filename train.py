@@ -20,11 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from dataset.batch import Batch, BatchMaker
-from dataset.interhand import InterHandDataset
-from dataset.loader import EpochSampler, evaluation_loader, training_loader
+from dataset.batch import Batch, BatchMaker, build_batch_maker
+from dataset.interhand import PreparedSplit
+from dataset.loader import EpochSampler, evaluation_loader, evaluation_split, training_loader
 from dataset.raw import check_hand_model_record
-from manopth import TwoHandLayer, load_hand_models
+from manopth import load_hand_models
 from manopth.assets import describe
 from models import build_criterion, build_model
 from utils import distributed
@@ -53,7 +53,7 @@ class Training(NamedTuple):
     batch_maker: BatchMaker
     loader: torch.utils.data.DataLoader
     sampler: EpochSampler
-    validation: InterHandDataset | None  # None: the data set has no split val
+    validation: PreparedSplit | None  # None: the data set has no split val
     hand_model: str
 
     @property
@@ -117,16 +117,15 @@ def build_training(cfg: CfgNode, device: torch.device, *, fresh: bool) -> Traini
                                            find_unused_parameters=unused)
     return Training(
         cfg, model, parallel, build_criterion(cfg, hand_models).to(device), build_optimizer(model, cfg),
-        BatchMaker(TwoHandLayer(hand_models), image_size=cfg.MODEL.IMAGE_SIZE).to(device), loader, sampler, validation,
-        describe(hand_models))
+        build_batch_maker(cfg, hand_models).to(device), loader, sampler, validation, describe(hand_models))
 
 
-def validation_split(cfg: CfgNode) -> InterHandDataset | None:
+def validation_split(cfg: CfgNode) -> PreparedSplit | None:
     if not (Path(cfg.DATASET.PATH) / 'val').exists():
         if distributed.is_main():
             print(f'{cfg.DATASET.PATH} has no split val: nothing is validated, and best.pth is the last epoch.')
         return None
-    return InterHandDataset(cfg.DATASET.PATH, 'val', with_dense=False)
+    return evaluation_split(cfg, 'val')
 
 
 def fit(run: Training, progress: Progress) -> int:

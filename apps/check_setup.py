@@ -30,7 +30,7 @@ try:
     import torchvision
     from yacs.config import CfgNode
 
-    from dataset.interhand import InterHandDataset
+    from dataset.pack import open_split
     from dataset.raw import HAND_MODEL_RECORD, check_hand_model_record
     from manopth import load_hand_models
     from manopth.assets import describe
@@ -168,8 +168,9 @@ def check_split(what: str, cfg: CfgNode, *, split: str) -> Check:
     """A split of the prepared data set: complete, its first sample readable, at least a batch to train on."""
     folder = Path(cfg.DATASET.PATH) / split
     absent = not folder.exists()
+    files = cfg.DATASET.TARGETS == 'files'
     try:
-        dataset = InterHandDataset(cfg.DATASET.PATH, split)
+        dataset = open_split(cfg.DATASET.PATH, split, with_mask=files, with_dense=files)
         _ = dataset[0]
     except (UserError, OSError) as error:
         return _unusable_split(what, cfg, folder, sentence(error), absent=absent)

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from apps.eval_interhand import add_evaluation_arguments, evaluate_split, report
-from dataset.interhand import InterHandDataset
+from dataset.interhand import PreparedSplit
+from dataset.pack import open_split
 from manopth import TwoHandLayer, load_hand_models
 from models.hand_head import HandHead
 from models.predictions import CAMERA, NUM_PARAMETERS, POSE, ROOT_ROTATION, SHAPE, DIROutput
@@ -48,18 +49,18 @@ class ConstantPrediction(nn.Module):
 class _Annotations(Dataset):
     """The annotations of a split without its images."""
 
-    def __init__(self, dataset: InterHandDataset):
+    def __init__(self, dataset: PreparedSplit):
         self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> list[Tensor]:
-        return self.dataset.annotation(index)
+        return list(map(torch.from_numpy, self.dataset.labels(index)))
 
 
 @torch.no_grad()
-def mean_prediction(dataset: InterHandDataset, hand_layer: TwoHandLayer, *, root_joint: int, workers: int = 0
+def mean_prediction(dataset: PreparedSplit, hand_layer: TwoHandLayer, *, root_joint: int, workers: int = 0
                     ) -> tuple[Tensor, Tensor]:
     """(parameters (2, 64), offset (3,)): means over ``dataset``. The mean rotation is the chordal one, by SVD."""
     rotation, pose, shape, offset = torch.zeros(2, 3, 3), torch.zeros(2, 45), torch.zeros(2, 10), torch.zeros(3)
@@ -95,7 +96,8 @@ def main(argv: list[str] | None = None) -> int:
 
     cfg = load_config(args.cfg, [*args.opts, 'DATASET.PATH', args.data_path])
     hand_layer = TwoHandLayer(load_hand_models(cfg.MANO.SOURCE, cfg.MANO.PATH))
-    means = mean_prediction(InterHandDataset(args.data_path, 'train'), hand_layer, root_joint=cfg.ROOT_JOINT,
+    labels = open_split(args.data_path, 'train', with_mask=False, with_dense=False)
+    means = mean_prediction(labels, hand_layer, root_joint=cfg.ROOT_JOINT,
                             workers=cfg.TRAIN.WORKERS)
     model = ConstantPrediction(HandHead(hand_layer, root_joint=cfg.ROOT_JOINT), *means)
     measured = evaluate_split(model, cfg, args)

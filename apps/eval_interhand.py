@@ -19,12 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from yacs.config import CfgNode
 
-from dataset.batch import BatchMaker
-from dataset.interhand import InterHandDataset
-from dataset.loader import evaluation_loader
+from dataset.batch import build_batch_maker
+from dataset.interhand import PreparedSplit
+from dataset.loader import evaluation_loader, evaluation_split
 from dataset.raw import check_hand_model_record
 from dataset.subsets import AnnotatedJoints, Subset, choose
-from manopth import TwoHandLayer, load_hand_models
+from manopth import load_hand_models
 from utils import distributed
 from utils.checkpoint import load_model, to_device
 from utils.config import flatten
@@ -43,7 +43,7 @@ class Measured(NamedTuple):
 
     result: Evaluation
     protocol_name: str
-    dataset: InterHandDataset
+    dataset: PreparedSplit
     subset: Subset
 
 
@@ -109,8 +109,8 @@ def evaluate_split(model: torch.nn.Module, cfg: CfgNode, args: argparse.Namespac
     device = distributed.start(cfg.DEVICE)
     hand_models = load_hand_models(cfg.MANO.SOURCE, cfg.MANO.PATH)
     check_hand_model_record(cfg.DATASET.PATH, hand_models)
-    batch_maker = BatchMaker(TwoHandLayer(hand_models), image_size=cfg.MODEL.IMAGE_SIZE).to(device)
-    dataset = InterHandDataset(cfg.DATASET.PATH, args.split, with_dense=False)
+    batch_maker = build_batch_maker(cfg, hand_models).to(device)
+    dataset = evaluation_split(cfg, args.split)
     subset = choose(dataset, image_ids=args.image_ids, annotation_ids=args.annotation_ids, captures=args.capture,
                     first=args.first)
     result = evaluate(
@@ -142,7 +142,7 @@ def report(measured: Measured, *, title: str, out: str | None, more: dict) -> di
     return summary
 
 
-def per_sample_csv(result: Evaluation, dataset: InterHandDataset) -> str:
+def per_sample_csv(result: Evaluation, dataset: PreparedSplit) -> str:
     """One row a sample: number, file, errors of each hand and of the vector between the roots, and what goes with them.
 
     Empty where something is not annotated.

@@ -16,9 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dataset.batch import BatchMaker
-from dataset.interhand import InterHandDataset
-from manopth import TwoHandLayer
+from dataset.batch import build_batch_maker
+from dataset.loader import evaluation_split
 from utils.checkpoint import load_model
 from utils.errors import UserError, user_facing
 from utils.files import read_json, write_json
@@ -77,8 +76,8 @@ def run_command(name: str, command: list[str]) -> None:
 def draw_test_samples(run: Path, data: Path, opts: list[str], path: Path) -> Path:
     """A picture sheet of test samples spread over the split."""
     model, cfg, _ = load_model(run, [*opts, 'DATASET.PATH', str(data)])
-    batch_maker = BatchMaker(TwoHandLayer(model.hand_head.hand_layer.models), image_size=cfg.MODEL.IMAGE_SIZE)
-    dataset = InterHandDataset(data, 'test', with_dense=False)
+    batch_maker = build_batch_maker(cfg, model.hand_head.hand_layer.models)
+    dataset = evaluation_split(cfg, 'test')
     draw_samples(model, dataset, spread_over(len(dataset), PICTURES), batch_maker, path=path)
     return path
 

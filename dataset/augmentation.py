@@ -1,5 +1,6 @@
 """Augmentation: one small struct of random numbers per sample, drawn in the loader from (seed, epoch, index)."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -37,35 +38,42 @@ class AugmentationParameters(NamedTuple):
     noise_seed: Tensor  # () int64
 
 
+_TYPES = AugmentationParameters(torch.bool, torch.int64, *[torch.float32] * 7, torch.int64)
+
+
 def parameters(*, flip: bool = False, blur_length: int = 0, blur_angle: float = 0.0, scale: float = 1.0,
                angle: float = 0.0, shift=(0.0, 0.0), gain=(1.0, 1.0, 1.0), brightness: float = 0.0, noise: float = 0.0,
                noise_seed: int = 0) -> AugmentationParameters:
     """One sample's struct from plain numbers; without arguments: leave it as it is."""
-    number = torch.tensor
-    return AugmentationParameters(
-        number(flip), number(blur_length), number(blur_angle), number(scale), number(angle), number(tuple(shift)),
-        number(tuple(gain)), number(brightness), number(noise), number(noise_seed))
+    row = (flip, blur_length, blur_angle, scale, angle, shift, gain, brightness, noise, noise_seed)
+    return AugmentationParameters(*(torch.tensor(value, dtype=kind) for value, kind in zip(row, _TYPES)))
 
 
 def draw_augmentation(ranges: AugmentationRanges | None, key: tuple[int, int, int]) -> AugmentationParameters:
     """All draws are uniform and depend on ``key`` = (seed, epoch, index) alone; None leaves the sample as it is."""
+    return AugmentationParameters(*(column[0] for column in draw_augmentations(ranges, [key])))
+
+
+def draw_augmentations(ranges: AugmentationRanges | None, keys: list[tuple[int, int, int]]) -> AugmentationParameters:
+    """``draw_augmentation`` of a batch: every field with a leading axis."""
     if ranges is None:
-        return parameters()
+        return AugmentationParameters(*(value.expand(len(keys), *value.shape).clone() for value in parameters()))
+    columns = zip(*(_draw(ranges, key) for key in keys))
+    return AugmentationParameters(*(torch.tensor(column, dtype=kind) for column, kind in zip(columns, _TYPES)))
+
+
+def _draw(ranges: AugmentationRanges, key: tuple[int, int, int]) -> tuple:
+    """Plain numbers in the order of ``AugmentationParameters``: tensors of one sample each would cost more than the
+    drawing."""
     random = np.random.default_rng(key)
 
-    def around(centre: float, reach: float, size=None):
-        return random.uniform(centre - reach, centre + reach, size)
+    def around(centre: float, reach: float, size: int | None = None):
+        values = random.uniform(centre - reach, centre + reach, size)
+        return values if size is None else values.tolist()
 
     flip, blur = random.random(2) < (ranges.flip, ranges.blur)
-    return parameters(
-        flip=bool(flip),
-        blur_length=int(random.integers(*BLUR_LENGTHS, endpoint=True)) if blur else 0,
-        blur_angle=random.uniform(0, np.pi),
-        scale=around(1, ranges.scale),
-        angle=np.radians(around(0, ranges.rotation)),
-        shift=around(0, ranges.shift, 2),
-        gain=around(1, ranges.gain, 3),
-        brightness=255 * around(0, ranges.brightness),
-        noise=255 * ranges.noise,
-        noise_seed=int(random.integers(2**62)),
-    )
+    length = int(random.integers(*BLUR_LENGTHS, endpoint=True)) if blur else 0
+    blur_angle, scale, degrees = random.uniform(0, math.pi), around(1, ranges.scale), around(0, ranges.rotation)
+    shift, gain, brightness = around(0, ranges.shift, 2), around(1, ranges.gain, 3), around(0, ranges.brightness)
+    return (bool(flip), length, blur_angle, scale, math.radians(degrees), shift, gain, 255 * brightness,
+            255 * ranges.noise, int(random.integers(2**62)))

@@ -7,7 +7,9 @@ from torch.utils.data import DataLoader, Sampler
 from yacs.config import CfgNode
 
 from dataset.augmentation import AugmentationRanges
-from dataset.interhand import InterHandDataset
+from dataset.batch import learns_dense
+from dataset.interhand import PreparedSplit, Sample
+from dataset.pack import open_split
 from utils.distributed import rank_and_world, usable_cores
 from utils.errors import UserError
 
@@ -47,8 +49,9 @@ class EpochSampler(Sampler[tuple[int, int]]):
 def training_loader(cfg: CfgNode) -> tuple[DataLoader, EpochSampler]:
     """Loader of the training split with augmentation; raises UserError if the split is too small for one batch."""
     ranges = AugmentationRanges(**{name.lower(): value for name, value in cfg.AUGMENT.items()})
-    dataset = InterHandDataset(cfg.DATASET.PATH, 'train', ranges=ranges, seed=cfg.SEED,
-                               with_dense=cfg.MODEL.DENSE_HEADS and cfg.LOSS.DENSE > 0)
+    from_files = cfg.DATASET.TARGETS == 'files'
+    dataset = open_split(cfg.DATASET.PATH, 'train', ranges=ranges, seed=cfg.SEED, with_mask=from_files,
+                         with_dense=from_files and learns_dense(cfg))
     world = rank_and_world()[1]
     if cfg.TRAIN.BATCH_SIZE % world:
         raise UserError(f'TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} is over all processes and cannot be split over '
@@ -60,18 +63,27 @@ def training_loader(cfg: CfgNode) -> tuple[DataLoader, EpochSampler]:
     return _loader(dataset, cfg, batch_size=cfg.TRAIN.BATCH_SIZE // world, sampler=sampler), sampler
 
 
-def evaluation_loader(dataset: InterHandDataset, cfg: CfgNode, indices: Sequence[int] | None = None) -> DataLoader:
+def evaluation_split(cfg: CfgNode, split: str) -> PreparedSplit:
+    """A split as evaluation reads it: no augmentation, no dense maps."""
+    return open_split(cfg.DATASET.PATH, split, with_mask=cfg.DATASET.TARGETS == 'files', with_dense=False)
+
+
+def evaluation_loader(dataset: PreparedSplit, cfg: CfgNode, indices: Sequence[int] | None = None) -> DataLoader:
     """Loader of this process's share of a data set, or of some samples of it: over all processes each comes once."""
     rank, world = rank_and_world()
     indices = range(len(dataset)) if indices is None else indices
     return _loader(dataset, cfg, batch_size=cfg.EVAL.BATCH_SIZE, sampler=indices[rank::world])
 
 
-def _loader(dataset: InterHandDataset, cfg: CfgNode, *, batch_size: int, sampler) -> DataLoader:
+def _loader(dataset: PreparedSplit, cfg: CfgNode, *, batch_size: int, sampler) -> DataLoader:
     workers = min(cfg.TRAIN.WORKERS, usable_cores())  # more of them only get in each other's way
-    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, num_workers=workers,
+    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, num_workers=workers, collate_fn=_as_fetched,
                       pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
                       prefetch_factor=4 if workers else None, worker_init_fn=_worker_setup)
+
+
+def _as_fetched(batch: Sample) -> Sample:
+    return batch  # ``__getitems__`` made it
 
 
 def _worker_setup(worker: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset.interhand import InterHandDataset
+from dataset.interhand import PreparedSplit
 from dataset.raw import RawSplit, RecordError
 from utils.errors import UserError
 
@@ -23,7 +23,7 @@ class Subset(NamedTuple):
     description: str | None = None
 
 
-def choose(dataset: InterHandDataset, *, image_ids: str | Path | None = None, annotation_ids: str | Path | None = None,
+def choose(dataset: PreparedSplit, *, image_ids: str | Path | None = None, annotation_ids: str | Path | None = None,
            captures: Iterable[str] = (), first: int | None = None) -> Subset:
     """The samples that pass every filter, in the order of the split; ``first`` takes the first N of them.
 
@@ -81,7 +81,7 @@ class AnnotatedJoints:
     in camera axes, NaN where not annotated. Raises UserError if the split or a frame is not in the files.
     """
 
-    def __init__(self, dataset: InterHandDataset, data_path: str | Path):
+    def __init__(self, dataset: PreparedSplit, data_path: str | Path):
         self.dataset, self.split = dataset, RawSplit(data_path, dataset.folder.name)
 
     def __call__(self, indices: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class RefinementStage(nn.Module):
         if projection != 'none':
             self.projection = ProjectedConvolution(JOINT_FEATURES, channels, radius=radius, along=projection)
             self.projected = SharedMLP(JOINT_FEATURES, JOINT_FEATURES, JOINT_FEATURES)
-            self.fuse = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, channels, 1))
+            self.fuse = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.Conv2d(channels, channels, 1))
         self.enhance_map = Residual((1 if projection == 'none' else 2) * channels, channels)
 
     def merge(self, previous: Tensor, skip: Tensor) -> Tensor:

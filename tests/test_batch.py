@@ -9,11 +9,13 @@ from torch.utils.data import default_collate
 
 from dataset import batch as batching
 from dataset.augmentation import BLUR_LENGTHS, AugmentationRanges, draw_augmentation, parameters
-from dataset.batch import BatchMaker, classify_mask, line_kernels, warp
+from dataset.batch import BatchMaker, TargetRenderer, classify_mask, line_kernels, warp
 from dataset.interhand import InterHandDataset
+from dataset.preparation import FramePreparer, canonical_colours
 from manopth import TwoHandLayer
 from utils.geometry import from_uv, project
-from utils.hand import LEFT, RIGHT
+from utils.hand import LEFT, NUM_FACES, RIGHT
+from utils.render import interpolate
 
 WIDE = AugmentationRanges(rotation=180.0, scale=0.1, shift=10.0, flip=0.5, blur=0.3, gain=0.3, brightness=0.05,
                           noise=0.01)
@@ -136,7 +138,7 @@ def test_a_dot_painted_on_a_joint_is_where_its_label_says(samples, standin, size
 
 def test_identity_leaves_every_pixel_as_the_file_has_it(samples, maker):
     batch = maker(samples)
-    assert torch.equal(batch.picture, samples.image.permute(0, 3, 1, 2).float())
+    torch.testing.assert_close(batch.picture, samples.image.permute(0, 3, 1, 2).float(), atol=1e-3, rtol=0)
     assert torch.equal(batch.target.dense * 255, samples.dense.permute(0, 3, 1, 2).float())
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     rgb = samples.image.flip(-1).permute(0, 3, 1, 2) / 255
@@ -275,12 +277,14 @@ def test_gain_and_brightness_act_on_the_files_channels(samples, maker):
 
 def test_noise_has_its_strength_and_follows_its_seed(samples, maker):
     grey = samples._replace(image=torch.full_like(samples.image, 128))
-    noisy = [maker(planned(grey, [{'noise': 4.0, 'noise_seed': seed}] * 2)).picture for seed in (5, 5, 6)]
+    noisy = [maker(planned(grey, [{'noise': 4.0, 'noise_seed': seed + n} for n in range(2)])).picture
+             for seed in (5, 5, 6)]
     assert torch.equal(noisy[0], noisy[1]) and not torch.equal(noisy[0], noisy[2])
-    assert not torch.equal(noisy[0][0], noisy[0][1])  # each sample its own
+    assert not torch.equal(noisy[0][0], noisy[0][1])  # each sample its own, whatever batch it is in
+    assert torch.equal(noisy[0][1], noisy[2][0])
     assert noisy[0].std().item() == pytest.approx((4**2 + 1 / 12)**0.5, rel=0.02)
     assert noisy[0].mean().item() == pytest.approx(128, abs=0.1)
-    assert torch.equal(noisy[0], noisy[0].round())  # 8 bits, as a camera gives them
+    torch.testing.assert_close(noisy[0], noisy[0].round(), atol=1e-3, rtol=0)  # 8 bits, as a camera gives them
 
 
 def test_pictures_stay_within_8_bits(samples, maker):
@@ -340,3 +344,57 @@ def test_drawn_augmentations_run_as_they_are_collated(tiny_prepared, maker):
     expected = batching.augmentation_map(type(plan)(*(x[None].float() for x in plan)))[0]
     drawn = {'scale': plan.scale.item(), 'angle': plan.angle.item(), 'shift': plan.shift.tolist()}
     np.testing.assert_allclose(expected, image_map(flip=bool(plan.flip), **drawn), atol=1e-3)
+
+
+# Targets without files.
+
+@pytest.fixture(scope='module')
+def rendered(standin):
+    return TargetRenderer(standin, canonical_colours(standin))
+
+
+def true_pictures(samples, maker, renderer):
+    """The samples with masks and dense maps as a preparation without JPEG would have them."""
+    plain = maker(samples)
+    classes, dense = renderer(plain.target.vertices, plain.intrinsics, torch.eye(3).expand(len(samples.index), 3, 3),
+                              size=256)
+    mask = torch.stack([classes == 1, classes == 2], -1).byte() * 255
+    return samples._replace(mask=mask, dense=(dense * 255).round().byte().permute(0, 2, 3, 1))
+
+
+def test_rendered_targets_are_the_prepared_ones(samples, standin, rendered):
+    """Against the very function that prepares data sets, but for its JPEG."""
+    preparer = FramePreparer(standin, canonical_colours(standin))
+    batch = BatchMaker(TwoHandLayer(standin), renderer=rendered)(samples)
+    fragments = preparer.rasterize(batch.target.vertices.flatten(1, 2), preparer.faces, batch.intrinsics, (256, 256))
+    dense = interpolate(fragments, preparer.faces, preparer.colours).permute(0, 3, 1, 2)
+    assert torch.equal(batch.target.segmentation > 0, fragments.face >= 0)
+    assert torch.equal(batch.target.segmentation == 1, (fragments.face >= 0) & (fragments.face < NUM_FACES))
+    torch.testing.assert_close(batch.target.dense, dense)
+
+
+@pytest.mark.parametrize('size', [256, 128])
+def test_rendered_targets_follow_the_augmentation(samples, standin, maker, rendered, size):
+    """Drawing after the augmentation is warping what was drawn before it, but for the rim that warping blurs."""
+    prepared = true_pictures(samples, maker, rendered)
+    warped = BatchMaker(TwoHandLayer(standin), image_size=size)(planned(prepared, MOVES)).target
+    drawn = BatchMaker(TwoHandLayer(standin), image_size=size, renderer=rendered)(planned(samples, MOVES)).target
+    for i in range(len(MOVES)):
+        a, b = warped.segmentation[i] > 0, drawn.segmentation[i] > 0
+        assert (a & b).sum() / (a | b).sum() > (0.93 if size == 256 else 0.9)
+        np.testing.assert_allclose(moments(a)[0], moments(b)[0], atol=0.35)  # half a pixel would show
+        both = a & b
+        assert (warped.segmentation[i] == drawn.segmentation[i])[both].float().mean() > 0.97
+        inside = (warped.segmentation[i] > 0) & (drawn.segmentation[i] == warped.segmentation[i])
+        assert (warped.dense[i] - drawn.dense[i]).abs().amax(0)[inside].median() < 0.01
+
+
+def test_samples_without_pictures_of_targets_are_enough_to_render(tiny_prepared, samples, standin, rendered):
+    bare = InterHandDataset(tiny_prepared, 'train', with_mask=False, with_dense=False)
+    few = default_collate([bare[i] for i in range(8)])
+    assert few.mask.numel() == few.dense.numel() == 0
+    maker = BatchMaker(TwoHandLayer(standin), renderer=rendered)
+    for a, b in zip(maker(few).target, maker(samples).target):
+        assert torch.equal(a, b)
+    no_colour = BatchMaker(TwoHandLayer(standin), renderer=TargetRenderer(standin))(few).target
+    assert no_colour.dense.shape == (8, 3, 0, 0)

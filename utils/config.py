@@ -26,7 +26,9 @@ _C.MANO.SOURCE = 'files'  # 'files': the official MANO pickles; 'standin': hands
 _C.MANO.PATH = 'misc/mano'  # folder with MANO_LEFT.pkl and MANO_RIGHT.pkl
 
 _C.DATASET = CfgNode()
-_C.DATASET.PATH = './data/interhand2.6m/'  # prepared data set (python dataset/interhand.py)
+_C.DATASET.PATH = './data/interhand2.6m/'  # prepared (python dataset/interhand.py) or packed (dataset/pack.py) data set
+_C.DATASET.TARGETS = 'files'  # masks and dense maps: 'files' as prepared, 'render' draws them on the model's device
+_C.DATASET.COLOURS = ''  # v_color.pkl for 'render' if the data set was prepared with --colours; '': colours by position
 
 _C.MODEL = CfgNode()
 _C.MODEL.BACKBONE = 'resnet50'  # torchvision: resnet18, resnet34, resnet50, resnet101 or resnet152
@@ -87,6 +89,7 @@ _C.EVAL.BATCH_SIZE = 64  # samples
 _CHOICES = {
     'ROOT_JOINT': (0, 9),
     'MANO.SOURCE': ('files', 'standin'),
+    'DATASET.TARGETS': ('files', 'render'),
     'MODEL.BACKBONE': tuple(f'resnet{depth}' for depth in (18, 34, 50, 101, 152)),
     'MODEL.STAGES': (0, 1, 2, 3),
     'MODEL.INTERACTION': ('both', 'graph', 'transformer', 'none'),

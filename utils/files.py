@@ -45,9 +45,13 @@ def write_atomically(path: str | Path, content: bytes, *, durable: bool = True) 
 
 def read_image(path: str | Path) -> np.ndarray | None:
     """(H, W, 3) uint8 BGR, or None for what is cut short or no picture. Raises OSError if there is no reading it."""
-    content = Path(path).read_bytes()
+    return decode_image(Path(path).read_bytes())
+
+
+def decode_image(content: bytes | memoryview) -> np.ndarray | None:
+    """A picture file's bytes -> (H, W, 3) uint8 BGR, or None for what is cut short or no picture."""
     # The decoder fills what is missing of a JPEG cut short with grey and says nothing.
-    cut_short = content[:2] == b'\xff\xd8' and b'\xff\xd9' not in content[-1024:]
+    cut_short = content[:2] == b'\xff\xd8' and b'\xff\xd9' not in bytes(content[-1024:])
     return None if cut_short or not content else cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
 
 

@@ -31,3 +31,5 @@ MANO_TO_JOINTS = (0, 13, 14, 15, 16, 1, 2, 3, 17, 4, 5, 6, 18, 10, 11, 12, 19, 7
 
 # InterHand2.6M lists each finger tip -> base, thumb first, wrist last; 0-20 is the right hand, 21-41 the left.
 INTERHAND_TO_JOINTS = (20, 3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8, 15, 14, 13, 12, 19, 18, 17, 16)
+
+MASK_THRESHOLD = 50  # of 255: prepared masks are JPEGs, a hand is where its channel exceeds this

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from dataset.batch import Batch, BatchMaker
-from dataset.interhand import InterHandDataset
+from dataset.interhand import PreparedSplit
 from models.predictions import DIROutput
 from utils.geometry import CROP_SIZE, from_uv
 from utils.visualize import RowInputs, picture_sheet, prediction_row, write_image
@@ -21,7 +21,7 @@ def spread_over(length: int, count: int) -> list[int]:
 
 
 @torch.inference_mode()
-def draw_samples(model: nn.Module, dataset: InterHandDataset, indices: Iterable[int], batch_maker: BatchMaker, *,
+def draw_samples(model: nn.Module, dataset: PreparedSplit, indices: Iterable[int], batch_maker: BatchMaker, *,
                  path: str | Path) -> np.ndarray:
     """Run ``model`` on some samples, write their picture sheet to ``path`` and return it, (H, W, 3) uint8 BGR."""
     was_training = model.training
