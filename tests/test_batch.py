@@ -382,7 +382,9 @@ def test_rendered_targets_follow_the_augmentation(samples, standin, maker, rende
     for i in range(len(MOVES)):
         a, b = warped.segmentation[i] > 0, drawn.segmentation[i] > 0
         assert (a & b).sum() / (a | b).sum() > (0.93 if size == 256 else 0.9)
-        np.testing.assert_allclose(moments(a)[0], moments(b)[0], atol=0.35)  # half a pixel would show
+        np.testing.assert_allclose(moments(a)[0], moments(b)[0], atol=0.45)  # the rim is a pixel wider on thin parts
+        if size == 256 and i in (0, 4, 7):  # as is, mirrored, turned over: pixels fall on pixels
+            assert torch.equal(warped.segmentation[i], drawn.segmentation[i])
         both = a & b
         assert (warped.segmentation[i] == drawn.segmentation[i])[both].float().mean() > 0.97
         inside = (warped.segmentation[i] > 0) & (drawn.segmentation[i] == warped.segmentation[i])
