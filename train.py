@@ -4,24 +4,27 @@
     python train.py --cfg configs/demo.yaml TRAIN.LR 1e-3
     python train.py --resume                             # go on exactly where the run stopped
     torchrun --nproc_per_node 4 train.py                 # several GPUs; TRAIN.BATCH_SIZE is over all of them
+    torchrun --max-restarts 3 --nproc_per_node 4 train.py    # a lost process costs what was done since the last save
 """
 
 import argparse
 import math
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from dataset.batch import Batch, BatchMaker, build_batch_maker
-from dataset.interhand import PreparedSplit
+from dataset.batch import BatchMaker, build_batch_maker, parts_of
+from dataset.interhand import PreparedSplit, Sample
 from dataset.loader import EpochSampler, evaluation_loader, evaluation_split, training_loader
 from dataset.raw import check_hand_model_record
 from manopth import load_hand_models
@@ -34,11 +37,21 @@ from utils.errors import UserError, user_facing
 from utils.evaluation import Evaluation, evaluate
 from utils.metrics import Protocol
 from utils.prediction_pictures import draw_samples, spread_over
-from utils.training import RunLog, StopRequest, build_optimizer, learning_rate
+from utils.training import (
+    RunLog,
+    StopRequest,
+    Waits,
+    autocast,
+    build_optimizer,
+    compiled,
+    learning_rate,
+    set_float32_precision,
+)
 
 # Keys that may change when a run is resumed: none of them changes what is learned.
 FREE_KEYS = ('DEVICE', 'OUTPUT_DIR', 'DATASET.PATH', 'MANO.PATH', 'MODEL.PRETRAINED', 'MODEL.WEIGHTS',
-             'EVAL.BATCH_SIZE', 'TRAIN.WORKERS', 'TRAIN.SAVE_EVERY', 'TRAIN.LOG_EVERY', 'TRAIN.PICTURES')
+             'EVAL.BATCH_SIZE', 'EVAL.PRECISION', 'TRAIN.COMPILE', 'TRAIN.WORKERS', 'TRAIN.SAVE_EVERY',
+             'TRAIN.LOG_EVERY', 'TRAIN.PICTURES')
 SUMMARY_FIGURES = ('joint_mm', 'vert_mm', 'joint_px', 'vert_px')
 
 
@@ -47,7 +60,8 @@ class Training(NamedTuple):
 
     cfg: CfgNode
     model: nn.Module  # the network itself, what checkpoints hold
-    parallel: nn.Module  # the same, wrapped where there are several processes
+    parallel: nn.Module  # the same, compiled and wrapped where there are several processes
+    average: AveragedModel | None  # moving average of its weights
     criterion: nn.Module
     optimizer: torch.optim.Optimizer
     batch_maker: BatchMaker
@@ -55,6 +69,15 @@ class Training(NamedTuple):
     sampler: EpochSampler
     validation: PreparedSplit | None  # None: the data set has no split val
     hand_model: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.batch_maker.mean.device
+
+    @property
+    def result(self) -> nn.Module:
+        """What is validated and kept as the best."""
+        return self.average.module if self.average else self.model
 
     @property
     def folder(self) -> Path:
@@ -91,13 +114,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     cfg = load_config(args.cfg, args.opts)
     latest = Path(cfg.OUTPUT_DIR) / 'latest.pth'
-    if not args.resume and latest.exists():
+    resuming = args.resume or (distributed.restarted() and latest.exists())
+    if not resuming and latest.exists():
         raise UserError(f'{latest.parent} already holds a run: add --resume to go on with it, or choose another '
                         'OUTPUT_DIR.')
     device = distributed.start(cfg.DEVICE)
     try:
-        run = build_training(cfg, device, fresh=not args.resume)
-        return fit(run, resume(run, latest) if args.resume else Progress())
+        run = build_training(cfg, device, fresh=not resuming)
+        return fit(run, resume(run, latest) if resuming else Progress())
     finally:
         distributed.stop()
 
@@ -110,14 +134,23 @@ def build_training(cfg: CfgNode, device: torch.device, *, fresh: bool) -> Traini
     torch.manual_seed(cfg.SEED)
     model = build_model(cfg, hand_models, pretrained=None if fresh else False)
     model = to_device(model, device)
+    if distributed.rank_and_world()[1] > 1 and cfg.TRAIN.SYNC_BN:
+        model = distributed.synchronise_batch_norm(model, device)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.TRAIN.EMA)) if cfg.TRAIN.EMA else None
+    return Training(
+        cfg, model, parallelised(model, cfg, device), average, build_criterion(cfg, hand_models).to(device),
+        build_optimizer(model, cfg), build_batch_maker(cfg, hand_models).to(device), loader, sampler, validation,
+        describe(hand_models))
+
+
+def parallelised(model: nn.Module, cfg: CfgNode, device: torch.device) -> nn.Module:
+    """The network as it is called in training: over all processes, compiled if TRAIN.COMPILE."""
     parallel = model
     if distributed.rank_and_world()[1] > 1:
         unused = not (cfg.MODEL.DENSE_HEADS and all(v for v in cfg.LOSS.values() if isinstance(v, float)))
         parallel = DistributedDataParallel(model, [device] if device.type == 'cuda' else None,
-                                           find_unused_parameters=unused)
-    return Training(
-        cfg, model, parallel, build_criterion(cfg, hand_models).to(device), build_optimizer(model, cfg),
-        build_batch_maker(cfg, hand_models).to(device), loader, sampler, validation, describe(hand_models))
+                                           broadcast_buffers=not cfg.TRAIN.SYNC_BN, find_unused_parameters=unused)
+    return compiled(parallel, device) if cfg.TRAIN.COMPILE else parallel
 
 
 def validation_split(cfg: CfgNode) -> PreparedSplit | None:
@@ -160,23 +193,24 @@ def train_one_epoch(run: Training, progress: Progress, *, stop: StopRequest, log
     """Train the epoch that ``progress`` points at, from its step on; False if it was asked to stop on the way."""
     cfg = run.cfg
     run.parallel.train()
+    set_float32_precision(cfg.TRAIN.PRECISION)
     run.sampler.start_at(progress.epoch, progress.step)
     logged_at, logged_step = time.perf_counter(), progress.step
-    for samples in run.loader:
-        batch = run.batch_maker(samples)
+    waits = Waits(run.loader)
+    for samples in waits:
         global_step = progress.epoch * run.sampler.steps + progress.step
         rate = learning_rate(global_step, total=run.total_steps, base=cfg.TRAIN.LR, warmup=cfg.TRAIN.WARMUP_STEPS)
-        terms = train_step(run, batch, rate)
+        terms = train_step(run, samples, rate)
         progress.step += 1
         progress.tick()
 
         if log and progress.step % cfg.TRAIN.LOG_EVERY == 0:
-            speed = (progress.step - logged_step) * cfg.TRAIN.BATCH_SIZE / (time.perf_counter() - logged_at)
+            seconds = time.perf_counter() - logged_at
+            speed = (progress.step - logged_step) * cfg.TRAIN.BATCH_SIZE / seconds
             logged_at, logged_step = time.perf_counter(), progress.step
-            values = {name: value.item() for name, value in terms.items()}
             log.write('train', global_step + 1, epoch=progress.epoch, lr=rate, samples_per_second=round(speed, 2),
-                      total=sum(values.values()), **values)
-            bar.set_postfix(loss=f'{sum(values.values()):.3f}', refresh=False)
+                      waiting_for_data=round(waits.since_last_asked() / seconds, 4), total=sum(terms.values()), **terms)
+            bar.set_postfix(loss=f'{sum(terms.values()):.3f}', refresh=False)
         bar.update()
         if asked_to_stop(stop, progress.step, cfg):
             return False
@@ -185,24 +219,47 @@ def train_one_epoch(run: Training, progress: Progress, *, stop: StopRequest, log
     return True
 
 
-def train_step(run: Training, batch: Batch, rate: float) -> dict[str, torch.Tensor]:
-    """One update; returns the loss terms. Raises UserError, before it touches the weights, on a non-finite loss."""
+def train_step(run: Training, samples: Sample, rate: float) -> dict[str, float]:
+    """One update; returns the loss terms of the whole batch. Raises UserError, before it touches the weights, on a
+    non-finite loss."""
     for group in run.optimizer.param_groups:
         group['lr'] = rate
-    terms = run.criterion(run.parallel(batch.image), batch.target)
-    total = sum(terms.values())
     run.optimizer.zero_grad(set_to_none=True)
-    total.backward()
-    if not torch.isfinite(total.detach()).item():
-        listed = ', '.join(f'{name} {value.item():.4g}' for name, value in terms.items())
-        names = ', '.join(run.loader.dataset.name(index) for index in batch.index.tolist())
-        raise UserError(f'The loss is not finite; the run stops and its last checkpoint is kept.\nterms: {listed}\n'
-                        f'samples: {names}\nA smaller TRAIN.LR or TRAIN.CLIP_NORM 1 often helps; --resume goes on from '
-                        'the last checkpoint.')
+    parts = parts_of(samples, len(samples.index) // run.cfg.TRAIN.ACCUMULATE)
+    of_parts = [accumulate(run, part, share=1 / len(parts), last=part is parts[-1]) for part in parts]
+    mine = torch.stack([torch.stack(list(terms.values())) for terms in of_parts]).mean(0)
+    # One wait for the device a step. All processes see the same numbers, so all of them go on or none.
+    terms = dict(zip(of_parts[0], distributed.mean_over_processes(mine).tolist()))
+    if not math.isfinite(sum(terms.values())):
+        refuse(run, samples, terms, mine)
     if run.cfg.TRAIN.CLIP_NORM > 0:
         nn.utils.clip_grad_norm_(run.model.parameters(), run.cfg.TRAIN.CLIP_NORM)
     run.optimizer.step()
+    if run.average:
+        run.average.update_parameters(run.model)
+    return terms
+
+
+def accumulate(run: Training, samples: Sample, *, share: float, last: bool) -> dict[str, Tensor]:
+    """Add the gradients of a part of a batch; returns its loss terms. Processes exchange theirs with the last one."""
+    batch = run.batch_maker(samples)
+    exchange = last or distributed.rank_and_world()[1] == 1
+    with nullcontext() if exchange else run.parallel.no_sync():
+        with autocast(run.cfg.TRAIN.PRECISION, run.device):
+            output = run.parallel(batch.image)
+        terms = run.criterion(output, batch.target)
+        (share * sum(terms.values())).backward()
     return {name: value.detach() for name, value in terms.items()}
+
+
+def refuse(run: Training, samples: Sample, terms: dict[str, float], mine: Tensor) -> None:
+    """Raises UserError with the terms and, on the processes where they arose, the samples of a non-finite loss."""
+    names = 'those of another process'
+    if not torch.isfinite(mine).all():
+        names = ', '.join(run.loader.dataset.name(index) for index in samples.index.tolist())
+    raise UserError('The loss is not finite; the run stops and its last checkpoint is kept.\n'
+                    f'terms: {", ".join(f"{name} {value:.4g}" for name, value in terms.items())}\nsamples: {names}\n'
+                    'A smaller TRAIN.LR or TRAIN.CLIP_NORM 1 often helps; --resume goes on from the last checkpoint.')
 
 
 def asked_to_stop(stop: StopRequest, step: int, cfg: CfgNode) -> bool:
@@ -215,13 +272,13 @@ def asked_to_stop(stop: StopRequest, step: int, cfg: CfgNode) -> bool:
 def validate(run: Training, epoch: int, *, log: RunLog | None, bar: tqdm) -> float:
     """Figures of every stage on the validation split, and pictures; returns the one that ``best`` is chosen by."""
     cfg, step, dataset = run.cfg, epoch * run.sampler.steps, run.validation
-    result = evaluate(run.model, evaluation_loader(dataset, cfg), run.batch_maker, network_root=cfg.ROOT_JOINT,
-                      protocol=Protocol(cfg.ROOT_JOINT, scale=True), title='validate')
+    result = evaluate(run.result, evaluation_loader(dataset, cfg), run.batch_maker, network_root=cfg.ROOT_JOINT,
+                      protocol=Protocol(cfg.ROOT_JOINT, scale=True), title='validate', precision=cfg.EVAL.PRECISION)
     summary = result.summary()
     if log:
         log_validation(log, result, step, epoch)
         if cfg.TRAIN.PICTURES:
-            sheet = draw_samples(run.model, dataset, spread_over(len(dataset), cfg.TRAIN.PICTURES), run.batch_maker,
+            sheet = draw_samples(run.result, dataset, spread_over(len(dataset), cfg.TRAIN.PICTURES), run.batch_maker,
                                  path=run.folder / 'pictures' / f'epoch_{epoch:03d}.jpg')
             log.board.add_image('validation', sheet[..., ::-1].copy(), step, dataformats='HWC')
         bar.write(f'epoch {epoch}: validation joint {summary["joint_mm"]["all"]:.2f} mm, vert '
@@ -239,13 +296,14 @@ def log_validation(log: RunLog, result: Evaluation, step: int, epoch: int) -> No
 def save_latest(run: Training, progress: Progress) -> None:
     """All that an exact resume needs."""
     if distributed.is_main():
+        average = {'average': run.average.state_dict()} if run.average else {}
         save_checkpoint(run.folder / 'latest.pth', model=run.model, cfg=run.cfg, hand_model=run.hand_model,
-                        optimizer=run.optimizer.state_dict(), progress=asdict(progress))
+                        optimizer=run.optimizer.state_dict(), progress=asdict(progress), **average)
 
 
 def save_best(run: Training, progress: Progress) -> None:
     if distributed.is_main():
-        save_checkpoint(run.folder / 'best.pth', model=run.model, cfg=run.cfg, hand_model=run.hand_model,
+        save_checkpoint(run.folder / 'best.pth', model=run.result, cfg=run.cfg, hand_model=run.hand_model,
                         progress=asdict(progress))
 
 
@@ -263,6 +321,8 @@ def resume(run: Training, path: Path) -> Progress:
     check_hand_model(content, run.batch_maker.hand_layer.models, path=path)
     load_state(run.model, content['model'], path=path)
     run.optimizer.load_state_dict(content['optimizer'])
+    if run.average:
+        run.average.load_state_dict(content['average'])
     return Progress(**content['progress'])
 
 

@@ -115,7 +115,8 @@ def evaluate_split(model: torch.nn.Module, cfg: CfgNode, args: argparse.Namespac
                     first=args.first)
     result = evaluate(
         to_device(model, device), evaluation_loader(dataset, cfg, subset.indices), batch_maker,
-        network_root=cfg.ROOT_JOINT, protocol=protocol, grid=GRID if args.all_protocols else (), details=True,
+        precision=cfg.EVAL.PRECISION, network_root=cfg.ROOT_JOINT, protocol=protocol,
+        grid=GRID if args.all_protocols else (), details=True,
         annotated=AnnotatedJoints(dataset, args.annotations) if protocol.joints == 'annotated' else None)
     return Measured(result, name, dataset, subset)
 

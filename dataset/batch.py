@@ -111,7 +111,7 @@ class BatchMaker(nn.Module):
     def forward(self, samples: Sample) -> Batch:
         if self.mean.device.type != 'cpu' or len(samples.index) <= CPU_PART:
             return self.make(samples)
-        return _map_tensors(torch.cat, *map(self.make, _parts(samples, CPU_PART)))
+        return _map_tensors(torch.cat, *map(self.make, parts_of(samples, CPU_PART)))
 
     @torch.no_grad()
     def make(self, samples: Sample) -> Batch:
@@ -161,7 +161,8 @@ def _map_tensors(function: Callable, *trees: NamedTuple) -> NamedTuple:
                             for leaves in zip(*trees)))
 
 
-def _parts(samples: Sample, size: int) -> list[Sample]:
+def parts_of(samples: Sample, size: int) -> list[Sample]:
+    """A batch in parts of ``size`` samples."""
     starts = range(0, len(samples.index), size)
     return [_map_tensors(lambda leaves, begin=begin: leaves[0][begin:begin + size], samples) for begin in starts]
 

@@ -53,9 +53,9 @@ def training_loader(cfg: CfgNode) -> tuple[DataLoader, EpochSampler]:
     dataset = open_split(cfg.DATASET.PATH, 'train', ranges=ranges, seed=cfg.SEED, with_mask=from_files,
                          with_dense=from_files and learns_dense(cfg))
     world = rank_and_world()[1]
-    if cfg.TRAIN.BATCH_SIZE % world:
+    if cfg.TRAIN.BATCH_SIZE % (world * cfg.TRAIN.ACCUMULATE):
         raise UserError(f'TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} is over all processes and cannot be split over '
-                        f'{world}; choose a multiple.')
+                        f'{world} of them in TRAIN.ACCUMULATE {cfg.TRAIN.ACCUMULATE} parts each; choose a multiple.')
     if len(dataset) < cfg.TRAIN.BATCH_SIZE:
         raise UserError(f'{dataset.folder} holds {len(dataset)} samples, fewer than TRAIN.BATCH_SIZE '
                         f'{cfg.TRAIN.BATCH_SIZE}: set it to {len(dataset)} or less.')

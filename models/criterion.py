@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from manopth import HandModel
 from models import losses
 from models.predictions import DIROutput, HandPrediction
+from utils.distributed import whole_batch
 from utils.hand import HAND_SCALE, LEFT, LENGTH_BONE, RIGHT, SIDES
 
 SEGMENTATION_CLASS_WEIGHTS = (0.1, 0.45, 0.45)  # background, left, right
@@ -60,6 +61,8 @@ class DIRCriterion(nn.Module):
         size = logits.shape[-2:]
         labels = F.interpolate(target.segmentation[:, None].to(logits.dtype), size, mode='nearest')[:, 0].long()
         colour = F.interpolate(target.dense, size, mode='bilinear', align_corners=False)
+        # Neither is a mean over samples: under several processes each takes the whole batch's.
+        logits, labels = whole_batch(logits), whole_batch(labels)
         scores = logits.softmax(1) if self.lovasz_on_probabilities else logits
         return self._weighted({
             'segmentation': F.cross_entropy(logits, labels, weight=self.class_weights),

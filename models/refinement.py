@@ -42,8 +42,9 @@ class RefinementStage(nn.Module):
     def tokens(self, x: Tensor, hands: HandPrediction) -> Tensor:
         """Image features where the joints were last seen, plus where those joints are in 3D."""
         # Where to look is not learned through the look-up: sampling gradients are noisy and the paper stops them.
-        where = hands.joints_uv.detach().to(x.dtype).flatten(1, 2)[:, :, None]  # (B, 42, 1, 2)
-        seen = F.grid_sample(x, where, mode='bilinear', padding_mode='zeros', align_corners=False)
+        where = hands.joints_uv.detach().flatten(1, 2)[:, :, None]  # (B, 42, 1, 2)
+        # In the hands' precision: bfloat16 could not tell places a tenth of a cell apart.
+        seen = F.grid_sample(x.to(where.dtype), where, mode='bilinear', padding_mode='zeros', align_corners=False)
         seen = seen.squeeze(-1).transpose(1, 2).unflatten(1, (2, NUM_JOINTS))
         return self.sampled(seen) + self.position(hands.joints / HAND_SCALE)
 

@@ -77,6 +77,11 @@ _C.TRAIN.WARMUP_STEPS = 0  # steps of linear warm-up
 _C.TRAIN.WEIGHT_DECAY = 0.01  # AdamW
 _C.TRAIN.DECAY_ALL = True  # weight decay on norms, biases and position embeddings too, as published
 _C.TRAIN.CLIP_NORM = 0.0  # gradient norm is clipped to this; 0: not at all
+_C.TRAIN.ACCUMULATE = 1  # parts that a process's share of a batch is taken in, one after the other: less memory
+_C.TRAIN.EMA = 0.0  # decay per step of a moving average of the weights, which best.pth then holds; 0: none
+_C.TRAIN.PRECISION = 'float32'  # 'float32', 'tf32', or 'bfloat16' (autocast; hands, rotations, losses stay float32)
+_C.TRAIN.COMPILE = False  # torch.compile: minutes at the start, faster steps
+_C.TRAIN.SYNC_BN = True  # batch norms see the whole batch, not each process its share: one curve whatever the processes
 _C.TRAIN.WORKERS = 4  # loader processes per training process; 0 loads in the training process
 _C.TRAIN.SAVE_EVERY = 2000  # steps between two saves of latest.pth within an epoch (each epoch's end saves too)
 _C.TRAIN.LOG_EVERY = 20  # steps between two lines of log.jsonl and TensorBoard
@@ -85,7 +90,9 @@ _C.TRAIN.VALIDATE_EVERY = 1  # epochs between two validations (always after the 
 
 _C.EVAL = CfgNode()
 _C.EVAL.BATCH_SIZE = 64  # samples
+_C.EVAL.PRECISION = 'float32'  # as TRAIN.PRECISION
 
+PRECISIONS = ('float32', 'tf32', 'bfloat16')
 _CHOICES = {
     'ROOT_JOINT': (0, 9),
     'MANO.SOURCE': ('files', 'standin'),
@@ -95,11 +102,13 @@ _CHOICES = {
     'MODEL.INTERACTION': ('both', 'graph', 'transformer', 'none'),
     'MODEL.PROJECTION': ('bones', 'joints', 'none'),
     'MODEL.INIT': ('published', 'identity'),
+    'TRAIN.PRECISION': PRECISIONS,
+    'EVAL.PRECISION': PRECISIONS,
     'LOSS.LOVASZ_INPUT': ('logits', 'probabilities'),
 }
 _SHARES = ('AUGMENT.SCALE', 'AUGMENT.FLIP', 'AUGMENT.BLUR', 'AUGMENT.GAIN', 'AUGMENT.BRIGHTNESS')
-_POSITIVE = ('TRAIN.BATCH_SIZE', 'TRAIN.EPOCHS', 'TRAIN.SAVE_EVERY', 'TRAIN.LOG_EVERY', 'TRAIN.VALIDATE_EVERY',
-             'EVAL.BATCH_SIZE', 'MODEL.IMAGE_SIZE', 'MODEL.MAP_CHANNELS')
+_POSITIVE = ('TRAIN.BATCH_SIZE', 'TRAIN.ACCUMULATE', 'TRAIN.EPOCHS', 'TRAIN.SAVE_EVERY', 'TRAIN.LOG_EVERY',
+             'TRAIN.VALIDATE_EVERY', 'EVAL.BATCH_SIZE', 'MODEL.IMAGE_SIZE', 'MODEL.MAP_CHANNELS')
 
 
 def default_config() -> CfgNode:
@@ -246,6 +255,8 @@ def _check(cfg: CfgNode) -> None:
     for key in _SHARES:
         if flat[key] > 1:
             raise UserError(f'{key} is {flat[key]}; it must lie between 0 and 1.')
+    if cfg.TRAIN.EMA >= 1:
+        raise UserError(f'TRAIN.EMA is {cfg.TRAIN.EMA}; a decay lies below 1, and 0 switches the average off.')
     if min(cfg.MODEL.BONE_RADIUS, default=1) <= 0:
         raise UserError(f'MODEL.BONE_RADIUS is {cfg.MODEL.BONE_RADIUS}; its entries must be above 0.')
     if cfg.MODEL.IMAGE_SIZE % 32:

@@ -1,9 +1,16 @@
-"""One process or many under ``torchrun``: the same calls work in both."""
+"""One process or many under ``torchrun``: the same calls work in both.
+
+The gradient of a run is the mean of the processes' gradients (DistributedDataParallel), so that a loss which is a mean
+over samples needs nothing here. What mixes the samples of a batch does: batch norms and losses over all pixels.
+"""
 
 import os
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn import functional as differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.errors import UserError
 
@@ -65,3 +72,67 @@ def gather_objects(part) -> list:
 def any_process(flag: bool) -> bool:
     """Whether ``flag`` holds on any process: all must leave a loop together."""
     return any(gather_objects(flag))
+
+
+def restarted() -> bool:
+    """Whether ``torchrun`` started us again after a process of this run was lost."""
+    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """Mean of a tensor that every process has one of; without gradient."""
+    world = rank_and_world()[1]
+    if world > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+        values /= world
+    return values
+
+
+def whole_batch(share: Tensor) -> Tensor:
+    """Every process's share, in rank order, on each of them; differentiable where that applies."""
+    world = rank_and_world()[1]
+    if world == 1:
+        return share
+    if share.requires_grad:
+        return torch.cat(differentiable.all_gather(share.contiguous()))
+    parts = [torch.empty_like(share) for _ in range(world)]
+    dist.all_gather(parts, share.contiguous())
+    return torch.cat(parts)
+
+
+class _SynchronisedBatchNorm(_BatchNorm):
+    """Batch norm over the shares of all processes, which must be equal, for a CPU; on CUDA PyTorch has one."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass  # the layer in whose place it is was chosen for its input
+
+    def forward(self, x: Tensor) -> Tensor:
+        world = rank_and_world()[1]
+        if not self.training or world == 1:
+            return super().forward(x)
+        others = [0, *range(2, x.ndim)]
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        mean = differentiable.all_reduce(x.mean(others)) / world
+        centred = x - mean.view(shape)
+        variance = differentiable.all_reduce(centred.square().mean(others)) / world
+        with torch.no_grad():
+            count = world * x.numel() / x.shape[1]
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return centred * scale.view(shape) + self.bias.view(shape)
+
+
+def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+    """Replace the batch norms of ``model`` by ones that see the whole batch; parameters and their names stay."""
+    if device.type == 'cuda':
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for parent in list(model.modules()):
+        for name, norm in parent.named_children():
+            if isinstance(norm, _BatchNorm):
+                new = _SynchronisedBatchNorm(norm.num_features, norm.eps, norm.momentum)
+                new.__dict__.update({key: norm.__dict__[key] for key in ('_parameters', '_buffers', 'training')})
+                setattr(parent, name, new)
+    return model

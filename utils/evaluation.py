@@ -29,6 +29,7 @@ from utils.metrics import (
 )
 from utils.penetration import PenetrationDepth
 from utils.summary import breakdown, summarise
+from utils.training import autocast, set_float32_precision
 
 
 class Evaluation(NamedTuple):
@@ -96,18 +97,21 @@ class Judge(nn.Module):
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, loader: DataLoader, batch_maker: BatchMaker, *, title: str = 'evaluate',
-             **judgement) -> Evaluation:
+             precision: str = 'float32', **judgement) -> Evaluation:
     """Errors of every stage of ``model`` over ``loader`` (this process's share of it); the model's mode is restored.
 
-    judgement: what ``Judge`` takes. Raises UserError if a prediction is not finite, naming the samples.
+    precision: the network's, as EVAL.PRECISION. judgement: what ``Judge`` takes. Raises UserError if a prediction is
+    not finite, naming the samples.
     """
+    set_float32_precision(precision)
     judge = Judge(batch_maker, **judgement).to(batch_maker.mean.device)
     was_training = model.training
     model.eval()
     indices, judged = [], []
     for samples in tqdm(loader, desc=title, unit='batch', disable=not distributed.is_main(), leave=False):
         batch = batch_maker(samples)
-        output = model(batch.image)
+        with autocast(precision, batch.image.device):
+            output = model(batch.image)
         _check_finite(output, batch, loader)
         indices.append(batch.index)
         judged.append(judge(output, batch))

@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
+import shutil
 import signal
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from yacs.config import CfgNode
 
+from utils.errors import UserError
 from utils.files import write_atomically
 
 LOG_NAME = 'log.jsonl'
@@ -31,6 +36,48 @@ def build_optimizer(model: nn.Module, cfg: CfgNode) -> torch.optim.AdamW:
         (free if plain and not cfg.TRAIN.DECAY_ALL else decayed).append(parameter)
     groups = [{'params': decayed, 'weight_decay': cfg.TRAIN.WEIGHT_DECAY}, {'params': free, 'weight_decay': 0.0}]
     return torch.optim.AdamW([group for group in groups if group['params']], lr=cfg.TRAIN.LR, fused=True)
+
+
+def set_float32_precision(precision: str) -> None:
+    """What CUDA does with float32 matrices and convolutions: TF32 only if asked for."""
+    tf32 = precision == 'tf32'
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The region in which the network runs under PRECISION ``precision``."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bfloat16')
+
+
+def compiled(module: nn.Module, device: torch.device) -> nn.Module:
+    """``torch.compile``; raises UserError where its compiler is missing."""
+    if device.type == 'cpu' and not (os.environ.get('CXX') or shutil.which('g++') or shutil.which('clang++')):
+        raise UserError('TRAIN.COMPILE needs a C++ compiler on a CPU, and there is no g++: install one (Debian: apt '
+                        'install g++), or leave it off.')
+    return torch.compile(module)
+
+
+class Waits:
+    """Iterates over ``items`` and adds up how long it waited for them."""
+
+    def __init__(self, items: Iterable):
+        self.items, self.seconds = items, 0.0
+
+    def __iter__(self) -> Iterator:
+        iterator, nothing = iter(self.items), object()
+        while True:
+            begin = time.perf_counter()
+            item = next(iterator, nothing)
+            self.seconds += time.perf_counter() - begin
+            if item is nothing:
+                return
+            yield item
+
+    def since_last_asked(self) -> float:
+        """Seconds waited since this was last called."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
 
 
 class StopRequest:
