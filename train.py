@@ -149,7 +149,7 @@ def parallelised(model: nn.Module, cfg: CfgNode, device: torch.device) -> nn.Mod
     if distributed.rank_and_world()[1] > 1:
         unused = not (cfg.MODEL.DENSE_HEADS and all(v for v in cfg.LOSS.values() if isinstance(v, float)))
         parallel = DistributedDataParallel(model, [device] if device.type == 'cuda' else None,
-                                           broadcast_buffers=not cfg.TRAIN.SYNC_BN, find_unused_parameters=unused)
+                                           find_unused_parameters=unused)
     return compiled(parallel, device) if cfg.TRAIN.COMPILE else parallel
 
 

@@ -9,7 +9,6 @@ import os
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn import functional as differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.errors import UserError
@@ -37,7 +36,10 @@ def start(device: str) -> torch.device:
     """Join the process group if ``torchrun`` started us; returns this process's device for DEVICE ``device``."""
     if 'RANK' in os.environ and not dist.is_initialized():
         use_cuda = device.startswith('cuda') or (device == 'auto' and torch.cuda.is_available())
-        dist.init_process_group('nccl' if use_cuda else 'gloo')
+        store, rank, world = next(dist.rendezvous('env://'))
+        # Processes that are started again must not find the addresses of those that are gone.
+        store = dist.PrefixStore(f'start_{_restarts()}', store)
+        dist.init_process_group('nccl' if use_cuda else 'gloo', store=store, rank=rank, world_size=world)
         device = 'cuda' if use_cuda else device
     chosen = choose_device(device)
     if chosen.type == 'cuda':
@@ -76,7 +78,11 @@ def any_process(flag: bool) -> bool:
 
 def restarted() -> bool:
     """Whether ``torchrun`` started us again after a process of this run was lost."""
-    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
+    return _restarts() > 0
+
+
+def _restarts() -> int:
+    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
@@ -89,16 +95,29 @@ def mean_over_processes(values: Tensor) -> Tensor:
     return values
 
 
+class _Sum(torch.autograd.Function):
+    """Sum over the processes, with gradient: each contribution's is the sum of what all processes do with the sum."""
+
+    @staticmethod
+    def forward(ctx, mine: Tensor) -> Tensor:
+        total = mine.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
 def whole_batch(share: Tensor) -> Tensor:
-    """Every process's share, in rank order, on each of them; differentiable where that applies."""
-    world = rank_and_world()[1]
+    """Every process's share, all of one size, in rank order, on each of them; differentiable."""
+    rank, world = rank_and_world()
     if world == 1:
         return share
-    if share.requires_grad:
-        return torch.cat(differentiable.all_gather(share.contiguous()))
-    parts = [torch.empty_like(share) for _ in range(world)]
-    dist.all_gather(parts, share.contiguous())
-    return torch.cat(parts)
+    parts = [share if other == rank else torch.zeros_like(share) for other in range(world)]
+    return _Sum.apply(torch.cat(parts))
 
 
 class _SynchronisedBatchNorm(_BatchNorm):
@@ -113,9 +132,9 @@ class _SynchronisedBatchNorm(_BatchNorm):
             return super().forward(x)
         others = [0, *range(2, x.ndim)]
         shape = [1, -1] + [1] * (x.ndim - 2)
-        mean = differentiable.all_reduce(x.mean(others)) / world
+        mean = _Sum.apply(x.mean(others)) / world
         centred = x - mean.view(shape)
-        variance = differentiable.all_reduce(centred.square().mean(others)) / world
+        variance = _Sum.apply(centred.square().mean(others)) / world
         with torch.no_grad():
             count = world * x.numel() / x.shape[1]
             self.num_batches_tracked += 1
