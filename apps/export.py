@@ -32,7 +32,6 @@ A runtime for ONNX runs the network where it likes; dir.pt2 runs on the CPU.
 """
 
 import argparse
-import copy
 import io
 import logging
 import re
@@ -56,6 +55,7 @@ from dataset.batch import IMAGENET_MEAN, IMAGENET_STD
 from manopth.assets import describe
 from models import DIR
 from models.dir import NoDenseHeads
+from models.folding import fold_batch_norms
 from models.predictions import CAMERA, POSE, ROOT_ROTATION, SHAPE, HandPrediction
 from utils.checkpoint import load_model
 from utils.config import split_off_pairs
@@ -231,9 +231,9 @@ def exporter(what: str) -> Iterator[None]:
 
 
 def for_inference(model: DIR) -> DIR:
-    """A copy with the same last estimate, but without what nothing takes then: the dense heads, and the way of the
-    last stage back into the image."""
-    model = copy.deepcopy(model)
+    """A copy with the same last estimate: batch norms folded, and without what nothing takes then, the dense heads and
+    the way of the last stage back into the image."""
+    model = fold_batch_norms(model)
     model.dense_heads = NoDenseHeads()
     if model.stages:
         last = model.stages[-1]

@@ -147,7 +147,7 @@ def test_what_only_training_needs_stays_behind(standin):
     assert not any('dense_heads' in name or 'stages.1.projection' in name for name in kept)
     assert any('stages.0.projection' in name for name in kept)
     for before, after in zip(model(images(2)).stages[-1], lean(images(2)).stages[-1]):
-        assert torch.equal(before, after)
+        torch.testing.assert_close(before, after, rtol=1e-3, atol=1e-5)  # norms are folded: other rounding
 
 
 def test_a_missing_package_is_one_sentence(checkpoint, tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ The gradient of a run is the mean of the processes' gradients (DistributedDataPa
 over samples needs nothing here. What mixes the samples of a batch does: batch norms and losses over all pixels.
 """
 
+import ctypes
 import os
 
 import torch
@@ -44,7 +45,24 @@ def start(device: str) -> torch.device:
     chosen = choose_device(device)
     if chosen.type == 'cuda':
         torch.cuda.set_device(chosen)
+    else:
+        keep_freed_memory()
     return chosen
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep large blocks that are freed, where it is glibc.
+
+    It gives them back to the system at once; the next operation's result then comes as fresh pages, each of which the
+    system has to clear. On the large, short-lived tensors of a CPU run that can cost as much as the arithmetic.
+    """
+    trim_threshold, mmap_max = -1, -4  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(trim_threshold, -1)  # never
+    mallopt(mmap_max, 0)  # no block of its own, which would be unmapped when it is freed
 
 
 def stop() -> None:

@@ -1,0 +1,569 @@
+"""What things cost on the machine at hand, as ratios within one run: tables in Markdown, everything in JSON.
+
+    python benchmarks/run.py [--only NAME ...] [--out FOLDER] [--batch 8] [--repeats 7] [--threads N] [KEY VALUE ...]
+
+Every measurement runs its contestants in turn, again and again, so that a machine that gets slower gets slower for all,
+and gives the median and the quartiles. Times of two runs do not compare; ratios to the yardstick of the same run do:
+the bare ResNet-50 for the network, decoding a JPEG for the loader. All on random weights, stand-in hands, made data.
+
+  forward       the network, eager, batch norms folded, exported, ONNX Runtime (requirements-export.txt)
+  projection    joint features drawn along the bones: contracted, against the 2,560-channel map and its convolution
+  step          a training step, and its peak of memory (in a process of its own)
+  throughput    samples/s of inference and training over batch size, precision and --compile; memory; on CUDA the share
+                of the card's measured bfloat16 matrix rate
+  latency       one image: eager, folded, exported, ONNX Runtime
+  loader        one worker: folder, packed, masks as bits, one JPEG a sample; and what a JPEG costs
+  opening       a packed split of 400,000 samples
+  augmentation  labels, warp, blur, colour, noise, and targets drawn instead of read, on the device
+  waiting       share of a training epoch's time that is spent waiting for data
+  preparation   frames/s of dataset/interhand.py in one process
+  annotations   reading annotation files of 1.36 million frames: time and memory (writes 0.9 GB, then removes it)
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import __version__ as torchvision_version
+from yacs.config import CfgNode
+
+from apps import export
+from dataset import pack, preparation, synthesize
+from dataset.batch import build_batch_maker, parts_of
+from dataset.loader import training_loader
+from manopth import load_hand_models
+from models import build_criterion, build_model
+from models.backbone import ResNetBackbone
+from models.bone_projection import ProjectedConvolution, bone_weights, draw
+from models.folding import fold_batch_norms
+from train import Progress, accumulate, build_training
+from utils.checkpoint import to_device
+from utils.config import load_config, split_off_pairs
+from utils.distributed import choose_device, keep_freed_memory, usable_cores
+from utils.errors import UserError, user_facing
+from utils.files import write_atomically, write_json
+from utils.training import autocast, build_optimizer, compiled, set_float32_precision
+
+MADE_FRAMES = 320  # of the data set that is made for the loader
+REAL_FRAMES = 1_361_062  # of InterHand2.6M's train split, 5 fps
+PACKED_SAMPLES = 400_000
+DRAWN = ('DATASET.TARGETS', 'render')
+
+
+class Setting(NamedTuple):
+    """What all measurements share."""
+
+    device: torch.device
+    cfg: CfgNode
+    opts: list[str]
+    batch: int
+    repeats: int
+    compile: bool
+    work: Path  # a folder that is removed in the end
+
+    def config(self, *words: str) -> CfgNode:
+        return load_config(None, ['MANO.SOURCE', 'standin', 'MODEL.PRETRAINED', 'false', *self.opts, *words])
+
+
+class Row(NamedTuple):
+    what: str
+    value: float  # the median
+    unit: str
+    low: float | None = None  # quartiles
+    high: float | None = None
+    ratio: float | None = None  # to the yardstick of its table
+
+
+class Table(NamedTuple):
+    title: str
+    yardstick: str | None
+    rows: list[Row]
+    note: str = ''
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------------------------------------
+
+def in_turn(contestants: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every repetition of each; a first round warms up and does not count."""
+    seconds = {name: [] for name in contestants}
+    for round_ in range(repeats + 1):
+        for name, run in contestants.items():
+            _wait(device)
+            begin = time.perf_counter()
+            run()
+            _wait(device)
+            if round_:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+
+
+def rows_of(seconds: dict[str, list[float]], yardstick: str | None = None, *, per: int = 1) -> list[Row]:
+    """Milliseconds, divided by ``per``, and ratios of medians."""
+    rows = []
+    for name, times in seconds.items():
+        low, middle, high = (1e3 * value / per for value in np.percentile(times, (25, 50, 75)))
+        ratio = statistics.median(times) / statistics.median(seconds[yardstick]) if yardstick else None
+        rows.append(Row(name, middle, 'ms', low, high, ratio))
+    return rows
+
+
+def make_network(setting: Setting, *words: str) -> nn.Module:
+    torch.manual_seed(0)
+    cfg = setting.config('MODEL.INIT', 'identity', *words)
+    return to_device(build_model(cfg, load_hand_models('standin')), setting.device)
+
+
+def make_images(setting: Setting, batch: int) -> Tensor:
+    size = setting.cfg.MODEL.IMAGE_SIZE
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(setting.device)
+
+
+def inference_forms(model: nn.Module, setting: Setting, batch: int) -> dict[str, Callable[[Tensor], object]]:
+    """The ways in which the network can run, all of them exact."""
+    folded = fold_batch_norms(model)
+    forms = {'DIR, eager': model, 'DIR, batch norms folded': folded}
+    if setting.compile:
+        forms['DIR, folded and compiled'] = compiled(folded, setting.device)
+    if setting.device.type == 'cpu':
+        program = export.trace(export.for_inference(model), setting.cfg.MODEL.IMAGE_SIZE)
+        for name, kind in export.FORMATS.items():
+            try:
+                export.require_packages(name, kind)
+            except UserError:
+                continue
+            path = setting.work / kind.file
+            if not path.exists():
+                with export.exporter(name):
+                    path.write_bytes(kind.convert(program))
+            forms[f'last estimate, {name}'] = kind.load(path)
+    return forms
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+# ---------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def forward(setting: Setting) -> Table:
+    images, model = make_images(setting, setting.batch), make_network(setting).eval()
+    bare = to_device(ResNetBackbone('resnet50'), setting.device).eval()
+    runs = {'ResNet-50': bare} | inference_forms(model, setting, setting.batch)
+    seconds = in_turn({name: lambda run=run: run(images) for name, run in runs.items()}, setting.repeats,
+                      setting.device)
+    return Table(f'Forward, batch {setting.batch}', 'ResNet-50', rows_of(seconds, 'ResNet-50'),
+                 'The exported forms leave out what only training needs (dense heads, the last way back).')
+
+
+@torch.no_grad()
+def latency(setting: Setting) -> Table:
+    images, model = make_images(setting, 1), make_network(setting).eval()
+    runs = inference_forms(model, setting, 1)
+    seconds = in_turn({name: lambda run=run: run(images) for name, run in runs.items()}, setting.repeats,
+                      setting.device)
+    return Table('One image', 'DIR, eager', rows_of(seconds, 'DIR, eager'))
+
+
+def projection(setting: Setting) -> Table:
+    """Both stages' projections with their gradients, against the map that is their definition."""
+    cfg, rows = setting.cfg, []
+    for stage, size in enumerate((cfg.MODEL.IMAGE_SIZE // 16, cfg.MODEL.IMAGE_SIZE // 8)):
+        torch.manual_seed(0)
+        layer = ProjectedConvolution(64, cfg.MODEL.MAP_CHANNELS, radius=cfg.MODEL.BONE_RADIUS[stage]).to(setting.device)
+        uv = torch.rand(setting.batch, 2, 21, 2, device=setting.device) - 0.5
+        tokens = torch.randn(setting.batch, 2, 21, 64, device=setting.device, requires_grad=True)
+
+        def contracted(layer=layer, uv=uv, tokens=tokens, size=size):
+            layer(uv, tokens, size=size).sum().backward()
+
+        def drawn(layer=layer, uv=uv, tokens=tokens, size=size):
+            projected = draw(bone_weights(uv, size=size, radius=layer.radius), tokens[:, :, layer.ends])
+            F.conv2d(projected, layer.as_conv_weight(layer.weight), layer.bias, padding=1).sum().backward()
+
+        names = [f'stage {stage + 1}, {form}' for form in ('2,560-channel map', 'contracted')]
+        seconds = in_turn(dict(zip(names, (drawn, contracted))), setting.repeats, setting.device)
+        rows += rows_of(seconds, names[0])
+    return Table('Projecting joint features back, forward and backward', '2,560-channel map', rows)
+
+
+class MadeStep(NamedTuple):
+    """A training step on one batch of made samples, without its loader."""
+
+    network: Callable[[], None]
+    bare: Callable[[], None]
+
+
+def made_step(setting: Setting, batch: int, *words: str, compile: bool = False) -> MadeStep:
+    cfg = setting.config(*words)
+    hand_models, device = load_hand_models('standin'), setting.device
+    model, bare = make_network(setting, *words), to_device(ResNetBackbone('resnet50'), device)
+    criterion, images = build_criterion(cfg, hand_models).to(device), make_images(setting, batch)
+    optimizer, bare_optimizer = build_optimizer(model, cfg), build_optimizer(bare, cfg)
+    called = compiled(model, device) if compile else model
+    target = made_target(setting, batch)
+
+    def network() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(cfg.TRAIN.PRECISION, device):
+            output = called(images)
+        sum(criterion(output, target).values()).backward()
+        optimizer.step()
+
+    def alone() -> None:
+        bare_optimizer.zero_grad(set_to_none=True)
+        with autocast(cfg.TRAIN.PRECISION, device):
+            features = bare(images)[-1]
+        features.float().square().mean().backward()
+        bare_optimizer.step()
+
+    return MadeStep(network, alone)
+
+
+def made_target(setting: Setting, batch: int):
+    cfg = made_config(setting, 'packed', 'TRAIN.BATCH_SIZE', '4', 'TRAIN.WORKERS', '0')
+    loader, _ = training_loader(cfg)
+    made = build_batch_maker(cfg, load_hand_models('standin')).to(setting.device)(next(iter(loader))).target
+    return type(made)(*(values.repeat(-(-batch // 4), *[1] * (values.ndim - 1))[:batch] for values in made))
+
+
+def step(setting: Setting) -> Table:
+    made = made_step(setting, setting.batch)
+    seconds = in_turn({'ResNet-50': made.bare, 'DIR': made.network}, setting.repeats, setting.device)
+    rows = rows_of(seconds, 'ResNet-50')
+    del made
+    here = ('--threads', str(torch.get_num_threads()), '--batch', str(setting.batch), *setting.opts)
+    for what in ('nothing', 'bare', 'network'):
+        command = [sys.executable, __file__, '--peak', what, '--data', str(made_data(setting)), *here]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        rows.append(Row(f'peak memory, {what if what != "bare" else "ResNet-50"}', float(result.stdout), 'GB'))
+    return Table(f'Training step (AdamW), batch {setting.batch}', 'ResNet-50', rows,
+                 '"nothing": the program with network, optimizer and data, before any step.')
+
+
+def print_peak(setting: Setting, what: str) -> None:
+    """In a process of its own: the most memory that three steps take."""
+    made = made_step(setting, setting.batch)
+    for _ in range(3 if what != 'nothing' else 0):
+        (made.bare if what == 'bare' else made.network)()
+    if setting.device.type == 'cuda':
+        print(torch.cuda.max_memory_allocated() / 1e9)
+    else:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
+
+
+def throughput(setting: Setting) -> Table:
+    """Samples a second; on CUDA with memory, and with the share of the matrix rate that the network's products take."""
+    cuda = setting.device.type == 'cuda'
+    batches = (1, 8, 32, 64, 128) if cuda else (1, setting.batch)
+    precisions = ('float32', 'tf32', 'bfloat16') if cuda else ('float32',)
+    rows, rate = [], matrix_rate(setting) if cuda else None
+    if rate:
+        rows.append(Row('bfloat16 matrix product 8192', rate / 1e12, 'TFLOP/s'))
+    for precision in precisions:
+        set_float32_precision(precision)
+        for compile in ((False, True) if setting.compile else (False,)):
+            for batch in batches:
+                rows += _throughput(setting, batch, precision, compile, rate)
+    set_float32_precision('float32')
+    return Table('Throughput', None, rows)
+
+
+def _throughput(setting: Setting, batch: int, precision: str, compile: bool, rate: float | None) -> list[Row]:
+    model, images = make_network(setting).eval(), make_images(setting, batch)
+    called = compiled(fold_batch_norms(model), setting.device) if compile else fold_batch_norms(model)
+
+    @torch.no_grad()
+    def infer() -> None:
+        with autocast(precision, setting.device):
+            called(images)
+
+    rows, name = [], f'batch {batch}, {precision}{", compiled" if compile else ""}'
+    forms = {'inference': infer}
+    if batch > 1:
+        forms['training'] = made_step(setting, batch, 'TRAIN.PRECISION', precision, compile=compile).network
+    flops = products(model, images)
+    for form, run in forms.items():
+        if setting.device.type == 'cuda':
+            torch.cuda.reset_peak_memory_stats()
+        times = in_turn({form: run}, setting.repeats, setting.device)[form]
+        low, middle, high = (batch / value for value in np.percentile(times, (75, 50, 25)))
+        rows.append(Row(f'{form}, {name}', middle, 'samples/s', low, high))
+        if setting.device.type == 'cuda':
+            work = flops * (3 if form == 'training' else 1) / statistics.median(times)
+            rows.append(Row(f'{form}, {name}: share of the matrix rate', 100 * work / rate, '%'))
+            rows.append(Row(f'{form}, {name}: peak memory', torch.cuda.max_memory_allocated() / 1e9, 'GB'))
+    return rows
+
+
+@torch.no_grad()
+def products(model: nn.Module, images: Tensor) -> float:
+    """Floating-point operations of the matrix products and convolutions of one forward pass."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        model(images)
+    return counter.get_total_flops()
+
+
+def matrix_rate(setting: Setting, size: int = 8192) -> float:
+    """Measured operations a second of a large bfloat16 product."""
+    a, b = (torch.randn(size, size, device=setting.device, dtype=torch.bfloat16) for _ in range(2))
+    times = in_turn({'product': lambda: a @ b}, max(setting.repeats, 10), setting.device)['product']
+    return 2 * size**3 / statistics.median(times)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data road
+# ---------------------------------------------------------------------------------------------------------------------
+
+def made_data(setting: Setting) -> Path:
+    """A prepared data set in the forms folder, packed, bits, bare; made once."""
+    if not (setting.work / 'bare').exists():
+        raw, folder = setting.work / 'raw', setting.work / 'folder'
+        _run(synthesize.main, '--save_path', raw, '--frames', MADE_FRAMES, '0', '0')
+        _run(preparation.main, '--data_path', raw, '--save_path', folder, '--workers', 1, 'MANO.SOURCE', 'standin')
+        for name, more in (('packed', ()), ('bits', ('--masks', 'bits')), ('bare', ('--no-targets',))):
+            _run(pack.main, '--data_path', folder, '--save_path', setting.work / name, '--workers', 1, *more)
+    return setting.work
+
+
+def _run(main: Callable, *words: object) -> None:
+    if main([str(word) for word in words]):
+        raise UserError(f'the benchmark cannot make its data: {main.__module__} failed (what it said stands above).')
+
+
+def made_config(setting: Setting, form: str, *words: str) -> CfgNode:
+    return setting.config('DATASET.PATH', str(made_data(setting) / form), *words)
+
+
+def loader(setting: Setting) -> Table:
+    forms = {'folder, three JPEGs': ('folder',), 'folder, targets drawn: one JPEG': ('folder', *DRAWN),
+             'packed, three JPEGs': ('packed',), 'packed, masks as bits': ('bits',),
+             'packed, targets drawn: one JPEG': ('bare', *DRAWN)}
+    loaders = {title: training_loader(made_config(setting, *words, 'TRAIN.WORKERS', '1'))
+               for title, words in forms.items()}
+
+    def epoch(form: str) -> None:
+        batches, sampler = loaders[form]
+        sampler.start_at(sampler.epoch + 1)
+        for _ in batches:
+            pass
+
+    seconds = in_turn({form: lambda form=form: epoch(form) for form in forms}, setting.repeats, torch.device('cpu'))
+    rows = []
+    for title in forms:
+        count = loaders[title][1].steps * setting.cfg.TRAIN.BATCH_SIZE
+        low, middle, high = (count / value for value in np.percentile(seconds[title], (75, 50, 25)))
+        rows.append(Row(title, middle, 'samples/s', low, high))
+    for kind in ('img', 'mask', 'dense'):
+        content = np.frombuffer((made_data(setting) / f'folder/train/{kind}/5.jpg').read_bytes(), np.uint8)
+        decode = in_turn({kind: lambda content=content: cv2.imdecode(content, cv2.IMREAD_COLOR)}, 200,
+                         torch.device('cpu'))
+        title = f'decoding a JPEG ({kind}, {len(content) / 1000:.0f} kB)'
+        rows += [row._replace(what=title) for row in rows_of(decode)]
+    return Table('Loader, one worker', None, rows)
+
+
+def opening(setting: Setting) -> Table:
+    """A split of zeros in the packed form: its files are sparse, opening and reading labels is real."""
+    folder = setting.work / 'large' / 'train'
+    folder.mkdir(parents=True, exist_ok=True)
+    np.lib.format.open_memmap(folder / pack.LABELS, 'w+', pack.record_type(), (PACKED_SAMPLES,)).flush()
+    with open(folder / pack.SAMPLES, 'wb') as file:
+        file.truncate(PACKED_SAMPLES * 20_000)
+    files = {name: {'bytes': (folder / name).stat().st_size, 'sha256': ''} for name in (pack.LABELS, pack.SAMPLES)}
+    write_json(folder / pack.MANIFEST, {'format': pack.FORMAT, 'samples': PACKED_SAMPLES, 'mask': 'jpeg', 'dense': True,
+                                        'files': files})
+
+    def open_and_read() -> None:
+        pack.open_split(folder.parent, 'train').labels(PACKED_SAMPLES // 2)
+
+    seconds = in_turn({f'open {PACKED_SAMPLES:,} samples, read one': open_and_read}, setting.repeats,
+                      torch.device('cpu'))
+    return Table('Opening a packed split', None, rows_of(seconds))
+
+
+def augmentation(setting: Setting) -> Table:
+    makers, samples = {}, {}
+    for title, words in (('targets read and warped', ('packed',)), ('targets drawn', ('bare', *DRAWN))):
+        cfg = made_config(setting, *words, 'TRAIN.WORKERS', '0')
+        samples[title] = parts_of(next(iter(training_loader(cfg)[0])), setting.batch)[0]
+        makers[title] = build_batch_maker(cfg, load_hand_models('standin')).to(setting.device)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    seconds = in_turn({title: lambda title=title: makers[title](samples[title]) for title in makers}, setting.repeats,
+                      setting.device)
+    torch.set_num_threads(threads)
+    return Table(f'Labels, augmentation and targets on {setting.device.type}, a sample (one core, batch '
+                 f'{setting.batch})', None, rows_of(seconds, per=setting.batch))
+
+
+def waiting(setting: Setting) -> Table:
+    """An epoch of real training steps on the made data set, timed by its own parts."""
+    cfg = made_config(setting, 'bare', *DRAWN, 'OUTPUT_DIR', str(setting.work / 'run'), 'TRAIN.BATCH_SIZE',
+                      '64' if setting.device.type == 'cuda' else str(setting.batch), 'TRAIN.PRECISION',
+                      'bfloat16' if setting.device.type == 'cuda' else 'float32')
+    run = build_training(cfg, setting.device, fresh=True)
+    run.parallel.train()
+    waited, progress, steps = 0.0, Progress(), 0
+    run.sampler.start_at(progress.epoch)
+    batches = iter(run.loader)
+    next(batches)
+    begin = time.perf_counter()
+    for _ in range(min(run.sampler.steps - 1, setting.repeats)):
+        asked = time.perf_counter()
+        samples = next(batches)
+        waited += time.perf_counter() - asked
+        run.optimizer.zero_grad(set_to_none=True)
+        terms = accumulate(run, samples, share=1.0, last=True)
+        run.optimizer.step()
+        sum(terms.values()).item()
+        steps += 1
+    share = 100 * waited / (time.perf_counter() - begin)
+    return Table('Waiting for data', None, [Row(f'{cfg.TRAIN.WORKERS} workers, {steps} steps of '
+                                                f'{cfg.TRAIN.BATCH_SIZE}, of the time', share, '%')])
+
+
+def prepare(setting: Setting) -> Table:
+    made_data(setting)
+    out = setting.work / 'again'
+    begin = time.perf_counter()
+    _run(preparation.main, '--data_path', setting.work / 'raw', '--save_path', out, '--workers', 1, 'MANO.SOURCE',
+         'standin')
+    seconds = time.perf_counter() - begin
+    kept = json.loads((out / 'train/preparation.json').read_text())['kept']
+    return Table('Preparation, one process', None, [Row(f'{kept} frames, start included', kept / seconds, 'frames/s')])
+
+
+def annotations(setting: Setting) -> Table:
+    root = setting.work / 'annotations'
+    subprocess.run([sys.executable, ROOT / 'benchmarks/made_annotations.py', '--frames', str(REAL_FRAMES), '--out',
+                    root], check=True)
+    result = subprocess.run([sys.executable, __file__, '--peak', 'annotations', '--data', root], capture_output=True,
+                            text=True, check=True)
+    frames, seconds, peak = map(float, result.stdout.split())
+    return Table(f'Annotation files of {REAL_FRAMES:,} frames, one process', None, [
+        Row(f'choose {frames:,.0f} frames', seconds, 's'), Row('peak memory', peak, 'GB')])
+
+
+def print_annotations(root: Path) -> None:
+    split, skipped = preparation.RawSplit(root, 'train'), preparation.Skipped()
+    begin = time.perf_counter()
+    frames = preparation.select(split, skipped)
+    seconds = time.perf_counter() - begin
+    print(len(frames), seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+MEASUREMENTS = {'forward': forward, 'projection': projection, 'step': step, 'throughput': throughput,
+                'latency': latency, 'loader': loader, 'opening': opening, 'augmentation': augmentation,
+                'waiting': waiting, 'preparation': prepare, 'annotations': annotations}
+
+
+def machine(setting: Setting) -> dict:
+    """What the numbers were measured on."""
+    cpu = next((line.split(':')[1].strip() for line in _lines('/proc/cpuinfo') if line.startswith('model name')),
+               platform.processor())
+    cuda = setting.device.type == 'cuda'
+    return {'device': torch.cuda.get_device_name() if cuda else cpu, 'cpu': cpu, 'cores': usable_cores(),
+            'threads': torch.get_num_threads(), 'load': os.getloadavg()[0], 'python': platform.python_version(),
+            'torch': torch.__version__, 'torchvision': torchvision_version, 'opencv': cv2.__version__,
+            'cuda': torch.version.cuda if cuda else None}
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def as_markdown(about: dict, tables: list[Table]) -> str:
+    text = ['# Benchmark', '', *(f'- {key}: {value}' for key, value in about.items() if value is not None)]
+    for table in tables:
+        head = ['what', 'median', 'quartiles', 'unit'] + ([f'ratio to {table.yardstick}'] if table.yardstick else [])
+        text += ['', f'## {table.title}', '', f'| {" | ".join(head)} |', f'|---|{"---:|" * (len(head) - 1)}']
+        for row in table.rows:
+            spread = '' if row.low is None else f'{row.low:.4g} – {row.high:.4g}'
+            ratio = [] if not table.yardstick else ['' if row.ratio is None else f'{row.ratio:.2f}']
+            text.append(f'| {" | ".join([row.what, f"{row.value:.4g}", spread, row.unit, *ratio])} |')
+        text += ['', table.note] if table.note else []
+    return '\n'.join(text) + '\n'
+
+
+@user_facing
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--only', nargs='+', default=[], metavar='NAME', help=', '.join(MEASUREMENTS))
+    parser.add_argument('--out', metavar='FOLDER', help='benchmark.md and benchmark.json go there')
+    parser.add_argument('--batch', type=int, default=8, help='samples (default: %(default)s)')
+    parser.add_argument('--repeats', type=int, default=7, help='that count, after one that does not (%(default)s)')
+    parser.add_argument('--threads', type=int, help="PyTorch's threads (default: its own choice)")
+    parser.add_argument('--compile', action='store_true', help='torch.compile too: takes minutes')
+    parser.add_argument('--data', help=argparse.SUPPRESS)  # both for processes that measure their own memory
+    parser.add_argument('--peak', help=argparse.SUPPRESS)
+    parser.add_argument('opts', nargs='*', metavar='KEY VALUE', help='configuration keys, e.g. DEVICE cuda')
+    args = parser.parse_intermixed_args(argv)
+    names, keys = split_off_pairs(args.only)
+    if unknown := [name for name in names if name not in MEASUREMENTS]:
+        raise UserError(f"--only: there is no measurement '{unknown[0]}'; there are {', '.join(MEASUREMENTS)}.")
+    for name in ('batch', 'repeats'):
+        if getattr(args, name) < 1:
+            raise UserError(f'--{name} is {getattr(args, name)}; it must be at least 1.')
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.peak == 'annotations':
+        print_annotations(Path(args.data))
+        return 0
+    opts = [*keys, *args.opts]
+    cfg = load_config(None, ['MANO.SOURCE', 'standin', 'MODEL.PRETRAINED', 'false', *opts])
+    if choose_device(cfg.DEVICE).type == 'cpu':
+        keep_freed_memory()  # as the programs themselves do
+    with tempfile.TemporaryDirectory() as work:
+        setting = Setting(choose_device(cfg.DEVICE), cfg, opts, args.batch, args.repeats, args.compile,
+                          Path(args.data or work))
+        if args.peak:
+            print_peak(setting, args.peak)
+            return 0
+        about, tables = machine(setting), []
+        for name in names or MEASUREMENTS:
+            print(f'{name} ...', file=sys.stderr, flush=True)
+            tables.append(MEASUREMENTS[name](setting))
+            print(as_markdown({}, tables[-1:]).partition('\n')[2], flush=True)
+    if args.out:
+        write_atomically(Path(args.out) / 'benchmark.md', as_markdown(about, tables).encode())
+        content = [table._asdict() | {'rows': [row._asdict() for row in table.rows]} for table in tables]
+        write_json(Path(args.out) / 'benchmark.json', {'machine': about, 'tables': content})
+        print(f'written: {Path(args.out) / "benchmark.md"}, benchmark.json')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

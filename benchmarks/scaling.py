@@ -1,0 +1,115 @@
+"""What a whole training run costs on n devices, from what was measured on one.
+
+    python benchmarks/scaling.py --samples_per_second 1200 [--devices 1 8 64] [--batch 64] [--bandwidth 50]
+    python benchmarks/scaling.py --benchmark FOLDER/benchmark.json
+
+The model: a step takes the device's time for its share of the batch, plus what of the gradient exchange does not hide
+behind the backward pass, plus the round trips of the synchronised batch norms. docs/scaling.md says what it rests on.
+"""
+
+import argparse
+import math
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.errors import UserError, user_facing
+from utils.files import read_json
+
+PARAMETERS = 90.4e6  # of the network with ResNet-50
+SYNCHRONISED = 2 * 97  # collectives of the batch norms a step: one forward and one backward each
+BACKWARD_SHARE = 2 / 3  # of a step's time: what the exchange of gradients can hide behind
+
+
+class Run(NamedTuple):
+    """A training run and the machine that it is on."""
+
+    samples: int = 370_000  # of the train split, prepared
+    epochs: int = 50
+    batch: int = 64  # over all devices
+    samples_per_second: float = 0.0  # of training, measured on one device at its share of the batch
+    loader_per_worker: float = 1000.0  # samples/s
+    bandwidth: float = 50e9  # bytes/s between two devices, one way
+    latency: float = 30e-6  # s a collective
+
+
+class Cost(NamedTuple):
+    """What a run takes on ``devices``."""
+
+    devices: int
+    step_ms: float
+    samples_per_second: float
+    efficiency: float  # of n times one device
+    hours: float
+    device_hours: float
+    workers: float  # loader processes per device that keep it busy
+
+
+def cost(run: Run, devices: int) -> Cost:
+    """Raises UserError if the batch cannot be shared out."""
+    if devices > run.batch:
+        raise UserError(f'a batch of {run.batch} cannot be shared out over {devices} devices; give a larger --batch.')
+    compute = run.batch / devices / run.samples_per_second
+    exchange = 0.0
+    if devices > 1:
+        ring = 2 * (devices - 1) / devices * 4 * PARAMETERS / run.bandwidth
+        exchange = max(0.0, ring - BACKWARD_SHARE * compute) + SYNCHRONISED * run.latency
+    step = compute + exchange
+    rate = run.batch / step
+    hours = run.samples * run.epochs / rate / 3600
+    return Cost(devices, 1e3 * step, rate, compute / step, hours, hours * devices,
+                rate / devices / run.loader_per_worker)
+
+
+def table(run: Run, devices: list[int]) -> str:
+    lines = ['| devices | batch | step, ms | samples/s | efficiency | hours | device hours | workers each |',
+             '|---:|---:|---:|---:|---:|---:|---:|---:|']
+    for number in devices:
+        one = cost(run, number)
+        lines.append(f'| {number} | {run.batch} | {one.step_ms:.4g} | {one.samples_per_second:,.4g} | '
+                     f'{one.efficiency:.0%} | {one.hours:,.3g} | {one.device_hours:,.3g} | {math.ceil(one.workers)} |')
+    return '\n'.join(lines)
+
+
+def measured_rate(path: str) -> float:
+    """Largest training throughput in a benchmark's JSON. Raises UserError if there is none."""
+    content = read_json(path)
+    try:
+        rows = [row for part in content['tables'] if part['title'] == 'Throughput' for row in part['rows']]
+        rates = [row['value'] for row in rows if re.match(r'training, ', row['what']) and row['unit'] == 'samples/s']
+    except (TypeError, KeyError):
+        rates = []
+    if not rates:
+        raise UserError(f'{path} holds no training throughput: make it with benchmarks/run.py --only throughput --out '
+                        'FOLDER.')
+    return max(rates)
+
+
+@user_facing
+def main(argv: list[str] | None = None) -> None:
+    """The command line; see ``--help``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--samples_per_second', type=float, help='of training, on one device')
+    parser.add_argument('--benchmark', metavar='FILE', help='benchmark.json of benchmarks/run.py, instead')
+    parser.add_argument('--devices', type=int, nargs='+', default=[1, 8, 64])
+    parser.add_argument('--batch', type=int, default=Run().batch, help='over all devices (default: %(default)s)')
+    parser.add_argument('--samples', type=int, default=Run().samples, help='of an epoch (default: %(default)s)')
+    parser.add_argument('--epochs', type=int, default=Run().epochs, help='default: %(default)s')
+    parser.add_argument('--loader', type=float, default=Run().loader_per_worker, help='samples/s of a worker '
+                        '(default: %(default)s)')
+    parser.add_argument('--bandwidth', type=float, default=Run().bandwidth / 1e9, help='GB/s between two devices '
+                        '(default: %(default)s)')
+    args = parser.parse_args(argv)
+    if bool(args.samples_per_second) == bool(args.benchmark):
+        raise UserError('give either --samples_per_second or --benchmark.')
+    rate = args.samples_per_second or measured_rate(args.benchmark)
+    if min(rate, args.batch, args.samples, args.epochs, args.loader, args.bandwidth, *args.devices) <= 0:
+        raise UserError('all numbers must be above 0.')
+    print(table(Run(args.samples, args.epochs, args.batch, rate, args.loader, 1e9 * args.bandwidth), args.devices))
+
+
+if __name__ == '__main__':
+    sys.exit(main())
