@@ -24,7 +24,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -150,15 +149,16 @@ def inference_forms(model: nn.Module, setting: Setting, batch: int) -> dict[str,
     if setting.compile:
         forms['DIR, folded and compiled'] = compiled(folded, setting.device)
     if setting.device.type == 'cpu':
-        program = export.trace(export.for_inference(model), setting.cfg.MODEL.IMAGE_SIZE)
+        program = None
         for name, kind in export.FORMATS.items():
             try:
                 export.require_packages(name, kind)
             except UserError:
                 continue
             path = setting.work / kind.file
-            if not path.exists():
+            if not path.exists():  # for any batch size: once is enough
                 with export.exporter(name):
+                    program = program or export.trace(export.for_inference(model), setting.cfg.MODEL.IMAGE_SIZE)
                     path.write_bytes(kind.convert(program))
             forms[f'last estimate, {name}'] = kind.load(path)
     return forms
@@ -264,6 +264,11 @@ def step(setting: Setting) -> Table:
                  '"nothing": the program with network, optimizer and data, before any step.')
 
 
+def _peak_memory() -> float:
+    """GB of this process; what getrusage tells begins with the parent's."""
+    return int(next(line for line in _lines('/proc/self/status') if line.startswith('VmHWM')).split()[1]) * 1024 / 1e9
+
+
 def print_peak(setting: Setting, what: str) -> None:
     """In a process of its own: the most memory that three steps take."""
     made = made_step(setting, setting.batch)
@@ -272,7 +277,7 @@ def print_peak(setting: Setting, what: str) -> None:
     if setting.device.type == 'cuda':
         print(torch.cuda.max_memory_allocated() / 1e9)
     else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
+        print(_peak_memory())
 
 
 def throughput(setting: Setting) -> Table:
@@ -343,11 +348,13 @@ def matrix_rate(setting: Setting, size: int = 8192) -> float:
 def made_data(setting: Setting) -> Path:
     """A prepared data set in the forms folder, packed, bits, bare; made once."""
     if not (setting.work / 'bare').exists():
+        threads = torch.get_num_threads()  # preparing takes one
         raw, folder = setting.work / 'raw', setting.work / 'folder'
         _run(synthesize.main, '--save_path', raw, '--frames', MADE_FRAMES, '0', '0')
         _run(preparation.main, '--data_path', raw, '--save_path', folder, '--workers', 1, 'MANO.SOURCE', 'standin')
         for name, more in (('packed', ()), ('bits', ('--masks', 'bits')), ('bare', ('--no-targets',))):
             _run(pack.main, '--data_path', folder, '--save_path', setting.work / name, '--workers', 1, *more)
+        torch.set_num_threads(threads)
     return setting.work
 
 
@@ -450,11 +457,12 @@ def waiting(setting: Setting) -> Table:
 
 def prepare(setting: Setting) -> Table:
     made_data(setting)
-    out = setting.work / 'again'
+    out, threads = setting.work / 'again', torch.get_num_threads()
     begin = time.perf_counter()
     _run(preparation.main, '--data_path', setting.work / 'raw', '--save_path', out, '--workers', 1, 'MANO.SOURCE',
          'standin')
     seconds = time.perf_counter() - begin
+    torch.set_num_threads(threads)
     kept = json.loads((out / 'train/preparation.json').read_text())['kept']
     return Table('Preparation, one process', None, [Row(f'{kept} frames, start included', kept / seconds, 'frames/s')])
 
@@ -475,7 +483,7 @@ def print_annotations(root: Path) -> None:
     begin = time.perf_counter()
     frames = preparation.select(split, skipped)
     seconds = time.perf_counter() - begin
-    print(len(frames), seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
+    print(len(frames), seconds, _peak_memory())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -38,11 +38,8 @@ class HandArrays(NamedTuple):
         )
 
 
-# Joints of the same depth in the chain move together: wrist, then three levels of five.
-_LEVELS = [[0], [1, 4, 7, 10, 13], [2, 5, 8, 11, 14], [3, 6, 9, 12, 15]]
-_PARENT_SLOT = [[None], [0] * 5, list(range(5)), list(range(5))]  # index of the parent within the level above
-_FROM_LEVELS = [sum(_LEVELS, []).index(joint) for joint in range(16)]
-assert all(CHAIN_PARENTS[j] == _LEVELS[d - 1][s] for d in (1, 2, 3) for j, s in zip(_LEVELS[d], _PARENT_SLOT[d]))
+FINGERS, SEGMENTS = 5, 3  # of the chain below the wrist: joint 1 + 3 * finger + segment
+assert list(CHAIN_PARENTS[1:]) == [joint - 1 if (joint - 1) % SEGMENTS else 0 for joint in range(1, 16)]
 
 
 def forward_kinematics(rotations: Tensor, rest_joints: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,15 +47,20 @@ def forward_kinematics(rotations: Tensor, rest_joints: Tensor) -> tuple[Tensor, 
 
     rotations (..., 16, 3, 3) of each joint in its parent's frame, rest_joints (..., 16, 3) m
     -> world rotations (..., 16, 3, 3), joint positions (..., 16, 3) m. The wrist stays at its rest position.
+
+    The five fingers go side by side, segment by segment. All by slices: an index would have to be copied to the device,
+    which waits for it.
     """
     turned, placed = [rotations[..., :1, :, :]], [rest_joints[..., :1, :]]
-    for depth in (1, 2, 3):
-        joints, parents = _LEVELS[depth], _PARENT_SLOT[depth]
-        parent_rotation = turned[-1][..., parents, :, :]
-        bone = rest_joints[..., joints, :] - rest_joints[..., [CHAIN_PARENTS[j] for j in joints], :]
-        turned.append(parent_rotation @ rotations[..., joints, :, :])
-        placed.append(placed[-1][..., parents, :] + (parent_rotation @ bone[..., None]).squeeze(-1))
-    return torch.cat(turned, -3)[..., _FROM_LEVELS, :, :], torch.cat(placed, -2)[..., _FROM_LEVELS, :]
+    parents = rest_joints[..., :1, :]
+    for segment in range(SEGMENTS):
+        joints = rest_joints[..., 1 + segment::SEGMENTS, :]  # (..., 5, 3)
+        bone = (joints - parents)[..., None]
+        placed.append(placed[-1] + (turned[-1] @ bone).squeeze(-1))
+        turned.append(turned[-1] @ rotations[..., 1 + segment::SEGMENTS, :, :])
+        parents = joints
+    fingers, places = torch.stack(turned[1:], -3).flatten(-4, -3), torch.stack(placed[1:], -2).flatten(-3, -2)
+    return torch.cat([turned[0], fingers], -3), torch.cat([placed[0], places], -2)
 
 
 def linear_blend_skinning(hand: HandArrays, rotations: Tensor, betas: Tensor) -> tuple[Tensor, Tensor]:

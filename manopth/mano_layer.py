@@ -30,6 +30,7 @@ class _HandLayer(nn.Module):
             self.register_buffer(name, value, persistent=False)
         tips = np.broadcast_to(np.asarray(tip_vertices), (len(models), 5))
         self.register_buffer('tip_vertices', torch.tensor(tips), persistent=False)
+        self.register_buffer('joint_order', torch.tensor(MANO_TO_JOINTS), persistent=False)
         self.register_buffer('faces', torch.from_numpy(np.stack([m.faces for m in models])), persistent=False)
         for name in ('pose_mean', 'pose_components'):
             stacked = torch.from_numpy(np.stack([getattr(m, name) for m in models])).to(dtype)
@@ -40,7 +41,7 @@ class _HandLayer(nn.Module):
         arrays = HandArrays(*(getattr(self, name) for name in HandArrays._fields))
         vertices, chain = linear_blend_skinning(arrays, rotations, betas)
         index = self.tip_vertices[None, :, :, None].expand(vertices.shape[0], -1, -1, 3)
-        joints = torch.cat([chain, vertices.gather(2, index)], 2)[:, :, MANO_TO_JOINTS]
+        joints = torch.cat([chain, vertices.gather(2, index)], 2)[:, :, self.joint_order]
         return Hands(vertices, joints)
 
 

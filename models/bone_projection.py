@@ -13,14 +13,23 @@ from torch import Tensor, nn
 
 from utils.hand import BONES, NUM_JOINTS
 
-_BONE_JOINTS = torch.tensor(BONES)  # (20, 2): the (parent, child) of every bone
-
 
 def cell_centres(size: int, like: Tensor) -> Tensor:
     """(S, S, 2) centres (i + 0.5) of the cells of a size x size map, (right, down), in cells."""
     steps = torch.arange(size, dtype=like.dtype, device=like.device) + 0.5
     down, right = torch.meshgrid(steps, steps, indexing='ij')
     return torch.stack([right, down], -1)
+
+
+def bone_ends(joints: Tensor) -> Tensor:
+    """(..., 21, C) -> (..., 20, 2, C): parent and child of every bone, in the order of BONES.
+
+    By slices: an index would have to be copied to the device, which waits for it.
+    """
+    fingers = joints[..., 1:, :].unflatten(-2, (5, 4))
+    wrist = joints[..., None, :1, :].expand(*fingers.shape[:-2], 1, -1)
+    parents = torch.cat([wrist, fingers[..., :3, :]], -2).flatten(-3, -2)
+    return torch.stack([parents, joints[..., 1:, :]], -2)
 
 
 def bone_weights(joints_uv: Tensor, *, size: int, radius: float) -> Tensor:
@@ -30,7 +39,7 @@ def bone_weights(joints_uv: Tensor, *, size: int, radius: float) -> Tensor:
     parent |g - c| / (|g - p| + |g - c|), child |g - p| / (...), for cells closer than ``radius`` cells to the segment,
     else 0. A bone of zero length contributes nothing. Differentiable but for the mask.
     """
-    ends = ((joints_uv + 1) / 2 * size)[:, :, _BONE_JOINTS.to(joints_uv.device)]  # (B, 2, 20, 2, 2) cells
+    ends = bone_ends((joints_uv + 1) / 2 * size)  # (B, 2, 20, 2, 2) cells
     to_end = cell_centres(size, ends) - ends[..., None, None, :]  # (B, 2, 20, 2, S, S, 2)
     distance = torch.linalg.vector_norm(to_end, dim=-1)
     total = distance.sum(3, keepdim=True)
@@ -68,7 +77,7 @@ class ProjectedConvolution(nn.Module):
     def __init__(self, a: int, b: int, *, radius: float, along: str = 'bones'):
         super().__init__()
         self.radius, self.along = radius, along
-        ends = _BONE_JOINTS if along == 'bones' else torch.arange(NUM_JOINTS)[:, None]
+        ends = torch.tensor(BONES) if along == 'bones' else torch.arange(NUM_JOINTS)[:, None]
         self.register_buffer('ends', ends, persistent=False)  # (N, E) joint of each end
         # As a plain Conv2d's weight it would be (b, 2 * N * a, 3, 3): see ``as_conv_weight``.
         self.weight = nn.Parameter(torch.empty(2, len(ends), a, b, 3, 3))

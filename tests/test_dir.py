@@ -1,8 +1,12 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torchvision
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from models import build_criterion, build_model
+from models import build_criterion, build_model, hand_head
 from models.bone_projection import ProjectedConvolution
 from models.criterion import Target
 from models.joint_interaction import CrossHandTransformer, SkeletonGraphLayer
@@ -317,3 +321,41 @@ def test_weights_that_cannot_be_downloaded_are_a_sentence(standin, monkeypatch):
     monkeypatch.setattr(torchvision.models.ResNet18_Weights.DEFAULT.__class__, 'get_state_dict', offline)
     with pytest.raises(UserError, match='ImageNet weights for resnet18 cannot be had.*MODEL.PRETRAINED false'):
         tiny_model(standin, STAGES=0, PRETRAINED='true')
+
+
+class NothingFromTheHost(TorchDispatchMode):
+    """Refuses operations that mix the device's tensors with ones on the CPU, and lists as indices, which are copied to
+    the device each time: an index has to be (a part of) one of ``known``."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known = {id(tensor) for tensor in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        devices = {tensor.device.type for tensor in tensors if tensor.ndim}
+        assert devices <= {'meta'}, f'{func} takes a tensor from the host'
+        if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default):
+            for index in (index for index in args[1] if index is not None):
+                whole = index if index._base is None else index._base
+                assert id(whole) in self.known, f'{func} takes an index from the host'
+        return func(*args, **kwargs or {})
+
+
+def test_forward_and_losses_never_wait_for_the_device(standin, monkeypatch):
+    """On a device without values, whatever asks for one (item, bool, nonzero) fails."""
+    monkeypatch.setattr(hand_head, 'full_precision', lambda device: nullcontext())  # that device has no autocast
+    model = tiny_model(standin).to('meta')
+    criterion = build_criterion(tiny_config(), standin).to('meta')
+    target = Target(*(values.to('meta') for values in made_target(2)))
+    image = images(2).to('meta')
+    mode = NothingFromTheHost([*model.buffers(), *criterion.buffers()])
+    with mode:
+        terms = criterion(model(image), target)
+        sum(terms.values()).backward()
+    assert len(terms) > 20
+    for host in (torch.tensor([0, 1]), [0, 1]):
+        with mode, pytest.raises(AssertionError, match='from the host'):
+            _ = image[host]
+    with pytest.raises(RuntimeError):
+        bool(image.sum())
