@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+WORTH_IT = 256  # positions of a batch's maps: with 2,048 channels the transformation costs as much as 128 of them save
 # Of one axis: B^T input tile, G kernel, A^T output tile; for two axes their Kronecker squares.
 _INPUT = torch.tensor([[1.0, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
 _KERNEL = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
-WORTH_IT = 256  # positions of a batch's maps: with 2,048 channels the transformation costs as much as 128 of them save
 _OUTPUT = torch.tensor([[1.0, 1, 1, 0], [0, 1, -1, -1]])
 _INPUT, _KERNEL, _OUTPUT = (torch.kron(one, one) for one in (_INPUT, _KERNEL, _OUTPUT))  # (16, 16), (16, 9), (4, 16)
 
