@@ -29,7 +29,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,6 +117,15 @@ def in_turn(contestants: dict[str, Callable[[], object]], repeats: int, device: 
     return seconds
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """PyTorch's threads within the block; afterwards what they were, whatever the block set."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
 def _wait(device: torch.device) -> None:
     if device.type == 'cuda':
         torch.cuda.synchronize()
@@ -142,7 +152,7 @@ def make_images(setting: Setting, batch: int) -> Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(setting.device)
 
 
-def inference_forms(model: nn.Module, setting: Setting, batch: int) -> dict[str, Callable[[Tensor], object]]:
+def inference_forms(model: nn.Module, setting: Setting) -> dict[str, Callable[[Tensor], object]]:
     """The ways in which the network can run, all of them exact."""
     folded = fold_batch_norms(model)
     forms = {'DIR, eager': model, 'DIR, batch norms folded': folded}
@@ -172,7 +182,7 @@ def inference_forms(model: nn.Module, setting: Setting, batch: int) -> dict[str,
 def forward(setting: Setting) -> Table:
     images, model = make_images(setting, setting.batch), make_network(setting).eval()
     bare = to_device(ResNetBackbone('resnet50'), setting.device).eval()
-    runs = {'ResNet-50': bare} | inference_forms(model, setting, setting.batch)
+    runs = {'ResNet-50': bare} | inference_forms(model, setting)
     seconds = in_turn({name: lambda run=run: run(images) for name, run in runs.items()}, setting.repeats,
                       setting.device)
     return Table(f'Forward, batch {setting.batch}', 'ResNet-50', rows_of(seconds, 'ResNet-50'),
@@ -182,7 +192,7 @@ def forward(setting: Setting) -> Table:
 @torch.no_grad()
 def latency(setting: Setting) -> Table:
     images, model = make_images(setting, 1), make_network(setting).eval()
-    runs = inference_forms(model, setting, 1)
+    runs = inference_forms(model, setting)
     seconds = in_turn({name: lambda run=run: run(images) for name, run in runs.items()}, setting.repeats,
                       setting.device)
     return Table('One image', 'DIR, eager', rows_of(seconds, 'DIR, eager'))
@@ -348,13 +358,12 @@ def matrix_rate(setting: Setting, size: int = 8192) -> float:
 def made_data(setting: Setting) -> Path:
     """A prepared data set in the forms folder, packed, bits, bare; made once."""
     if not (setting.work / 'bare').exists():
-        threads = torch.get_num_threads()  # preparing takes one
         raw, folder = setting.work / 'raw', setting.work / 'folder'
         _run(synthesize.main, '--save_path', raw, '--frames', MADE_FRAMES, '0', '0')
-        _run(preparation.main, '--data_path', raw, '--save_path', folder, '--workers', 1, 'MANO.SOURCE', 'standin')
+        with threads(1):  # the command sets that for good
+            _run(preparation.main, '--data_path', raw, '--save_path', folder, '--workers', 1, 'MANO.SOURCE', 'standin')
         for name, more in (('packed', ()), ('bits', ('--masks', 'bits')), ('bare', ('--no-targets',))):
             _run(pack.main, '--data_path', folder, '--save_path', setting.work / name, '--workers', 1, *more)
-        torch.set_num_threads(threads)
     return setting.work
 
 
@@ -420,11 +429,9 @@ def augmentation(setting: Setting) -> Table:
         cfg = made_config(setting, *words, 'TRAIN.WORKERS', '0')
         samples[title] = parts_of(next(iter(training_loader(cfg)[0])), setting.batch)[0]
         makers[title] = build_batch_maker(cfg, load_hand_models('standin')).to(setting.device)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    seconds = in_turn({title: lambda title=title: makers[title](samples[title]) for title in makers}, setting.repeats,
-                      setting.device)
-    torch.set_num_threads(threads)
+    with threads(1):
+        seconds = in_turn({title: lambda title=title: makers[title](samples[title]) for title in makers},
+                          setting.repeats, setting.device)
     return Table(f'Labels, augmentation and targets on {setting.device.type}, a sample (one core, batch '
                  f'{setting.batch})', None, rows_of(seconds, per=setting.batch))
 
@@ -459,16 +466,14 @@ def prepare(setting: Setting) -> Table:
     """All that is done for a frame, reading and writing included; the hand models are there already."""
     split, models = preparation.RawSplit(made_data(setting) / 'raw', 'train'), load_hand_models('standin')
     preparer = preparation.FramePreparer(models, preparation.canonical_colours(models))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     rates = []
-    for number in range(setting.repeats):
-        out = setting.work / f'prepared{number}'
-        begin = time.perf_counter()
-        preparation.prepare_split(split, out, {}, lambda chunks: map(preparer, chunks))
-        frames = json.loads((out / 'train/preparation.json').read_text())['kept']
-        rates.append(frames / (time.perf_counter() - begin))
-    torch.set_num_threads(threads)
+    with threads(1):
+        for number in range(setting.repeats):
+            out = setting.work / f'prepared{number}'
+            begin = time.perf_counter()
+            preparation.prepare_split(split, out, {}, lambda chunks: map(preparer, chunks))
+            frames = json.loads((out / 'train/preparation.json').read_text())['kept']
+            rates.append(frames / (time.perf_counter() - begin))
     low, middle, high = np.percentile(rates, (25, 50, 75))
     return Table('Preparation, one core', None, [Row(f'{frames} frames', middle, 'frames/s', low, high)])
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from dataset.augmentation import AugmentationParameters, AugmentationRanges, draw_augmentations
+from dataset.prepared import FOLDERS, partial_folder
 from utils import safe_pickle
 from utils.errors import UserError
 from utils.files import read_image
@@ -137,7 +138,7 @@ class InterHandDataset(PreparedSplit):
         return str(self.path('img', index))
 
     def path(self, kind: str, index: int) -> Path:
-        return self.folder / kind / f'{index}.{"pkl" if kind == "anno" else "jpg"}'
+        return self.folder / kind / f'{index}.{FOLDERS[kind]}'
 
     def labels(self, index: int) -> tuple[np.ndarray, ...]:
         path, content = self._read_annotation(index)
@@ -189,7 +190,7 @@ def checked_crop(image: np.ndarray | None, name: str, *, advice: str) -> np.ndar
 def _count(folder: Path) -> int:
     """Number of samples of a prepared split; raises UserError unless every kind of file runs 0 .. n - 1."""
     if not folder.is_dir():
-        if folder.with_name(f'{folder.name}.partial').is_dir():
+        if partial_folder(folder).is_dir():
             raise UserError(f'{folder} is only half prepared; give the same dataset/interhand.py command again to '
                             'finish it.')
         if any(folder.parent.glob(f'{folder.name}.shard-*')):
@@ -198,7 +199,7 @@ def _count(folder: Path) -> int:
         raise UserError(f'{folder} does not exist: set DATASET.PATH to a prepared data set '
                         '(python dataset/interhand.py --data_path INTERHAND --save_path ./data/interhand2.6m/).')
     numbers: dict[str, set[int]] = {}
-    for kind, suffix in (('img', '.jpg'), ('mask', '.jpg'), ('dense', '.jpg'), ('anno', '.pkl')):
+    for kind, suffix in ((kind, f'.{ending}') for kind, ending in FOLDERS.items()):
         if not (folder / kind).is_dir():
             raise UserError(f'{folder / kind} is missing: {folder} is not a prepared split (dataset/interhand.py).')
         stems = (entry.name.removesuffix(suffix) for entry in os.scandir(folder / kind) if entry.name.endswith(suffix))

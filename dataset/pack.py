@@ -42,6 +42,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dataset.interhand import InterHandDataset, PreparedSplit, checked_crop
+from dataset.prepared import RECORD, partial_folder
 from dataset.raw import HAND_MODEL_RECORD, SPLITS
 from utils.distributed import usable_cores
 from utils.errors import UserError, user_facing
@@ -52,7 +53,6 @@ from utils.hand import MASK_THRESHOLD
 FORMAT = 'dir-packed-1'  # raised when older readers would misread it
 MANIFEST, LABELS, SAMPLES = 'manifest.json', 'labels.npy', 'samples.bin'
 HEAD = 'head.json'  # of an unfinished split: what its manifest will begin with
-RECORD = 'preparation.json'  # how the folder was prepared, taken along
 LABEL_FIELDS = (('root', (2, 3, 3)), ('pose', (2, 45)), ('shape', (2, 10)), ('translation', (2, 3)),
                 ('camera_rotation', (3, 3)), ('camera_translation', (3,)), ('intrinsics', (3, 3)))
 PARTS = ('img', 'mask', 'dense', 'entries')  # of a sample in samples.bin, in this order
@@ -133,13 +133,13 @@ class PackedDataset(PreparedSplit):
 def open_split(path: str | Path, split: str, **options) -> PreparedSplit:
     """The split, packed or as a folder of files; ``options`` as PreparedSplit takes them."""
     folder = Path(path) / split
-    packed = (folder / MANIFEST).exists() or (folder.with_name(f'{split}.partial') / HEAD).exists()
+    packed = (folder / MANIFEST).exists() or (partial_folder(folder) / HEAD).exists()
     return (PackedDataset if packed else InterHandDataset)(path, split, **options)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Raises UserError unless it is one of this version and both files have the size it names."""
-    if not folder.exists() and folder.with_name(f'{folder.name}.partial').is_dir():
+    if not folder.exists() and partial_folder(folder).is_dir():
         raise UserError(f'{folder} is only half packed; give the same dataset/pack.py command again to finish it.')
     manifest = read_json(folder / MANIFEST)
     version = manifest.get('format') if isinstance(manifest, dict) else None
@@ -222,7 +222,8 @@ def pack_split(source: InterHandDataset, save_path: Path, *, masks: str = 'jpeg'
     Raises UserError if a sample cannot be read or the folder holds something else.
     """
     split = source.folder.name
-    folder, partial = save_path / split, save_path / f'{split}.partial'
+    folder = save_path / split
+    partial = partial_folder(folder)
     head = {'format': FORMAT, 'samples': len(source), 'mask': masks if targets else None, 'dense': targets}
     if folder.exists():
         _refuse_other(folder, {key: read_manifest(folder)[key] for key in head}, head)

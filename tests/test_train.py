@@ -91,8 +91,9 @@ def test_killed_run_resumes_to_the_same_bits(finished, tiny_prepared, tmp_path):
     assert [line['step'] for line in lines(out, 'train')] == [1, 2, 3, 4]
 
 
-def test_interrupt_finishes_the_step_and_resumes_exactly(finished, tiny_prepared, tmp_path, monkeypatch):
-    out, real_step, calls = tmp_path / 'stopped', train.train_step, []
+def run_until_ctrl_c(monkeypatch, *arguments) -> int:
+    """``run``, interrupted at its third step."""
+    real_step, calls = train.train_step, []
 
     def step_then_ctrl_c(*args):
         calls.append(1)
@@ -100,9 +101,14 @@ def test_interrupt_finishes_the_step_and_resumes_exactly(finished, tiny_prepared
             os.kill(os.getpid(), signal.SIGINT)
         return real_step(*args)
 
-    monkeypatch.setattr(train, 'train_step', step_then_ctrl_c)
-    assert run(tiny_prepared, out) == 130
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'train_step', step_then_ctrl_c)
+        return run(*arguments)
+
+
+def test_interrupt_finishes_the_step_and_resumes_exactly(finished, tiny_prepared, tmp_path, monkeypatch):
+    out = tmp_path / 'stopped'
+    assert run_until_ctrl_c(monkeypatch, tiny_prepared, out) == 130
     saved = content(out / 'latest.pth')
     assert (saved['progress']['epoch'], saved['progress']['step']) == (1, 1)
     assert run(tiny_prepared, out, '--resume') == 0
@@ -256,8 +262,9 @@ def test_moving_average_is_the_best_and_resumes_exactly(tiny_prepared, tmp_path,
         weights.append({name: value.detach().clone() for name, value in run.model.named_parameters()})
         return terms
 
-    monkeypatch.setattr(train, 'train_step', step)
-    assert run(tiny_prepared, tmp_path / 'whole', *AVERAGED) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'train_step', step)
+        assert run(tiny_prepared, tmp_path / 'whole', *AVERAGED) == 0
     best, latest = (content(tmp_path / 'whole' / name) for name in ('best.pth', 'latest.pth'))
     assert not torch.equal(latest['model']['dense_heads.dense.3.weight'], best['model']['dense_heads.dense.3.weight'])
     for name in weights[0]:
@@ -266,17 +273,7 @@ def test_moving_average_is_the_best_and_resumes_exactly(tiny_prepared, tmp_path,
             average = 0.5 * average + 0.5 * later[name]
         torch.testing.assert_close(best['model'][name], average, atol=1e-6, rtol=1e-5)
 
-    stopped = []
-
-    def stop_at_third(*args):
-        stopped.append(1)
-        if len(stopped) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real_step(*args)
-
-    monkeypatch.setattr(train, 'train_step', stop_at_third)
-    assert run(tiny_prepared, tmp_path / 'stopped', *AVERAGED) == 130
-    monkeypatch.undo()
+    assert run_until_ctrl_c(monkeypatch, tiny_prepared, tmp_path / 'stopped', *AVERAGED) == 130
     assert run(tiny_prepared, tmp_path / 'stopped', *AVERAGED, '--resume') == 0
     again = content(tmp_path / 'stopped' / 'latest.pth')
     for kind in ('model', 'average'):
