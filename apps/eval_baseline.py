@@ -26,8 +26,9 @@ from models.predictions import CAMERA, NUM_PARAMETERS, POSE, ROOT_ROTATION, SHAP
 from utils import distributed
 from utils.config import flatten, load_config
 from utils.errors import user_facing
-from utils.geometry import world_to_camera
+from utils.geometry import project, to_uv, world_to_camera
 from utils.hand import HAND_SCALE, LEFT, RIGHT
+from utils.placement import nearest_camera
 
 
 class ConstantPrediction(nn.Module):
@@ -64,17 +65,20 @@ def mean_prediction(dataset: PreparedSplit, hand_layer: TwoHandLayer, *, root_jo
                     ) -> tuple[Tensor, Tensor]:
     """(parameters (2, 64), offset (3,)): means over ``dataset``. The mean rotation is the chordal one, by SVD."""
     rotation, pose, shape, offset = torch.zeros(2, 3, 3), torch.zeros(2, 45), torch.zeros(2, 10), torch.zeros(3)
+    camera_sum = torch.zeros(2, 3)
     loader = DataLoader(_Annotations(dataset), batch_size=256, num_workers=workers)
-    for root, poses, shapes, translation, *camera, _ in tqdm(loader, desc='mean', leave=False):
+    for root, poses, shapes, translation, *camera, intrinsics in tqdm(loader, desc='mean', leave=False):
         joints = world_to_camera(hand_layer(root, poses, shapes).joints + translation[:, :, None], *camera)
         offset += (joints[:, RIGHT, root_joint] - joints[:, LEFT, root_joint]).sum(0) / HAND_SCALE / len(dataset)
+        uv = to_uv(project(joints, intrinsics[:, None]))
+        camera_sum += nearest_camera(joints - joints[:, :, root_joint:root_joint + 1], uv).sum(0)
         rotation += (camera[0][:, None] @ root).sum(0)
         pose += poses.sum(0) / len(dataset)
         shape += shapes.sum(0) / len(dataset)
     parameters = torch.zeros(2, NUM_PARAMETERS)
     parameters[:, ROOT_ROTATION] = nearest_rotation(rotation)[..., :2].transpose(-1, -2).flatten(1)
     parameters[:, POSE], parameters[:, SHAPE] = pose, shape
-    parameters[:, CAMERA.start] = 1
+    parameters[:, CAMERA] = camera_sum / len(dataset)
     return parameters, offset
 
 

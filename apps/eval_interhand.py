@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from yacs.config import CfgNode
 
-from dataset.batch import build_batch_maker
+from dataset.batch import BatchMaker, build_batch_maker
 from dataset.interhand import PreparedSplit
 from dataset.loader import evaluation_loader, evaluation_split
 from dataset.raw import check_hand_model_record
@@ -27,6 +27,7 @@ from dataset.subsets import AnnotatedJoints, Subset, choose
 from manopth import load_hand_models
 from utils import distributed
 from utils.checkpoint import load_model, to_device
+from utils.chosen_samples import write_chosen_samples
 from utils.config import flatten
 from utils.errors import UserError, user_facing
 from utils.evaluation import Evaluation, evaluate
@@ -45,6 +46,8 @@ class Measured(NamedTuple):
     protocol_name: str
     dataset: PreparedSplit
     subset: Subset
+    model: torch.nn.Module
+    batch_maker: BatchMaker
 
 
 @user_facing
@@ -80,7 +83,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
                         'human-annotated frames (aid_human_annot_test.txt) hold')
     parser.add_argument('--capture', action='append', default=[], metavar='ID', help='only this capture (repeatable)')
     parser.add_argument('--first', type=int, metavar='N', help='only the first N of what is left')
-    parser.add_argument('--out', metavar='DIR', help='write metrics.json and per_sample.csv there')
+    parser.add_argument('--out', metavar='DIR', help='write metrics.json, per_sample.csv and samples.npz there')
     parser.add_argument('opts', nargs='*', metavar='KEY VALUE', help='configuration keys, e.g. DEVICE cpu')
 
 
@@ -118,12 +121,12 @@ def evaluate_split(model: torch.nn.Module, cfg: CfgNode, args: argparse.Namespac
         precision=cfg.EVAL.PRECISION, network_root=cfg.ROOT_JOINT, protocol=protocol,
         grid=GRID if args.all_protocols else (), details=True,
         annotated=AnnotatedJoints(dataset, args.annotations) if protocol.joints == 'annotated' else None)
-    return Measured(result, name, dataset, subset)
+    return Measured(result, name, dataset, subset, model, batch_maker)
 
 
 def report(measured: Measured, *, title: str, out: str | None, more: dict) -> dict:
-    """Print the last stage's figures under their protocol; with ``out`` write metrics.json and per_sample.csv."""
-    result, name, dataset, subset = measured
+    """Print the last stage's figures under their protocol; with ``out`` write what the report is made of."""
+    result, name, dataset, subset, model, batch_maker = measured
     summary = result.report()
     summary['protocol'] |= {'name': name, 'split': dataset.folder.name}
     summary['subset'] = subset.description and {
@@ -139,7 +142,8 @@ def report(measured: Measured, *, title: str, out: str | None, more: dict) -> di
         source = {'version': METRICS_VERSION, 'model': title, 'data': str(dataset.folder)}
         write_json(Path(out) / 'metrics.json', source | summary | more)
         write_atomically(Path(out) / 'per_sample.csv', per_sample_csv(result, dataset).encode())
-        print(f'written: {Path(out) / "metrics.json"}, {Path(out) / "per_sample.csv"}')
+        write_chosen_samples(Path(out) / 'samples.npz', model, dataset, batch_maker, result)
+        print(f'written to {out}: metrics.json, per_sample.csv, samples.npz; python apps/report.py {out} shows them')
     return summary
 
 
@@ -151,8 +155,8 @@ def per_sample_csv(result: Evaluation, dataset: PreparedSplit) -> str:
     errors, details = result.stages[-1], result.details
     columns = {f'{name}_{side}': getattr(errors, name)[:, hand] for name in PER_HAND for hand, side in enumerate(SIDES)}
     columns['root_mm'] = errors.root_mm
-    columns |= {f'{name}_{side}': getattr(details, name)[:, hand] for name in ('pa_joint_mm', 'pa_vert_mm')
-                for hand, side in enumerate(SIDES)}
+    columns |= {f'{name}_{side}': getattr(details, name)[:, hand]
+                for name in ('pa_joint_mm', 'pa_vert_mm', 'placement_mm', 'visible') for hand, side in enumerate(SIDES)}
     columns |= {name: getattr(details, name)
                 for name in ('box_iou', 'distance_mm', 'penetration_mm', 'true_penetration_mm')}
     text = io.StringIO()

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from manopth import TwoHandLayer
 from utils.hand import HAND_SCALE, MANO_TO_JOINTS, TIP_VERTICES
 from utils.metrics import (
     GRID,
@@ -17,7 +18,9 @@ from utils.metrics import (
     procrustes_errors,
     sample_errors,
     segmentation_overlap,
+    visible_shares,
 )
+from utils.render import two_hand_faces
 from utils.summary import summarise
 
 FIGURES = ('joint_mm', 'vert_mm', 'joint_px', 'vert_px')
@@ -290,3 +293,19 @@ def test_segmentation_overlap_counts_pixels():
     assert either.tolist() == [[64, 32, 32], [64, 32, 32]]
     both, either = segmentation_overlap(logits[..., :0, :0], labels)
     assert both.tolist() == either.tolist() == [[0] * 3] * 2
+
+
+# Visibility
+
+def test_a_hand_is_seen_where_nothing_is_before_it(standin):
+    hands = TwoHandLayer(standin)(torch.zeros(4, 2, 3), torch.zeros(4, 2, 45), torch.zeros(4, 2, 10), root_joint=9)
+    place = torch.tensor([[[-0.15, 0, 0.8], [0.15, 0, 0.8]],  # beside each other
+                          [[0, 0, 0.8], [0, 0, 0.6]],  # the right hand before the left
+                          [[0, 0, 0.6], [0, 0, 0.8]],
+                          [[0, 0, 0.8], [5.0, 0, 0.8]]])  # the right hand out of the picture
+    intrinsics = torch.tensor([[400.0, 0, 128], [0, 400, 128], [0, 0, 1]]).expand(4, 3, 3)
+    visible = visible_shares(hands.vertices + place[:, :, None], intrinsics, two_hand_faces(standin))
+    assert visible[0].tolist() == [1, 1]
+    assert visible[1, 1] == 1 and 0 < visible[1, 0] < 0.6
+    assert visible[2, 0] == 1 and 0 < visible[2, 1] < 0.6
+    assert visible[3, 0] == 1 and visible[3, 1].isnan()

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 import torch
 
@@ -76,6 +77,27 @@ def test_per_sample_rows_average_to_the_headline(demo):
             assert mean == pytest.approx(metrics[figure][side], abs=1e-5)
 
 
+def test_chosen_samples_hold_what_was_measured(demo):
+    metrics = json.loads((demo / 'trained' / 'metrics.json').read_text())
+    with open(demo / 'trained' / 'per_sample.csv') as file:
+        rows = list(csv.DictReader(file))
+    with np.load(demo / 'trained' / 'samples.npz') as samples:
+        chosen = dict(samples)
+    count = len(chosen['index'])
+    assert 3 <= count <= metrics['frames'] and set(chosen['kind']) == {'worst', 'median', 'best'}
+    errors = sorted((float(row['joint_mm_left']) + float(row['joint_mm_right'])) / 2 for row in rows)
+    assert chosen['joint_mm'].mean(1).max() == pytest.approx(errors[-1], abs=1e-4)
+    assert chosen['joint_mm'].mean(1).min() == pytest.approx(errors[0], abs=1e-4)
+    assert chosen['vertices'].shape == (count, 3, 2, 778, 3) and chosen['image'].shape == (count, 256, 256, 3)
+    for number, index in enumerate(chosen['index']):
+        row = rows[index]
+        assert chosen['name'][number] == row['file'] and Path(row['file']).is_file()
+        assert chosen['root_mm'][number] == pytest.approx(float(row['root_mm']), abs=1e-4)
+        true = chosen['true_roots'][number]
+        vector = 1000 * np.linalg.norm(chosen['offset'][number, -1] - (true[1] - true[0]))
+        assert vector == pytest.approx(chosen['root_mm'][number], abs=1)  # chain joint here, regressed joint there
+
+
 def evaluate(demo: Path, *more: str) -> int:
     return eval_interhand.main(['--data_path', str(demo / 'data'), '--model', str(demo / 'run'), 'TRAIN.WORKERS', '0',
                                 *more])
@@ -108,6 +130,8 @@ def test_everything_is_measured_and_says_on_how_many_frames(demo):
     assert sum(row['frames'] for row in metrics['by_box_iou']) == frames
     assert sum(row['frames'] for row in metrics['by_distance_mm']) == frames
     assert 0 <= metrics['penetration']['share'] <= 1 and 0 <= metrics['true_penetration']['share'] <= 1
+    assert sum(row['hands'] for row in metrics['by_visibility']) == 2 * frames
+    assert 0 < metrics['placement_mm']['depth'] <= metrics['placement_mm']['all']
     assert 0 < metrics['segmentation_iou']['background'] < 1
     assert metrics['config']['MODEL.IMAGE_SIZE'] == 64 and metrics['training']['seconds'] > 0
     baseline = json.loads((demo / 'baseline' / 'metrics.json').read_text())

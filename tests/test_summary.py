@@ -10,6 +10,7 @@ from utils.summary import (
     binned,
     breakdown,
     by_joint,
+    by_visibility,
     format_breakdown,
     format_grid,
     format_summary,
@@ -30,7 +31,8 @@ def make(frames: int = 40, seed: int = 0) -> tuple[SampleErrors, SampleDetails]:
     joints = errors(2, 21)
     return (SampleErrors(joints.mean(-1), errors(2), errors(2), errors(2), errors(mean=30), joints),
             SampleDetails(errors(2), errors(2), errors(mean=0.3), errors(mean=8), errors(mean=2).sub(2).clamp_min(0),
-                          errors(mean=1), errors(3, mean=50), errors(3, mean=50) + 60))
+                          errors(mean=1), errors(2, mean=0.6).clamp_max(1), errors(2, mean=60), errors(2, mean=50),
+                          errors(3, mean=50), errors(3, mean=50) + 60))
 
 
 def test_summary_is_means_over_samples_and_all_is_the_mean_of_the_hands():
@@ -183,3 +185,12 @@ def test_the_grid_has_a_column_for_each_protocol():
     assert lines[1].split() == ['scale', 'on', 'scale', 'off', 'scale', 'on', 'scale', 'off']
     assert len(lines) == 2 + 12 + 1 and len({len(line) for line in lines}) == 1
     assert lines[-1].split()[-1] == f'{errors.root_mm.mean():.3f}'
+
+
+def test_visibility_counts_hands_and_leaves_out_those_not_in_the_picture():
+    errors, _ = make(4)
+    visible = torch.tensor([[0.1, 1.0], [0.96, 0.8], [torch.nan, 0.5], [0.2, 0.95]])
+    rows = by_visibility(errors, visible)
+    assert [row['hands'] for row in rows] == [2, 0, 1, 1, 3]
+    assert rows[0]['joint_mm'] == pytest.approx(errors.joint_mm[[0, 3], [0, 0]].mean().item())
+    assert 'joint_mm' not in rows[1] and (rows[-1]['from'], rows[-1]['to']) == (0.95, 1.0)

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataset.batch import Batch, BatchMaker
-from models.predictions import DIROutput, HandPrediction
+from models.predictions import CAMERA, DIROutput, HandPrediction
 from utils import distributed
 from utils.errors import UserError
 from utils.geometry import project
@@ -26,8 +26,11 @@ from utils.metrics import (
     procrustes_errors,
     sample_errors,
     segmentation_overlap,
+    visible_shares,
 )
 from utils.penetration import PenetrationDepth
+from utils.placement import place_hands, placement_error
+from utils.render import two_hand_faces
 from utils.summary import breakdown, summarise
 from utils.training import autocast, set_float32_precision
 
@@ -65,6 +68,7 @@ class Judge(nn.Module):
         self.network_root, self.protocol, self.grid, self.annotated = network_root, protocol, grid, annotated
         self.regressor = JointRegressor(hand_models)
         self.penetration = PenetrationDepth(hand_models) if details else None
+        self.register_buffer('faces', two_hand_faces(hand_models), persistent=False)
 
     def forward(self, output: DIROutput, batch: Batch) -> tuple[list[SampleErrors], list[SampleErrors],
                                                                 SampleDetails | None]:
@@ -86,11 +90,15 @@ class Judge(nn.Module):
     def _details(self, output: DIROutput, batch: Batch, joints: Tensor | None) -> SampleDetails:
         hands, true = output.stages[-1], batch.target.vertices
         depth = self.penetration(torch.cat([in_one_frame(hands.vertices, hands.offset), true])).chunk(2)
+        placement = place_hands(hands.joints, hands.parameters[..., CAMERA], hands.offset, batch.intrinsics)
         return SampleDetails(
             *procrustes_errors(self.regressor, hands.vertices, true_vertices=true, true_joints=joints),
             box_iou(project(true, batch.intrinsics[:, None])),
             METRES_TO_MM * hand_distance(true),
             *(METRES_TO_MM * metres for metres in depth),
+            visible_shares(true, batch.intrinsics, self.faces),
+            *(METRES_TO_MM * metres for metres in placement_error(
+                placement, batch.target.joints[:, :, self.network_root])),
             *segmentation_overlap(output.segmentation, batch.target.segmentation),
         )
 

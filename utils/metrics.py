@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 from manopth import HandModel
 from models.criterion import bone_length
-from utils.geometry import project
-from utils.hand import HAND_SCALE, LEFT, MANO_TO_JOINTS, NUM_CHAIN_JOINTS, RIGHT, TIP_VERTICES
+from utils.geometry import CROP_SIZE, project
+from utils.hand import HAND_SCALE, LEFT, MANO_TO_JOINTS, NUM_CHAIN_JOINTS, NUM_FACES, RIGHT, TIP_VERTICES
+from utils.placement import relative_roots
+from utils.render import rasterize
 
 METRES_TO_MM = 1000.0
+VISIBILITY_SIZE = 64  # pixels: side of the picture in which hidden parts are counted
 
 
 class Protocol(NamedTuple):
@@ -66,6 +69,9 @@ class SampleDetails(NamedTuple):
     distance_mm: Tensor  # (B,) smallest distance between vertices of the two true hands
     penetration_mm: Tensor  # (B,) how deep the predicted hands, placed by the offset, reach into each other
     true_penetration_mm: Tensor  # (B,) the same of the true hands: annotated fits are not free of it
+    visible: Tensor  # (B, 2) share of each true hand's outline in the picture that the other hand does not hide
+    placement_mm: Tensor  # (B, 2) the root joints placed in the camera by utils.placement, against the true ones
+    placement_depth_mm: Tensor  # (B, 2) how much of that is depth
     seg_intersection: Tensor  # (B, 3) pixels of background, left, right, predicted and true
     seg_union: Tensor  # (B, 3) predicted or true; 0 without a segmentation
 
@@ -175,8 +181,24 @@ def hand_distance(vertices: Tensor) -> Tensor:
 
 def in_one_frame(vertices: Tensor, offset: Tensor) -> Tensor:
     """Root-relative vertices (B, 2, V, 3) m and offset (B, 3) in HAND_SCALE -> vertices with the left root at 0."""
-    placed = torch.stack([torch.zeros_like(offset), offset * HAND_SCALE], 1)
-    return vertices + placed[:, :, None]
+    return vertices + relative_roots(offset)[:, :, None]
+
+
+def visible_shares(vertices: Tensor, intrinsics: Tensor, faces: Tensor) -> Tensor:
+    """(B, 2) share of each hand's pixels that are seen, of those that it alone would cover; NaN out of the picture.
+
+    vertices (B, 2, 778, 3) m, camera axes; intrinsics (B, 3, 3) of the 256 crop; faces (3076, 3) of both hands as one
+    mesh.
+    """
+    behind = vertices.new_tensor([0.0, 0.0, -1.0])  # is not drawn
+    shown = torch.eye(2, dtype=torch.bool, device=vertices.device)[:, None, :, None, None]
+    alone = torch.where(shown, vertices, behind)  # (2, B, 2, 778, 3)
+    smaller = torch.diag(intrinsics.new_tensor([VISIBILITY_SIZE / CROP_SIZE, VISIBILITY_SIZE / CROP_SIZE, 1.0]))
+    meshes = torch.cat([vertices[None], alone]).flatten(0, 1).flatten(1, 2)
+    face = rasterize(meshes, faces, (smaller @ intrinsics).repeat(3, 1, 1), (VISIBILITY_SIZE, VISIBILITY_SIZE)).face
+    left, right = ((face >= 0) & (face < NUM_FACES)), face >= NUM_FACES
+    together, left_alone, right_alone = torch.stack([left, right], -1).sum((1, 2)).chunk(3)  # (B, 2) each
+    return together / torch.stack([left_alone[:, LEFT], right_alone[:, RIGHT]], -1)
 
 
 def segmentation_overlap(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ RESAMPLES = 1000
 PCK_THRESHOLDS = tuple(range(51))  # mm
 BOX_IOU_EDGES = (0.0, 0.05, 0.15, 0.3, 0.5, 1.0)
 DISTANCE_EDGES = (0.0, 1.0, 5.0, 10.0, 20.0, 50.0, float('inf'))  # mm
+VISIBLE_EDGES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 SEGMENTATION_CLASSES = ('background', *SIDES)
 
 
@@ -101,6 +102,24 @@ def binned(errors: SampleErrors, by: Tensor, edges: tuple[float, ...]) -> list[d
     return rows
 
 
+def by_visibility(errors: SampleErrors, visible: Tensor) -> list[dict]:
+    """Mean errors of the *hands* of which a share in [from, to) is seen (the last bin holds 1 too); visible (N, 2)."""
+    rows = []
+    for low, high in zip(VISIBLE_EDGES, VISIBLE_EDGES[1:]):
+        inside = (visible >= low) & ((visible < high) | (high == VISIBLE_EDGES[-1]))
+        row = {'from': low, 'to': high, 'hands': int(inside.sum())}
+        if row['hands']:
+            row |= {name: getattr(errors, name)[inside].double().nanmean().item() for name in ('joint_mm', 'vert_mm')}
+        rows.append(row)
+    return rows
+
+
+def placement(details: SampleDetails) -> dict:
+    """Mean error of the root joints' place in the camera, with the true intrinsics, and how much of it is depth."""
+    return sides(*details.placement_mm.double().mean(0).tolist()) | {
+        'depth': details.placement_depth_mm.double().mean().item()}
+
+
 def penetration(depth_mm: Tensor) -> dict:
     """(N,) -> share of frames whose hands intersect, mean depth of those, and the deepest."""
     deep = depth_mm[depth_mm > 0].double()
@@ -129,6 +148,8 @@ def breakdown(errors: SampleErrors, details: SampleDetails) -> dict:
         'per_finger_mm': fingers,
         'by_box_iou': binned(errors, details.box_iou, BOX_IOU_EDGES),
         'by_distance_mm': binned(errors, details.distance_mm, DISTANCE_EDGES),
+        'by_visibility': by_visibility(errors, details.visible),
+        'placement_mm': placement(details),
         'penetration': penetration(details.penetration_mm),
         'true_penetration': penetration(details.true_penetration_mm),
         'segmentation_iou': segmentation_iou(details),
@@ -171,6 +192,13 @@ def format_breakdown(summary: dict) -> str:
             figures = (f'joint {row["joint_mm"]:.3f} mm, vert {row["vert_mm"]:.3f} mm, root {row["root_mm"]:.3f} mm'
                        if row['frames'] else '-')
             lines.append(f'    {row["from"]:>5g} to {upper:5}{row["frames"]:>9,} frames: {figures}')
+    lines.append('by visible share of a hand:')
+    for row in summary['by_visibility']:
+        figures = f'joint {row["joint_mm"]:.3f} mm, vert {row["vert_mm"]:.3f} mm' if row['hands'] else '-'
+        lines.append(f'    {row["from"]:>5g} to {row["to"]:<5g}{row["hands"]:>9,} hands:  {figures}')
+    place = summary['placement_mm']
+    lines.append(f'{"place in the camera:":24}left {place["left"]:.1f} mm, right {place["right"]:.1f} mm, all '
+                 f'{place["all"]:.1f} mm, of which depth {place["depth"]:.1f} mm')
     for title, key in (('penetration, predicted', 'penetration'), ('penetration, true', 'true_penetration')):
         value = summary[key]
         lines.append(f'{title + ":":24}{100 * value["share"]:.1f} % of frames, {value["mean_mm"]:.2f} mm deep on '

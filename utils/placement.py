@@ -1,0 +1,122 @@
+"""Where the hands are: from what the network says of a crop to metres before the camera.
+
+The network gives each hand about its own root joint, where the picture shows it (a weak-perspective camera: uv = scale
+* xy + shift) and the vector from the left root to the right one. With the picture's intrinsics this determines the one
+unknown that is left, the place of the left root.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from utils.geometry import CROP_SIZE, project, to_uv
+from utils.hand import HAND_SCALE
+
+NEAREST, FARTHEST = 0.1, 20.0  # m: bounds of the left root's depth; an untrained network may say anything
+STEPS = 12
+
+
+class Placement(NamedTuple):
+    """Both hands before the camera."""
+
+    roots: Tensor  # (B, 2, 3) m, camera axes: the hands' root joints
+    residual_px: Tensor  # (B,) pixels of the 256 crop, RMS: the placed joints against where the network sees them
+
+
+def relative_roots(offset: Tensor) -> Tensor:
+    """Predicted offset (B, 3), right root - left root in HAND_SCALE -> roots (B, 2, 3) m with the left one at 0."""
+    return torch.stack([torch.zeros_like(offset), offset * HAND_SCALE], 1)
+
+
+@torch.no_grad()
+def place_hands(joints: Tensor, camera: Tensor, offset: Tensor, intrinsics: Tensor) -> Placement:
+    """The place from which the projected joints look as the network's weak-perspective cameras say.
+
+    joints (B, 2, 21, 3) m, root-relative; camera (B, 2, 3) scale and shift (right, down), uv = scale * xy + shift in
+    [-1, 1] of the crop; offset (B, 3) in HAND_SCALE; intrinsics (B, 3, 3) of the crop, pixels.
+
+    A trained camera is the weak-perspective one nearest to the true, perspective projection. So the fit compares in
+    that space only: of the difference between the two projections, the part that some weak-perspective camera could
+    explain is made as small as possible. With true hands and their nearest cameras it is zero at the true place,
+    however strong the perspective. Gauss-Newton over three unknowns, in float64.
+    """
+    joints, camera, offset, intrinsics = (x.double() for x in (joints, camera, offset, intrinsics))
+    seen = camera[..., None, :1] * joints[..., :2] + camera[..., None, 1:]  # (B, 2, 21, 2)
+    explained, _ = torch.linalg.qr(_camera_space(joints))  # (B, 2, 42, 3)
+    points = joints + relative_roots(offset)[:, :, None]
+    rows = to_uv_rows(intrinsics)
+    place = _first_guess(camera, offset, rows)
+    for _ in range(STEPS):
+        uv, slopes = _project_with_slopes(points + place[:, None, None], rows)
+        error = explained.transpose(-1, -2) @ (uv - seen).flatten(2)[..., None]  # (B, 2, 3, 1)
+        jacobian = explained.transpose(-1, -2) @ slopes.flatten(2, 3)  # (B, 2, 3, 3)
+        step, _ = torch.linalg.solve_ex(*_normal_equations(jacobian.flatten(1, 2), error.flatten(1, 2)))
+        place = _within_bounds(place - step.squeeze(-1).nan_to_num(0), place)
+    roots = relative_roots(offset) + place[:, None]
+    pixels = project(_before_the_camera(points + place[:, None, None]), intrinsics[:, None])
+    apart = (to_uv(pixels) - seen).square().sum(-1).mean((1, 2)).sqrt() * CROP_SIZE / 2
+    return Placement(roots.float(), apart.float())
+
+
+def nearest_camera(points: Tensor, uv: Tensor) -> Tensor:
+    """The weak-perspective camera of least squares: points (..., N, 3), uv (..., N, 2) -> (..., 3) scale, shift."""
+    columns = _camera_space(points)
+    return torch.linalg.lstsq(columns, uv.flatten(-2)[..., None]).solution.squeeze(-1)
+
+
+def _camera_space(points: Tensor) -> Tensor:
+    """(..., N, 3) -> (..., 2 N, 3): what scale, right and down shift of a weak-perspective camera add to all uv."""
+    ones, zeros = torch.ones_like(points[..., 0]), torch.zeros_like(points[..., 0])
+    return torch.stack([points[..., :2], torch.stack([ones, zeros], -1), torch.stack([zeros, ones], -1)], -1).flatten(
+        -3, -2)
+
+
+def to_uv_rows(intrinsics: Tensor) -> Tensor:
+    """Intrinsics (B, 3, 3) of the crop in pixels -> in uv units: 2 u / 256 - 1 of what they project to."""
+    change = intrinsics.new_tensor([[2 / CROP_SIZE, 0, -1], [0, 2 / CROP_SIZE, -1], [0, 0, 1]])
+    return change @ intrinsics
+
+
+def _first_guess(camera: Tensor, offset: Tensor, rows: Tensor) -> Tensor:
+    """Each hand alone: as far as its scale says, where its shift says; their mean -> place of the left root (B, 3)."""
+    focal = torch.linalg.det(rows[:, :2, :2]).abs().sqrt()[:, None]
+    depth = (focal / camera[..., 0].clamp_min(1e-6)).clamp(NEAREST, FARTHEST)  # (B, 2)
+    ray = torch.cat([camera[..., 1:], torch.ones_like(camera[..., :1])], -1)
+    ray = torch.linalg.solve(rows[:, None], ray[..., None]).squeeze(-1)
+    place = (ray / ray[..., 2:] * depth[..., None] - relative_roots(offset)).mean(1)
+    return torch.cat([place[:, :2], place[:, 2:].clamp(NEAREST, FARTHEST)], -1)
+
+
+def _before_the_camera(points: Tensor) -> Tensor:
+    """Points at or behind the camera are moved just before it: an untrained offset can put a hand there."""
+    return torch.cat([points[..., :2], points[..., 2:].clamp_min(NEAREST / 4)], -1)
+
+
+def _project_with_slopes(points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """points (B, 2, N, 3) -> uv (B, 2, N, 2) and its derivatives by the points (B, 2, N, 2, 3)."""
+    image = _before_the_camera(points) @ rows[:, None].transpose(-1, -2)
+    uv = image[..., :2] / image[..., 2:]
+    rows = rows[:, None, None]
+    return uv, (rows[..., :2, :] - uv[..., None] * rows[..., 2:, :]) / image[..., 2:, None]
+
+
+def _normal_equations(jacobian: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 6, 3), (B, 6, 1) -> (B, 3, 3) with a trace of damping, (B, 3, 1)."""
+    transposed = jacobian.transpose(-1, -2)
+    matrix = transposed @ jacobian
+    damping = 1e-9 * matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    return matrix + damping * torch.eye(3, device=matrix.device, dtype=matrix.dtype), transposed @ error
+
+
+def _within_bounds(place: Tensor, before: Tensor) -> Tensor:
+    """A step may at most halve or double the depth: far from the solution the linear model knows little."""
+    depth = before[:, 2]
+    bounded = torch.minimum(torch.maximum(place[:, 2], depth / 2), depth * 2).clamp(NEAREST, FARTHEST)
+    return torch.cat([place[:, :2], bounded[:, None]], -1)
+
+
+def placement_error(placement: Placement, true_roots: Tensor) -> tuple[Tensor, Tensor]:
+    """Predicted against true roots (B, 2, 3) m -> (B, 2) m each: their distance, and how much of it is depth."""
+    apart = placement.roots - true_roots
+    return torch.linalg.vector_norm(apart, dim=-1), apart[..., 2].abs()
