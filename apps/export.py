@@ -54,8 +54,7 @@ from yacs.config import CfgNode
 from dataset.batch import IMAGENET_MEAN, IMAGENET_STD
 from manopth.assets import describe
 from models import DIR
-from models.dir import NoDenseHeads
-from models.folding import fold_batch_norms
+from models.folding import for_inference
 from models.predictions import CAMERA, POSE, ROOT_ROTATION, SHAPE, HandPrediction
 from utils.checkpoint import load_model
 from utils.config import split_off_pairs
@@ -228,19 +227,6 @@ def exporter(what: str) -> Iterator[None]:
                         'requirements-export.txt.') from None
     finally:
         logging.disable(level)
-
-
-def for_inference(model: DIR) -> DIR:
-    """A copy with the same last estimate: batch norms folded, and without what nothing takes then, the dense heads and
-    the way of the last stage back into the image."""
-    model = fold_batch_norms(model)
-    model.dense_heads = NoDenseHeads()
-    if model.stages:
-        last = model.stages[-1]
-        last.projection, last.enhance_map = None, nn.Identity()
-        for part in ('projected', 'fuse'):
-            last._modules.pop(part, None)
-    return model
 
 
 class LastEstimate(nn.Module):

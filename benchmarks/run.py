@@ -53,7 +53,7 @@ from manopth import load_hand_models
 from models import build_criterion, build_model
 from models.backbone import ResNetBackbone
 from models.bone_projection import ProjectedConvolution, bone_weights, draw
-from models.folding import fold_batch_norms
+from models.folding import fold_batch_norms, for_inference
 from train import Progress, accumulate, build_training
 from utils.checkpoint import to_device
 from utils.config import load_config, split_off_pairs
@@ -168,7 +168,7 @@ def inference_forms(model: nn.Module, setting: Setting) -> dict[str, Callable[[T
             path = setting.work / kind.file
             if not path.exists():  # for any batch size: once is enough
                 with export.exporter(name):
-                    program = program or export.trace(export.for_inference(model), setting.cfg.MODEL.IMAGE_SIZE)
+                    program = program or export.trace(for_inference(model), setting.cfg.MODEL.IMAGE_SIZE)
                     path.write_bytes(kind.convert(program))
             forms[f'last estimate, {name}'] = kind.load(path)
     return forms

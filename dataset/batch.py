@@ -137,8 +137,19 @@ class BatchMaker(nn.Module):
             joints_uv=to_uv(project(hands.joints, intrinsics[:, None])),
             segmentation=segmentation, dense=dense,
         )
-        image = torch.addcmul(-self.mean / self.std, picture.flip(1), 1 / (255 * self.std))
-        return Batch(image, target, intrinsics, samples.index)
+        return Batch(self.normalised(picture), target, intrinsics, samples.index)
+
+    def network_input(self, crops: Tensor) -> Tensor:
+        """Crops as they are, (B, 256, 256, 3) uint8 BGR -> (B, 3, s, s) as the network takes them."""
+        picture = crops.to(self.mean.device).permute(0, 3, 1, 2).float()
+        if self.image_size != CROP_SIZE:
+            nowhere = torch.eye(3, device=picture.device).expand(len(picture), 3, 3)
+            picture = warp(picture, nowhere, size=self.image_size)
+        return self.normalised(picture)
+
+    def normalised(self, picture: Tensor) -> Tensor:
+        """(B, 3, s, s) BGR in [0, 255] -> RGB, less ImageNet's mean, in its standard deviations."""
+        return torch.addcmul(-self.mean / self.std, picture.flip(1), 1 / (255 * self.std))
 
     def _images(self, samples: Sample, plan: AugmentationParameters, image_map: Tensor, flip: Tensor):
         """-> picture (B, 3, s, s), mask (B, 2, s, s) left and right, dense (B, 3, s, s); 0 to 255, or no pixels."""

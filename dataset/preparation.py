@@ -70,12 +70,11 @@ from utils.config import add_config_arguments, load_config, split_off_pairs
 from utils.distributed import usable_cores
 from utils.errors import UserError, user_facing
 from utils.files import read_image
-from utils.geometry import CROP_SIZE, project
+from utils.geometry import CROP_SIZE, crop_matrix, project
 from utils.hand import NUM_FACES, NUM_VERTICES, SIDES
 from utils.render import RENDERERS, interpolate, two_hand_faces
 
 FORMAT = 1  # of what this file writes; raised when the same input gives other files
-HANDS_IN_CROP = 0.8  # share of the crop's side that the larger extent of the two hands takes
 MASK_CHANNEL = {'left': 2, 'right': 1}  # BGR
 # Labels are told by their colour. At full colour resolution the masks survive JPEG without a wrong pixel; at OpenCV's
 # default, a quarter of it, about 270 pixels of each change their class.
@@ -105,14 +104,6 @@ class Sample(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 # One frame
 # ---------------------------------------------------------------------------------------------------------------------
-
-def crop_matrix(pixels: np.ndarray) -> np.ndarray:
-    """Projected vertices of both hands (N, 2) -> A (3, 3), picture to crop: a square about the middle of their box."""
-    low, high = pixels.min(0), pixels.max(0)
-    corner_x, corner_y = (low + high) / 2 - (half := (high - low).max() / 2 / HANDS_IN_CROP)
-    scale = CROP_SIZE / (2 * half)
-    return np.array([[scale, 0, -scale * corner_x], [0, scale, -scale * corner_y], [0, 0, 1]])
-
 
 def canonical_colours(models: tuple[HandModel, HandModel]) -> np.ndarray:
     """(778, 3) in [0, 1], for both hands: where a vertex lies in the box of the right hand at rest."""

@@ -5,6 +5,21 @@ import copy
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from models.dir import DIR, NoDenseHeads
+
+
+def for_inference(model: DIR) -> DIR:
+    """A copy with the same last estimate: batch norms folded, and without what nothing takes then, the dense heads and
+    the way of the last stage back into the image."""
+    model = fold_batch_norms(model)
+    model.dense_heads = NoDenseHeads()
+    if model.stages:
+        last = model.stages[-1]
+        last.projection, last.enhance_map = None, nn.Identity()
+        for part in ('projected', 'fuse'):
+            last._modules.pop(part, None)
+    return model
+
 
 def fold_batch_norms(model: nn.Module) -> nn.Module:
     """A copy of ``model``, in evaluation mode, in which no batch norm follows a convolution directly.

@@ -14,6 +14,7 @@ import torch
 from apps import export
 from manopth.assets import describe
 from models import build_model
+from models.folding import for_inference
 from utils.checkpoint import load_model, save_checkpoint
 from utils.config import load_config
 from utils.errors import UserError
@@ -142,7 +143,7 @@ def test_what_was_written_is_described_and_nothing_else_is_there(exported, stand
 @torch.no_grad()
 def test_what_only_training_needs_stays_behind(standin):
     model = build_model(load_config(None, TINY), standin).eval()
-    lean = export.for_inference(model)
+    lean = for_inference(model)
     kept = list(lean.state_dict())
     assert not any('dense_heads' in name or 'stages.1.projection' in name for name in kept)
     assert any('stages.0.projection' in name for name in kept)

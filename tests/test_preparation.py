@@ -11,13 +11,13 @@ import torch
 from raw_tree import CAMERAS, annotation_file, make_raw_tree, write_kind
 
 from dataset import preparation
-from dataset.preparation import FOLDERS, canonical_colours, crop_matrix, load_colours, pickle_annotation
+from dataset.preparation import FOLDERS, canonical_colours, load_colours, pickle_annotation
 from dataset.raw import RawSplit
 from manopth import TwoHandLayer, load_hand_models
 from manopth.rotations import axis_angle_to_matrix
 from utils import safe_pickle
 from utils.errors import UserError
-from utils.geometry import project
+from utils.geometry import crop_matrix, project
 from utils.render import interpolate, rasterize, two_hand_faces
 
 STEPS = 4

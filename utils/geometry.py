@@ -3,10 +3,21 @@
 Pixel centres lie at integers (OpenCV's sense); a 3 x 3 affine map A acts on homogeneous pixel coordinates.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
 CROP_SIZE = 256  # side in pixels of a prepared crop; the unit of every pixel figure
+HANDS_IN_CROP = 0.8  # share of the crop's side that the larger extent of the two hands takes
+
+
+def crop_matrix(points: np.ndarray, share: float = HANDS_IN_CROP) -> np.ndarray:
+    """Pixels (N, 2) of what is to be seen -> A (3, 3), picture to crop: a square about the middle of the points' box,
+    whose longer side takes ``share`` of the square's."""
+    low, high = points.min(0), points.max(0)
+    corner_x, corner_y = (low + high) / 2 - (half := (high - low).max() / 2 / share)
+    scale = CROP_SIZE / (2 * half)
+    return np.array([[scale, 0, -scale * corner_x], [0, scale, -scale * corner_y], [0, 0, 1]])
 
 
 def project(points: Tensor, intrinsics: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from manopth.assets import HandModel
 from utils.errors import UserError
+from utils.geometry import project
 from utils.hand import NUM_VERTICES
 
 SUBPIXELS = 4096  # corners are snapped to this fraction of a pixel, see ``rasterize``
@@ -198,16 +199,35 @@ def overlay(image: np.ndarray, vertices: Tensor, intrinsics: Tensor, models: tup
     image (H, W, 3) uint8 BGR, vertices (2, 778, 3) m in camera axes, intrinsics (3, 3) of this picture. ``alpha`` is
     the meshes' opacity; ``smooth_edges`` the number of samples across a pixel. Returns a new picture.
     """
-    height, width = image.shape[:2]
     mesh, faces = vertices.detach().float().reshape(1, -1, 3), two_hand_faces(models).to(vertices.device)
-    finer = torch.diag(intrinsics.new_tensor([smooth_edges, smooth_edges, 1.0])) @ intrinsics
+    whole, (left, top, right, bottom) = image.copy(), _window(mesh[0], intrinsics, image.shape[:2])
+    if right <= left or bottom <= top:
+        return whole
+    image, (height, width) = whole[top:bottom, left:right], (bottom - top, right - left)
+    moved = intrinsics.new_tensor([[1, 0, -left], [0, 1, -top], [0, 0, 1]])
+    finer = torch.diag(intrinsics.new_tensor([smooth_edges, smooth_edges, 1.0])) @ moved @ intrinsics
     fragments = rasterize(mesh, faces, finer[None], (height * smooth_edges, width * smooth_edges))
     colours = torch.tensor(colours_bgr, device=mesh.device, dtype=mesh.dtype).repeat_interleave(NUM_VERTICES, 0)
     covered = (fragments.face >= 0)[..., None].to(mesh)
     layers = torch.cat([shade(fragments, mesh, faces, colours), covered], -1).permute(0, 3, 1, 2)
     layers = F.avg_pool2d(layers, smooth_edges)[0].permute(1, 2, 0).cpu().numpy()
     drawn, coverage = layers[..., :3], layers[..., 3:]  # colours are already multiplied by the coverage
-    return (image * (1 - alpha * coverage) + alpha * drawn).round().clip(0, 255).astype(np.uint8)
+    image[...] = (image * (1 - alpha * coverage) + alpha * drawn).round().clip(0, 255)
+    return whole
+
+
+def _window(vertices: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of the part of a (height, width) picture in which (V, 3) m can be seen.
+
+    Hands are small in most pictures, and work and memory go with the part that is drawn.
+    """
+    height, width = size
+    if bool((vertices[:, 2] <= 0).any()):
+        return 0, 0, width, height
+    pixels = project(vertices, intrinsics.to(vertices))
+    low, high = pixels.amin(0).floor().clamp(-1, 1e6).long() - 1, pixels.amax(0).ceil().clamp(-1, 1e6).long() + 1
+    left, top, right, bottom = *low.clamp_min(0).tolist(), *high.tolist()
+    return left, top, min(right, width), min(bottom, height)
 
 
 def rasterize_pytorch3d(vertices: Tensor, faces: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> Fragments:

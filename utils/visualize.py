@@ -116,7 +116,7 @@ def picture_sheet(rows: list[np.ndarray], headers: list[str]) -> np.ndarray:
     return np.concatenate([part for row, header in zip(rows, headers) for part in (_text_strip(header, width), row)])
 
 
-def write_image(path: str | Path, image: np.ndarray) -> None:
+def write_image(path: str | Path, image: np.ndarray, *, durable: bool = True) -> None:
     """Encode by the file's ending (.png, .jpg ...) and put it in place in one step; folders are made.
 
     Raises UserError for an ending that names no picture format.
@@ -126,7 +126,7 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
         encoded = cv2.imencode(path.suffix, image)[1]
     except cv2.error:
         raise UserError(f"{path}: '{path.suffix}' is no picture format; use .png or .jpg.") from None
-    write_atomically(path, encoded.tobytes())
+    write_atomically(path, encoded.tobytes(), durable=durable)
 
 
 def _array(values: Tensor | np.ndarray) -> np.ndarray:
