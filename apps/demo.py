@@ -2,7 +2,7 @@
 
     python apps/demo.py --model CHECKPOINT INPUT [INPUT ...] [--box X Y W H | --boxes FILE.json | --detect]
         [--focal PX] [--principal CX CY] [--out DIR] [--batch N] [--frames N] [KEY VALUE ...]
-    python apps/demo.py --model CHECKPOINT --camera 0
+    python apps/demo.py --model CHECKPOINT --camera 0 --serve 8000        # look at http://localhost:8000
 
 INPUT: pictures, folders, patterns ('shots/*.png'), videos. The network wants both hands in the middle of its crop, so
 say where they are: a box around both hands in pixels (x, y of the upper left corner, width, height), one for all inputs
@@ -35,6 +35,7 @@ from utils.errors import UserError, user_facing
 from utils.files import read_json, write_json, written_aside
 from utils.hand_detector import MODEL as DETECTOR_MODEL
 from utils.hand_detector import HandDetector
+from utils.live_view import LiveView
 from utils.media import Video, find_inputs, read_picture, video_writer
 from utils.reconstruction import (
     SMALL_HANDS,
@@ -105,6 +106,7 @@ class Demo(NamedTuple):
     args: argparse.Namespace
     outcome: Outcome
     stop: StopRequest
+    view: LiveView | None  # where frames are shown as they are made
 
     @property
     def out(self) -> Path:
@@ -136,7 +138,10 @@ def main(argv: list[str] | None = None) -> int:
     reconstruct.batch_size = args.batch
     if reconstruct.device.type == 'cpu':
         keep_freed_memory()
-    demo = Demo(reconstruct, boxes, args, Outcome(), StopRequest())
+    view = None if args.serve is None else LiveView(args.serve)
+    if view:
+        print(f'look at {view.address}')
+    demo = Demo(reconstruct, boxes, args, Outcome(), StopRequest(), view)
     if inputs.others:
         print(f'{len(inputs.others)} files that are neither pictures nor videos are left out: '
               f'{", ".join(path.name for path in inputs.others[:5])}{" ..." if len(inputs.others) > 5 else ""}')
@@ -145,6 +150,8 @@ def main(argv: list[str] | None = None) -> int:
     for source in [*inputs.videos, *([] if args.camera is None else [args.camera])]:
         if not demo.stop.requested:
             run_video(demo, source, folders.get(source, demo.out / f'camera{args.camera}'))
+    if view:
+        view.close()
     code = demo.outcome.finish(demo.out)
     if demo.stop.requested and args.camera is None:
         raise KeyboardInterrupt
@@ -166,6 +173,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--out', default='output/pictures', metavar='DIR', help='default: %(default)s')
     parser.add_argument('--batch', type=int, default=8, metavar='N', help='crops at a time (default: %(default)s)')
     parser.add_argument('--frames', type=int, metavar='N', help='of each video only the first N frames')
+    parser.add_argument('--serve', type=int, metavar='PORT', help='show videos and cameras at http://localhost:PORT')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N (default: %(default)s)')
     args = parser.parse_intermixed_args(argv)
     # Names of files may look like anything, so only known keys begin the KEY VALUE pairs.
@@ -333,7 +341,9 @@ def write_video_files(demo: Demo, video: Video, name: Path, folder: Path) -> int
             hands = demo.reconstruct.from_crops([item.crop for item in batch])
             for number, item in enumerate(batch):
                 one = Reconstruction(*(values[number] for values in hands))
-                movie.write(draw_overlay(item.shown, one, models))
+                movie.write(overlay := draw_overlay(item.shown, one, models))
+                if demo.view:
+                    demo.view.show(overlay)
                 seconds = written / video.rate
                 write_row(table, [written, f'{seconds:.4f}', *joint_row(one)])
                 lines.write(json_line({'frame': written, 'time_s': round(seconds, 4), 'box': item.about['box']}

@@ -159,7 +159,7 @@ def test_a_video_gives_an_overlay_and_joints_over_time(run, tmp_path):
     assert record['frames'] == 7 and record['complete'] and len(record['joint_names']) == 21
     assert run(tmp_path / 'clip.mp4', '--box', 10, 10, 30, 30, '--batch', 3) == 0
     assert outcome(tmp_path)['earlier'] == [str(folder)]
-    assert run(tmp_path / 'clip.mp4', '--frames', 2) == 0
+    assert run(tmp_path / 'clip.mp4', '--frames', 2, '--serve', 0) == 0
     assert json.loads((folder / 'video.json').read_text())['frames'] == 2
 
 
