@@ -68,6 +68,17 @@ def draw(weights: Tensor, features: Tensor) -> Tensor:
     return torch.einsum('bhnexy,bhnec->bhncxy', weights, features).flatten(1, 3)
 
 
+def drawn_norm(weights: Tensor, features: Tensor) -> Tensor:
+    """Norm over the channels of ``draw``'s map, (B, S, S), without the map.
+
+    Bones have channels of their own, so that their squares add up; with w a bone's weights in a cell and F the features
+    of its ends, each is |w F|^2 = w F F^T w^T.
+    """
+    products = features @ features.transpose(-1, -2)  # (B, 2, N, E, E) F F^T
+    squared = torch.einsum('bhnexy,bhnfxy,bhnef->bxy', weights, weights, products)
+    return squared.clamp_min(0).sqrt()  # rounding may leave a cell just below 0
+
+
 class ProjectedConvolution(nn.Module):
     """3 x 3 convolution over the joint features drawn along the bones, without drawing them.
 
@@ -85,9 +96,7 @@ class ProjectedConvolution(nn.Module):
         nn.init.normal_(self.weight, std=(2 / (9 * b)) ** 0.5)
 
     def forward(self, joints_uv: Tensor, tokens: Tensor, *, size: int) -> Tensor:
-        draw_weights = bone_weights if self.along == 'bones' else joint_weights
-        weights = draw_weights(joints_uv, size=size, radius=self.radius).to(tokens.dtype)
-        features = tokens[:, :, self.ends]  # (B, 2, N, E, a)
+        weights, features = self.factors(joints_uv, tokens, size=size)
         batch, hands, drawn, ends, _ = features.shape
         out = self.weight.shape[3]
         kernels = torch.bmm(features.permute(1, 2, 0, 3, 4).reshape(hands * drawn, batch * ends, -1),
@@ -95,6 +104,12 @@ class ProjectedConvolution(nn.Module):
         kernels = kernels.view(hands * drawn, batch, ends, out, 9).permute(1, 3, 0, 2, 4).reshape(batch, out, -1)
         patches = F.unfold(weights.flatten(1, 3), 3, padding=1)  # (B, 2 N E 9, S S)
         return torch.baddbmm(self.bias[:, None], kernels, patches).view(batch, out, size, size)
+
+    def factors(self, joints_uv: Tensor, tokens: Tensor, *, size: int) -> tuple[Tensor, Tensor]:
+        """What ``draw`` takes: weights (B, 2, N, E, S, S), features (B, 2, N, E, a)."""
+        draw_weights = bone_weights if self.along == 'bones' else joint_weights
+        weights = draw_weights(joints_uv, size=size, radius=self.radius).to(tokens.dtype)
+        return weights, tokens[:, :, self.ends]
 
     @staticmethod
     def as_conv_weight(weight: Tensor) -> Tensor:

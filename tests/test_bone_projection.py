@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.bone_projection import ProjectedConvolution, bone_weights, cell_centres, draw, joint_weights
+from models.bone_projection import ProjectedConvolution, bone_weights, cell_centres, draw, drawn_norm, joint_weights
 from utils.hand import BONES, NUM_JOINTS
 
 
@@ -116,6 +116,17 @@ def test_draw_puts_hand_bone_and_feature_in_that_order_and_never_mixes_hands():
     other[:, 0] += 1
     changed = (draw(weights, other) != drawn).flatten(2).any(-1)
     assert changed[:, :60].any() and not changed[:, 60:].any()
+
+
+@pytest.mark.parametrize('weigh, ends', [(bone_weights, 2), (joint_weights, 1)])
+def test_drawn_norm_is_that_of_the_drawn_map(weigh, ends):
+    weights = weigh(made_uv(), size=8, radius=1.5)
+    features = torch.randn(2, 2, weights.shape[2], ends, 5, dtype=torch.float64)
+    features[:, 0, :, -1] = -features[:, 0, :, 0]  # half-way along its bones the left hand's features vanish
+    expected = draw(weights, features).norm(dim=1)
+    assert (expected < 0.3).any() and (expected > 1).any()
+    # The root of a rounded square: half the digits where nearly nothing is drawn.
+    torch.testing.assert_close(drawn_norm(weights, features), expected, rtol=1e-9, atol=1e-7)
 
 
 @pytest.mark.parametrize('along', ['bones', 'joints'])
