@@ -35,8 +35,9 @@ from utils.checkpoint import check_hand_model, load_state, read_checkpoint, save
 from utils.config import add_config_arguments, flatten, load_config
 from utils.errors import UserError, user_facing
 from utils.evaluation import Evaluation, evaluate
-from utils.metrics import Protocol
-from utils.prediction_pictures import draw_samples, spread_over
+from utils.hand import SIDES
+from utils.metrics import Protocol, SampleErrors
+from utils.prediction_pictures import draw_sheets, spread_over
 from utils.training import (
     RunLog,
     StopRequest,
@@ -47,6 +48,7 @@ from utils.training import (
     learning_rate,
     set_float32_precision,
 )
+from utils.visualize import write_image
 
 # Keys that may change when a run is resumed: none of them changes what is learned.
 FREE_KEYS = ('DEVICE', 'OUTPUT_DIR', 'DATASET.PATH', 'MANO.PATH', 'MODEL.PRETRAINED', 'MODEL.WEIGHTS',
@@ -278,9 +280,7 @@ def validate(run: Training, epoch: int, *, log: RunLog | None, bar: tqdm) -> flo
     if log:
         log_validation(log, result, step, epoch)
         if cfg.TRAIN.PICTURES:
-            sheet = draw_samples(run.result, dataset, spread_over(len(dataset), cfg.TRAIN.PICTURES), run.batch_maker,
-                                 path=run.folder / 'pictures' / f'epoch_{epoch:03d}.jpg')
-            log.board.add_image('validation', sheet[..., ::-1].copy(), step, dataformats='HWC')
+            log_pictures(run, log, step, epoch)
         bar.write(f'epoch {epoch}: validation joint {summary["joint_mm"]["all"]:.2f} mm, vert '
                   f'{summary["vert_mm"]["all"]:.2f} mm, root {summary["root_mm"]:.2f} mm')
     return summary['joint_mm']['all']
@@ -291,6 +291,25 @@ def log_validation(log: RunLog, result: Evaluation, step: int, epoch: int) -> No
         summary = result.summary(stage)
         figures = {f'{name}_{side}': value for name in SUMMARY_FIGURES for side, value in summary[name].items()}
         log.write(f'val_stage{stage}', step, epoch=epoch, root_mm=summary['root_mm'], **figures)
+        for name, values in errors_of_samples(result.stages[stage]).items():
+            # A tag holds values of one kind only, and the scalars have the plain names.
+            log.board.add_histogram(f'val_stage{stage}/{name}_samples', values, step)
+
+
+def errors_of_samples(errors: SampleErrors) -> dict[str, Tensor]:
+    """What the histograms show: {name: (N,) mm}."""
+    hands = {f'{name}_{side}': getattr(errors, name)[:, hand]
+             for name in ('joint_mm', 'vert_mm') for hand, side in enumerate(SIDES)}
+    return hands | {'root_mm': errors.root_mm}
+
+
+def log_pictures(run: Training, log: RunLog, step: int, epoch: int) -> None:
+    """Every sheet to TensorBoard, predictions beside truth to the run folder as well."""
+    indices = spread_over(len(run.validation), run.cfg.TRAIN.PICTURES)
+    sheets = draw_sheets(run.result, run.validation, indices, run.batch_maker)
+    write_image(run.folder / 'pictures' / f'epoch_{epoch:03d}.jpg', sheets['validation'])
+    for name, sheet in sheets.items():
+        log.picture(name, sheet, step)
 
 
 def save_latest(run: Training, progress: Progress) -> None:

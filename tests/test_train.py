@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from utils.checkpoint import load_model
+from utils.prediction_pictures import draw_samples
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ['--cfg', 'configs/demo.yaml', 'MODEL.IMAGE_SIZE', '64', 'MODEL.MAP_CHANNELS', '16', 'MODEL.STAGES', '1',
@@ -54,7 +57,24 @@ def test_run_writes_what_people_look_for(finished):
     for stage in range(2):
         assert [line['epoch'] for line in lines(finished, f'val_stage{stage}')] == [1, 2]
     assert sorted(path.name for path in (finished / 'pictures').iterdir()) == [f'epoch_00{n}.jpg' for n in (1, 2)]
-    assert list(finished.glob('events.out.tfevents.*'))
+
+
+def test_tensorboard_shows_pictures_maps_and_the_errors_of_samples(finished):
+    board = EventAccumulator(str(finished), size_guidance={'images': 0, 'histograms': 0}).Reload()
+    pictures = {tag: board.Images(tag) for tag in board.Tags()['images']}
+    assert pictures.keys() == {'validation', 'stages', 'attention', 'bone_features', 'segmentation'}
+    assert all([picture.step for picture in of_tag] == [2, 4] for of_tag in pictures.values())
+    in_folder = [(finished / 'pictures' / f'epoch_00{n}.jpg').read_bytes() for n in (1, 2)]
+    assert [picture.encoded_image_string for picture in pictures['validation']] == in_folder
+    errors = ('joint_mm_left', 'joint_mm_right', 'vert_mm_left', 'vert_mm_right', 'root_mm')
+    names = {f'val_stage{stage}/{name}': (stage, name) for stage in range(2) for name in errors}
+    assert set(board.Tags()['histograms']) == {f'{tag}_samples' for tag in names}
+    assert names.keys() <= set(board.Tags()['scalars'])
+    for tag, (stage, name) in names.items():
+        for event, line in zip(board.Histograms(f'{tag}_samples'), lines(finished, f'val_stage{stage}'), strict=True):
+            histogram = event.histogram_value
+            assert event.step == line['step'] and histogram.num == 3  # every sample of the split
+            assert histogram.sum / histogram.num == pytest.approx(line[name], rel=1e-5)
 
 
 def test_training_changes_every_weight(finished, standin):
@@ -250,7 +270,7 @@ def test_two_processes_lose_one_go_on_and_follow_the_curve_of_one(finished, tiny
     assert ours[1]['total'] == pytest.approx(alone[1]['total'], rel=1e-4)
 
 
-AVERAGED = ['TRAIN.EMA', '0.5', 'TRAIN.ACCUMULATE', '2', 'TRAIN.PICTURES', '0', 'TRAIN.VALIDATE_EVERY', '2']
+AVERAGED = ['TRAIN.EMA', '0.5', 'TRAIN.ACCUMULATE', '2', 'TRAIN.PICTURES', '1', 'TRAIN.VALIDATE_EVERY', '2']
 
 
 def test_moving_average_is_the_best_and_resumes_exactly(tiny_prepared, tmp_path, monkeypatch):
@@ -272,6 +292,12 @@ def test_moving_average_is_the_best_and_resumes_exactly(tiny_prepared, tmp_path,
         for later in weights[1:]:
             average = 0.5 * average + 0.5 * later[name]
         torch.testing.assert_close(best['model'][name], average, atol=1e-6, rtol=1e-5)
+
+    model, cfg, _ = load_model(tmp_path / 'whole', [])  # the pictures are the average's, too
+    batch_maker = train.build_batch_maker(cfg, model.hand_head.hand_layer.models)
+    draw_samples(model, train.validation_split(cfg), [0], batch_maker, path=tmp_path / 'again.jpg')
+    drawn = (tmp_path / 'whole' / 'pictures' / 'epoch_002.jpg').read_bytes()
+    assert drawn == (tmp_path / 'again.jpg').read_bytes()
 
     assert run_until_ctrl_c(monkeypatch, tiny_prepared, tmp_path / 'stopped', *AVERAGED) == 130
     assert run(tiny_prepared, tmp_path / 'stopped', *AVERAGED, '--resume') == 0

@@ -27,14 +27,15 @@ def hands(models):
     return vertices[0] @ turn.T + place, joints[0] @ turn.T + place
 
 
-def row_inputs(hands, **changes):
+def row_inputs(models, hands, size=256):
     vertices, joints = hands
-    pixels = project(joints, INTRINSICS)
+    pixels = project(joints, INTRINSICS) * size / 256
     labels = torch.zeros(32, 32, dtype=torch.long)
     labels[8:20, 4:16], labels[8:20, 16:28] = 1, 2
-    image = np.full((256, 256, 3), 90, np.uint8)
-    inputs = visualize.RowInputs(image, INTRINSICS, pixels, pixels, vertices, vertices, labels, labels)
-    return inputs._replace(**changes)
+    image = np.full((size, size, 3), 90, np.uint8)
+    intrinsics = torch.diag(torch.tensor([size / 256, size / 256, 1.0])) @ INTRINSICS
+    meshes = visualize.mesh_overlay(image, vertices, intrinsics, models, smooth_edges=1)
+    return visualize.RowInputs(image, pixels, pixels, meshes, meshes, labels, labels)
 
 
 def near(picture, colour, tolerance=12):
@@ -99,12 +100,27 @@ def test_segmentation_picture_keeps_each_label_apart():
         visualize.segmentation_picture(np.array([[255]]))
 
 
+def test_heat_map_is_dark_at_the_least_and_bright_at_the_greatest_value_in_its_place():
+    image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    values = torch.tensor([[0.2, 0.3, 0.7], [0.21, 0.2, 0.25]])  # (down, right)
+    before = image.copy()
+    picture = visualize.heat_map(image, values)
+    assert picture.shape == (256, 256, 3) and (image == before).all()
+    # Whatever the picture below: the darkest point of the greatest cell over the brightest of a least one.
+    light = picture.astype(int).sum(-1)
+    greatest, least, other = light[:128, 171:], light[:128, :85], light[128:, 86:170]
+    assert greatest.min() > least.max() and greatest.min() > other.max()
+    assert visualize.range_text(values) == '0.2 to 0.7'
+
+
+def test_heat_map_of_equal_values_is_dark():
+    picture = visualize.heat_map(np.zeros((64, 64, 3), np.uint8), np.full((4, 4), 0.5, np.float32))
+    assert picture.max() < 10
+
+
 @pytest.mark.parametrize('size', [256, 128, 384])
 def test_row_has_seven_panels_of_256_whatever_the_image(models, hands, size):
-    scale = size / 256
-    inputs = row_inputs(hands, image=np.full((size, size, 3), 90, np.uint8),
-                        intrinsics=torch.diag(torch.tensor([scale, scale, 1.0])) @ INTRINSICS)
-    row = visualize.prediction_row(inputs._replace(predicted_pixels=inputs.predicted_pixels * scale), models)
+    row = visualize.prediction_row(row_inputs(models, hands, size))
     step = visualize.PANEL + visualize.GAP
     assert row.dtype == np.uint8
     assert row.shape == (visualize.PANEL + visualize.CAPTION_HEIGHT, 7 * step - visualize.GAP, 3)
@@ -115,18 +131,18 @@ def test_row_has_seven_panels_of_256_whatever_the_image(models, hands, size):
 
 
 def test_row_shows_prediction_and_truth_in_their_own_panels(models, hands):
-    truth = row_inputs(hands)
-    row = visualize.prediction_row(truth, models)
+    truth = row_inputs(models, hands)
+    row = visualize.prediction_row(truth)
     step = visualize.PANEL + visualize.GAP
-    empty = truth._replace(predicted_pixels=truth.true_pixels + 1000, predicted_vertices=truth.true_vertices * -1,
+    empty = truth._replace(predicted_pixels=truth.true_pixels + 1000, predicted_meshes=truth.image,
                            predicted_labels=torch.zeros(32, 32))
-    changed = (visualize.prediction_row(empty, models) != row).any((0, 2))
+    changed = (visualize.prediction_row(empty) != row).any((0, 2))
     changed_panels = {number for number in range(7) if changed[number * step:number * step + visualize.PANEL].any()}
     assert changed_panels == {1, 3, 5}
 
 
 def test_sheet_stacks_rows_under_their_headers(models, hands):
-    row = visualize.prediction_row(row_inputs(hands), models)
+    row = visualize.prediction_row(row_inputs(models, hands))
     sheet = visualize.picture_sheet([row, row // 2], ['first', 'a header too long for any sheet ' * 20])
     height = row.shape[0] + visualize.CAPTION_HEIGHT
     assert sheet.shape == (2 * height, row.shape[1], 3)

@@ -201,6 +201,11 @@ def visible_shares(vertices: Tensor, intrinsics: Tensor, faces: Tensor) -> Tenso
     return together / torch.stack([left_alone[:, LEFT], right_alone[:, RIGHT]], -1)
 
 
+def predicted_classes(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """logits (B, 3, s, s) -> (B, *size): 0 background, 1 left, 2 right, at the resolution of the labels."""
+    return F.interpolate(logits.float(), size, mode='bilinear', align_corners=False).argmax(1)
+
+
 def segmentation_overlap(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """logits (B, 3, s, s), labels (B, H, W) -> (B, 3) pixels in both and in either, of the labels' resolution.
 
@@ -209,7 +214,7 @@ def segmentation_overlap(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     if logits.numel() == 0:
         nothing = logits.new_zeros(len(labels), 3)
         return nothing, nothing
-    predicted = F.interpolate(logits.float(), labels.shape[-2:], mode='bilinear', align_corners=False).argmax(1)
+    predicted = predicted_classes(logits, labels.shape[-2:])
     both = torch.stack([((predicted == c) & (labels == c)).sum((1, 2)) for c in range(3)], 1)
     either = torch.stack([((predicted == c) | (labels == c)).sum((1, 2)) for c in range(3)], 1)
     return both.float(), either.float()

@@ -10,7 +10,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import torch
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from yacs.config import CfgNode
@@ -117,6 +120,13 @@ class RunLog:
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self.board.add_scalar(f'{kind}/{name}', value, step)
+
+    def picture(self, tag: str, picture: np.ndarray, step: int) -> None:
+        """A picture (H, W, 3) uint8 BGR for TensorBoard; as JPEG, in a thirtieth of the time of ``add_image``'s PNG."""
+        height, width, channels = picture.shape
+        image = Summary.Image(height=height, width=width, colorspace=channels,
+                              encoded_image_string=cv2.imencode('.jpg', picture)[1].tobytes())
+        self.board.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
     def close(self) -> None:
         self.board.close()

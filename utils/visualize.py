@@ -1,8 +1,9 @@
-"""Pictures of predictions: skeletons, meshes and masks, side by side with the truth. Everything is BGR uint8.
+"""Pictures of predictions: skeletons, meshes, masks and maps, side by side with the truth. Everything is BGR uint8.
 
 Left hand blue, right hand orange, in every picture; fingers have a colour each.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,11 +34,10 @@ class RowInputs(NamedTuple):
     """One sample's prediction and truth; NumPy arrays or tensors on any device."""
 
     image: np.ndarray  # (H, W, 3) uint8 BGR
-    intrinsics: Tensor | np.ndarray  # (3, 3) of this image
     predicted_pixels: Tensor | np.ndarray  # (2, 21, 2) pixels of this image
     true_pixels: Tensor | np.ndarray  # (2, 21, 2)
-    predicted_vertices: Tensor | np.ndarray  # (2, 778, 3) m, camera axes: root-relative vertices put at the true roots
-    true_vertices: Tensor | np.ndarray  # (2, 778, 3) m
+    predicted_meshes: np.ndarray  # (H, W, 3) uint8 BGR the image under the predicted meshes, ``mesh_overlay``
+    true_meshes: np.ndarray  # (H, W, 3)
     predicted_labels: Tensor | np.ndarray  # (h, w) 0 background, 1 left, 2 right; any size
     true_labels: Tensor | np.ndarray  # (h, w)
 
@@ -87,20 +87,43 @@ def segmentation_picture(labels: Tensor | np.ndarray) -> np.ndarray:
     return np.array([BACKGROUND_BGR, *render.HAND_COLOURS_BGR], dtype=np.uint8)[labels.astype(np.int64)]
 
 
-def prediction_row(inputs: RowInputs, models: tuple[HandModel, HandModel]) -> np.ndarray:
+def heat_map(image_bgr: np.ndarray, values: Tensor | np.ndarray, *, alpha: float = 0.7) -> np.ndarray:
+    """A map (h, w) of any size over a picture (H, W, 3), its cells as they are -> (256, 256, 3) uint8.
+
+    Dark is the map's least value, bright its greatest: ``range_text`` says which. The picture itself is grey.
+    """
+    values = _array(values)
+    level = (values - values.min()) / max(values.max() - values.min(), np.finfo(np.float32).tiny)
+    heat = cv2.applyColorMap(_panel((255 * level).round().astype(np.uint8)), cv2.COLORMAP_INFERNO)
+    grey = cv2.cvtColor(cv2.cvtColor(_panel(image_bgr), cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
+    return cv2.addWeighted(heat, alpha, grey, 1 - alpha, 0)
+
+
+def range_text(values: Tensor | np.ndarray) -> str:
+    """'least to greatest', to three digits."""
+    values = _array(values)
+    return f'{values.min():.3g} to {values.max():.3g}'
+
+
+def prediction_row(inputs: RowInputs) -> np.ndarray:
     """The seven pictures of ``CAPTIONS`` side by side, each 256 x 256 under its caption -> (H, W, 3) uint8."""
     image = _array(inputs.image)
     pictures = (
         image,
         draw_skeletons(image, inputs.predicted_pixels),
         draw_skeletons(image, inputs.true_pixels),
-        mesh_overlay(image, inputs.predicted_vertices, inputs.intrinsics, models, smooth_edges=1),
-        mesh_overlay(image, inputs.true_vertices, inputs.intrinsics, models, smooth_edges=1),
+        inputs.predicted_meshes,
+        inputs.true_meshes,
         segmentation_picture(inputs.predicted_labels),
         segmentation_picture(inputs.true_labels),
     )
+    return captioned_row(pictures, CAPTIONS)
+
+
+def captioned_row(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+    """Pictures of any size side by side, each 256 x 256 under its caption -> (H, W, 3) uint8."""
     panels = [np.concatenate([_text_strip(caption, PANEL), _panel(picture)])
-              for caption, picture in zip(CAPTIONS, pictures)]
+              for caption, picture in zip(captions, pictures, strict=True)]
     gap = np.full((len(panels[0]), GAP, 3), BACKGROUND_BGR, np.uint8)
     return np.concatenate([part for panel in panels for part in (panel, gap)][:-1], 1)
 
