@@ -20,7 +20,7 @@ from utils.visualize import write_image
 
 FORMAT = 'dir-hands-1'  # of hands.json; raised when a value changes its meaning
 LONGEST_SIDE = 1920  # pixels: larger pictures are reduced for their overlay
-VIEW_SIDE = 512  # pixels: side of the views from the side and from above
+VIEW_SIDE = 384  # pixels: side of the views from the side and from above
 VIEW_BACKGROUND_BGR = (245, 245, 245)
 VIEW_FILL = 0.8  # share of a view that the hands take
 SCALE_BAR = 0.05  # m
@@ -50,7 +50,7 @@ def reduced(picture: np.ndarray) -> Shown:
 
 
 def view(vertices: Tensor, turn: np.ndarray, models: tuple[HandModel, HandModel]) -> np.ndarray:
-    """Both hands (2, 778, 3) m from another direction, on a plain ground with a bar of 5 cm -> (512, 512, 3) uint8."""
+    """Both hands (2, 778, 3) m from another direction, on a plain ground with a bar of 5 cm -> (384, 384, 3) uint8."""
     vertices = vertices.cpu() @ torch.from_numpy(turn).T
     middle = (vertices.amin((0, 1)) + vertices.amax((0, 1))) / 2
     vertices = vertices - middle

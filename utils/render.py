@@ -181,15 +181,13 @@ def smooth_normals(vertices: Tensor, faces: Tensor) -> Tensor:
 
 
 def shade(fragments: Fragments, vertices: Tensor, faces: Tensor, colours: Tensor) -> Tensor:
-    """Lambert shading with a light at the camera -> (B, H, W, C).
+    """Lambert shading with a light at the camera, at the vertices and interpolated (Gouraud) -> (B, H, W, C).
 
     vertices (B, V, 3) m in camera axes, colours (V, C) or (B, V, C) in [0, 1].
     """
-    normal = interpolate(fragments, faces, smooth_normals(vertices, faces))
-    towards_light = -interpolate(fragments, faces, vertices)
     # The inside of an open wrist faces away: it is lit as well.
-    cosine = F.cosine_similarity(normal, towards_light, dim=-1)[..., None].abs()
-    return interpolate(fragments, faces, colours) * (AMBIENT + (1 - AMBIENT) * cosine)
+    cosine = F.cosine_similarity(smooth_normals(vertices, faces), -vertices, dim=-1)[..., None].abs()
+    return interpolate(fragments, faces, colours * (AMBIENT + (1 - AMBIENT) * cosine))
 
 
 def overlay(image: np.ndarray, vertices: Tensor, intrinsics: Tensor, models: tuple[HandModel, HandModel], *,
