@@ -25,12 +25,22 @@ class Conv2dFewProducts(nn.Conv2d):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, 3, padding=1)
+        self.kept = None
+
+    def keep_kernels(self) -> None:
+        """Transform the kernels once: for 16/9 of the weights' memory any batch without gradients is worth it."""
+        self.kept = _transformed_kernels(self.weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
+        kept = None if torch.is_grad_enabled() else self.kept
         plain = (torch.compiler.is_compiling() or x.device.type != 'cpu' or torch.is_autocast_enabled('cpu')
-                 or height % 2 or width % 2 or batch * height * width < WORTH_IT)
-        return super().forward(x) if plain else _Winograd.apply(x, self.weight, self.bias)
+                 or height % 2 or width % 2 or (kept is None and batch * height * width < WORTH_IT))
+        if plain:
+            return super().forward(x)
+        if kept is not None:
+            return _convolve(x, kept, self.bias)
+        return _Winograd.apply(x, self.weight, self.bias)
 
 
 class _Winograd(torch.autograd.Function):
@@ -39,11 +49,7 @@ class _Winograd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        batch, _, height, width = x.shape
-        products = torch.bmm(_transformed_kernels(weight), _transformed_tiles(x))  # (16, out, B tiles)
-        out = _OUTPUT.to(x) @ products.flatten(1)
-        out = out.view(2, 2, len(weight), batch, height // 2, width // 2)
-        return out.permute(3, 2, 4, 0, 5, 1).reshape(batch, -1, height, width) + bias[:, None, None]
+        return _convolve(x, _transformed_kernels(weight), bias)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -61,6 +67,22 @@ class _Winograd(torch.autograd.Function):
             of_weight = _KERNEL.T.to(x) @ of_kernels.flatten(1)
             of_weight = of_weight.view(3, 3, *weight.shape[:2]).permute(2, 3, 0, 1).contiguous()
         return of_x, of_weight, gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
+
+
+def keep_kernels(model: nn.Module) -> None:
+    """``Conv2dFewProducts.keep_kernels`` wherever there is one: for a network whose weights no longer change."""
+    for module in model.modules():
+        if isinstance(module, Conv2dFewProducts):
+            module.keep_kernels()
+
+
+def _convolve(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
+    """x (B, in, H, W), transformed kernels (16, out, in) -> (B, out, H, W)"""
+    batch, _, height, width = x.shape
+    products = torch.bmm(kernels, _transformed_tiles(x))  # (16, out, B tiles)
+    out = _OUTPUT.to(x) @ products.flatten(1)
+    out = out.view(2, 2, kernels.shape[1], batch, height // 2, width // 2)
+    return out.permute(3, 2, 4, 0, 5, 1).reshape(batch, -1, height, width) + bias[:, None, None]
 
 
 def _transformed_kernels(weight: Tensor) -> Tensor:

@@ -47,6 +47,19 @@ def test_elsewhere_it_is_the_library_s_convolution(monkeypatch):
         layer(images)
 
 
+@torch.no_grad()
+def test_kept_kernels_serve_any_batch_without_gradients():
+    torch.manual_seed(0)
+    layer, x = Conv2dFewProducts(4, 6), torch.randn(1, 4, 4, 4)
+    expected = layer(x)
+    layer.keep_kernels()
+    layer.weight.zero_()  # from now on for training only
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer(torch.cat([x, -x]))[:1], expected, rtol=1e-4, atol=1e-5)
+    with torch.enable_grad():
+        assert torch.equal(layer(x), layer.bias[:, None, None].expand_as(expected))
+
+
 def test_frozen_weights_get_no_gradient():
     layer = Conv2dFewProducts(4, 6).requires_grad_(False)
     x = torch.randn(4, 4, 8, 8, requires_grad=True)

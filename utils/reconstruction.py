@@ -22,6 +22,7 @@ from manopth.rotations import symmetric_6d_to_matrix
 from models import DIR
 from models.folding import for_inference
 from models.predictions import CAMERA, POSE, ROOT_ROTATION, SHAPE, HandPrediction
+from models.winograd import keep_kernels
 from utils.checkpoint import load_model, to_device
 from utils.distributed import choose_device
 from utils.errors import UserError
@@ -140,6 +141,8 @@ class Reconstructor:
         self.device, self.precision, self.batch_size = torch.device(device), precision, batch_size
         self.hand_models: tuple[HandModel, HandModel] = model.hand_head.hand_layer.models
         self.network = to_device(for_inference(model.eval()), self.device)
+        if self.device.type == 'cpu':
+            keep_kernels(self.network)
         self.batch_maker = BatchMaker(TwoHandLayer(self.hand_models), image_size=image_size).to(self.device)
 
     def __call__(self, images_bgr: Sequence[np.ndarray], boxes: Sequence[Box | None] | None = None, *,
