@@ -247,14 +247,17 @@ def run_pictures(demo: Demo, paths: list[Path], folders: dict[Path, Path]) -> No
             write_picture_files(item.folder, item.shown, item.crop.image, one, demo.reconstruct.hand_models,
                                 **item.about)
             demo.outcome.done.append(str(item.folder))
-            if item.about['box'] is None:
-                warn_of_small_hands(demo.outcome, item.source, one)
+            warn_of_small_hands(demo.outcome, item.source, item.about['box'], one)
 
 
-def warn_of_small_hands(outcome: Outcome, source: Path, hands: Reconstruction) -> None:
-    if hands.size_in_crop < SMALL_HANDS:
-        outcome.warn(source, f'the hands seem to take {float(hands.size_in_crop):.2f} of the whole picture; the '
-                     'network was trained on 0.8 of its crop: give --box x y width height, --boxes or --detect.')
+def warn_of_small_hands(outcome: Outcome, source: Path, box: Box | None, hands: Reconstruction) -> None:
+    size = float(hands.size_in_crop)
+    if size >= SMALL_HANDS:
+        return
+    advice = ('give --box x y width height, --boxes or --detect' if box is None else
+              'is the box around both hands, and does the network know such pictures')
+    outcome.warn(source, f'the hands seem to take {size:.2f} of the crop, where the network was trained on 0.8: '
+                 f'{advice}{"." if box is None else "?"}')
 
 
 def picture_items(demo: Demo, paths: Iterable[Path], folders: dict[Path, Path]) -> Iterator[Item]:
@@ -348,8 +351,8 @@ def write_video_files(demo: Demo, video: Video, name: Path, folder: Path) -> int
                 write_row(table, [written, f'{seconds:.4f}', *joint_row(one)])
                 lines.write(json_line({'frame': written, 'time_s': round(seconds, 4), 'box': item.about['box']}
                                       | as_numbers(one)))
-                if written == 0 and item.about['box'] is None:
-                    warn_of_small_hands(demo.outcome, name, one)
+                if written == 0:
+                    warn_of_small_hands(demo.outcome, name, item.about['box'], one)
                 written += 1
             bar.update(len(batch))
     return written

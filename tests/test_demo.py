@@ -136,7 +136,9 @@ def test_small_hands_in_a_whole_picture_are_warned_of(run, pictures, tmp_path, m
     assert run(pictures) == 0
     assert len(outcome(tmp_path)['warnings']) == 3 and '--box' in outcome(tmp_path)['warnings'][0]['warning']
     assert run(pictures, '--box', 20, 10, 60, 70) == 0
-    assert outcome(tmp_path)['warnings'] == []
+    assert 'is the box around both hands' in outcome(tmp_path)['warnings'][0]['warning']
+    monkeypatch.setattr(demo, 'SMALL_HANDS', 0)
+    assert run(pictures, '--focal', 100) == 0 and outcome(tmp_path)['warnings'] == []
 
 
 # Videos

@@ -59,6 +59,15 @@ def test_whatever_an_untrained_network_says_gives_a_place_before_the_camera(stan
     assert ((placement.roots[:, 0, 2] >= NEAREST * 0.999) & (placement.roots[:, 0, 2] <= FARTHEST)).all()
 
 
+def test_hands_without_size_are_far_off_where_the_network_sees_them(standin):
+    joints, _, offset, intrinsics, _ = scene(standin)
+    seen = torch.tensor([[0.0, 0.3, -0.4], [0.0, 0.3, -0.4]]).expand(len(joints), 2, 3)
+    roots = place_hands(joints, seen, offset, intrinsics).roots
+    assert torch.allclose(roots[:, 0, 2], torch.tensor(FARTHEST))
+    uv = to_uv(project(roots, intrinsics))
+    assert (uv - seen[..., 1:]).abs().max() < 0.05
+
+
 def test_no_hands_give_no_places():
     assert place_hands(torch.zeros(0, 2, 21, 3), torch.zeros(0, 2, 3), torch.zeros(0, 3),
                        torch.zeros(0, 3, 3)).roots.shape == (0, 2, 3)

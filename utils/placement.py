@@ -51,8 +51,7 @@ def place_hands(joints: Tensor, camera: Tensor, offset: Tensor, intrinsics: Tens
         uv, slopes = _project_with_slopes(points + place[:, None, None], rows)
         error = explained.transpose(-1, -2) @ (uv - seen).flatten(2)[..., None]  # (B, 2, 3, 1)
         jacobian = explained.transpose(-1, -2) @ slopes.flatten(2, 3)  # (B, 2, 3, 3)
-        step, _ = torch.linalg.solve_ex(*_normal_equations(jacobian.flatten(1, 2), error.flatten(1, 2)))
-        place = _within_bounds(place - step.squeeze(-1).nan_to_num(0), place)
+        place = place + _bounded_step(jacobian.flatten(1, 2), -error.flatten(1, 2), place[:, 2:])
     roots = relative_roots(offset) + place[:, None]
     pixels = project(_before_the_camera(points + place[:, None, None]), intrinsics[:, None])
     apart = (to_uv(pixels) - seen).square().sum(-1).mean((1, 2)).sqrt() * CROP_SIZE / 2
@@ -101,19 +100,21 @@ def _project_with_slopes(points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return uv, (rows[..., :2, :] - uv[..., None] * rows[..., 2:, :]) / image[..., 2:, None]
 
 
-def _normal_equations(jacobian: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, 6, 3), (B, 6, 1) -> (B, 3, 3) with a trace of damping, (B, 3, 1)."""
+def _bounded_step(jacobian: Tensor, wanted: Tensor, depth: Tensor) -> Tensor:
+    """The step of least squares (B, 3) for jacobian (B, 6, 3), wanted change (B, 6, 1), at depth (B, 1).
+
+    It may at most halve or double the depth, since far from the solution the linear model knows little, and not leave
+    the bounds; right and down then follow from the depth that is allowed.
+    """
     transposed = jacobian.transpose(-1, -2)
-    matrix = transposed @ jacobian
+    matrix, right_side = transposed @ jacobian, transposed @ wanted
     damping = 1e-9 * matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
-    return matrix + damping * torch.eye(3, device=matrix.device, dtype=matrix.dtype), transposed @ error
-
-
-def _within_bounds(place: Tensor, before: Tensor) -> Tensor:
-    """A step may at most halve or double the depth: far from the solution the linear model knows little."""
-    depth = before[:, 2]
-    bounded = torch.minimum(torch.maximum(place[:, 2], depth / 2), depth * 2).clamp(NEAREST, FARTHEST)
-    return torch.cat([place[:, :2], bounded[:, None]], -1)
+    matrix = matrix + damping * torch.eye(3, device=matrix.device, dtype=matrix.dtype)
+    free = torch.linalg.solve_ex(matrix, right_side)[0].squeeze(-1).nan_to_num(0)
+    new = torch.minimum(torch.maximum(depth + free[:, 2:], depth / 2), depth * 2).clamp(NEAREST, FARTHEST)
+    forward = new - depth
+    beside = torch.linalg.solve_ex(matrix[:, :2, :2], right_side[:, :2] - matrix[:, :2, 2:] * forward[..., None])[0]
+    return torch.cat([beside.squeeze(-1).nan_to_num(0), forward], -1)
 
 
 def placement_error(placement: Placement, true_roots: Tensor) -> tuple[Tensor, Tensor]:
