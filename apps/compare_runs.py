@@ -35,6 +35,7 @@ class Run(NamedTuple):
 
     name: str
     metrics: dict[str, Any]
+    path: Path  # of its metrics.json
 
     @property
     def measured_on(self) -> str:
@@ -77,7 +78,7 @@ def read_runs(paths: list[str]) -> list[Run]:
             raise UserError(f'{path} is not a metrics.json of version {METRICS_VERSION}: evaluate the run again with '
                             'apps/eval_interhand.py.')
         folder = path.parent.parent if path.parent.name == 'eval' else path.parent
-        runs.append(Run(folder.name, metrics))
+        runs.append(Run(folder.name, metrics, path))
     if len({run.name for run in runs}) < len(runs):  # the same last folder: show what was typed
         runs = [run._replace(name=given) for run, given in zip(runs, paths)]
     return runs

@@ -9,7 +9,15 @@ from manopth import TwoHandLayer, load_hand_models
 from utils import render
 from utils.errors import UserError
 from utils.geometry import project
-from utils.render import interpolate, overlay, rasterize, rasterize_pytorch3d, shade, smooth_normals
+from utils.render import (
+    interpolate,
+    overlay,
+    rasterize,
+    rasterize_pytorch3d,
+    shade,
+    smooth_normals,
+    two_hand_faces,
+)
 
 HEIGHT, WIDTH = 20, 26
 CAMERA = torch.tensor([[30.0, 0.0, 13.0], [0.0, 28.0, 10.0], [0.0, 0.0, 1.0]])
@@ -203,7 +211,8 @@ def test_overlay_colours_each_hand_where_it_lies_and_leaves_the_rest():
     vertices = vertices + torch.tensor([[[-0.12, 0, 0.8]], [[0.12, 0, 0.8]]])
     camera = torch.tensor([[200.0, 0, 64], [0, 200.0, 48], [0, 0, 1]])
     grey = np.full((96, 128, 3), 100, np.uint8)
-    picture = overlay(grey, vertices, camera, models, alpha=1.0)
+    faces = two_hand_faces(models)
+    picture = overlay(grey, vertices, camera, faces, alpha=1.0)
     assert picture.shape == grey.shape and picture.dtype == np.uint8 and (grey == 100).all()
     assert (picture[[0, -1]] == 100).all()
     drawn = (picture != 100).any(-1)
@@ -211,7 +220,7 @@ def test_overlay_colours_each_hand_where_it_lies_and_leaves_the_rest():
         inside = picture[:, half][drawn[:, half]].astype(int)
         assert len(inside) > 200
         assert (inside[:, blue] <= inside[:, red]).mean() > 0.95  # left hand blue, right hand orange
-    np.testing.assert_array_equal(overlay(grey, vertices, camera, models, alpha=0.0), grey)
+    np.testing.assert_array_equal(overlay(grey, vertices, camera, faces, alpha=0.0), grey)
 
 
 def test_pytorch3d_missing_is_a_sentence(monkeypatch):

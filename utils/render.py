@@ -166,8 +166,12 @@ def interpolate(fragments: Fragments, faces: Tensor, attributes: Tensor) -> Tens
 
 def two_hand_faces(models: tuple[HandModel, HandModel]) -> Tensor:
     """Faces (3076, 3) of both hands as one mesh: the left hand's, then the right's, for ``vertices.flatten(1, 2)``."""
-    left, right = (torch.tensor(model.faces) for model in models)
-    return torch.cat([left, right + NUM_VERTICES])
+    return as_one_mesh(*(torch.tensor(model.faces) for model in models))
+
+
+def as_one_mesh(left_faces: Tensor, right_faces: Tensor) -> Tensor:
+    """Faces (F, 3) of each hand -> (2 F, 3) for ``vertices.flatten(1, 2)``."""
+    return torch.cat([left_faces, right_faces + NUM_VERTICES])
 
 
 def smooth_normals(vertices: Tensor, faces: Tensor) -> Tensor:
@@ -190,14 +194,15 @@ def shade(fragments: Fragments, vertices: Tensor, faces: Tensor, colours: Tensor
     return interpolate(fragments, faces, colours * (AMBIENT + (1 - AMBIENT) * cosine))
 
 
-def overlay(image: np.ndarray, vertices: Tensor, intrinsics: Tensor, models: tuple[HandModel, HandModel], *,
+def overlay(image: np.ndarray, vertices: Tensor, intrinsics: Tensor, faces: Tensor, *,
             alpha: float = 0.8, colours_bgr=HAND_COLOURS_BGR, smooth_edges: int = 2) -> np.ndarray:
     """Draw both meshes over a picture, each hand in its colour.
 
-    image (H, W, 3) uint8 BGR, vertices (2, 778, 3) m in camera axes, intrinsics (3, 3) of this picture. ``alpha`` is
-    the meshes' opacity; ``smooth_edges`` the number of samples across a pixel. Returns a new picture.
+    image (H, W, 3) uint8 BGR, vertices (2, 778, 3) m in camera axes, intrinsics (3, 3) of this picture, faces (F, 3) of
+    both hands as one mesh (``two_hand_faces``). ``alpha`` is the meshes' opacity; ``smooth_edges`` the number of
+    samples across a pixel. Returns a new picture.
     """
-    mesh, faces = vertices.detach().float().reshape(1, -1, 3), two_hand_faces(models).to(vertices.device)
+    mesh, faces = vertices.detach().float().reshape(1, -1, 3), faces.to(vertices.device)
     whole, (left, top, right, bottom) = image.copy(), _window(mesh[0], intrinsics, image.shape[:2])
     if right <= left or bottom <= top:
         return whole

@@ -76,7 +76,8 @@ def mesh_overlay(image_bgr: np.ndarray, vertices: Tensor | np.ndarray, intrinsic
     ``smooth_edges`` is the number of samples across a pixel; the time grows with its square.
     """
     vertices, intrinsics = (torch.as_tensor(value).detach().float().cpu() for value in (vertices, intrinsics))
-    return render.overlay(image_bgr, vertices, intrinsics, models, alpha=alpha, smooth_edges=smooth_edges)
+    return render.overlay(image_bgr, vertices, intrinsics, render.two_hand_faces(models), alpha=alpha,
+                          smooth_edges=smooth_edges)
 
 
 def segmentation_picture(labels: Tensor | np.ndarray) -> np.ndarray:
