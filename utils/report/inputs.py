@@ -180,7 +180,7 @@ MAY_BE_NAN = ('joint_mm', 'root_mm')
 
 
 def read_samples(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of ``ARRAYS`` (README: what apps/eval_interhand.py writes)."""
+    """The arrays of ``ARRAYS``, as apps/eval_interhand.py --out chose and wrote them."""
     if not path.is_file():
         return None
     again = 'evaluate the run again with apps/eval_interhand.py --out.'

@@ -259,7 +259,7 @@ BINNED = {
     'by_box_iou': Binned('Overlap of the hands’ boxes in the picture', 'box IoU', 'overlap', 'frames', tuple(HEADLINE)),
     'by_distance_mm': Binned('Distance between the hands', 'smallest distance, mm', 'distance', 'frames',
                              tuple(HEADLINE)),
-    'by_visibility': Binned('Visibility', 'share of a hand that the other does not hide', 'visibility', 'hands',
+    'by_visibility': Binned('Visibility', 'share of a hand not hidden by the other', 'visibility', 'hands',
                             ('joint error', 'vert error')),
 }
 

@@ -26,7 +26,7 @@ void main() {
 }`;
 const FIELD_OF_VIEW = 0.5; // rad, of the height
 const TRUTH_COLOUR = [0.58, 0.59, 0.61]; // between the backgrounds of the light and the dark page
-const VEIL = 0.22; // opacity of the truth seen face on
+const VEIL = 0.28; // opacity of the truth seen face on
 
 function bytesOf(base64) {
   return Uint8Array.from(atob(base64), (character) => character.charCodeAt(0)).buffer;
