@@ -202,6 +202,24 @@ def test_quantiles_and_worst_samples_are_those_of_the_table(page, folder):
     assert worst[str(top)][0] == f'{joint[top]:.2f}' and worst[str(top)][-1] == rows[top]['file']
 
 
+def test_what_is_not_annotated_does_not_count(run, tmp_path):
+    path = run / 'eval' / 'per_sample.csv'
+    with open(path) as file:
+        rows = list(csv.DictReader(file))
+    for index, gone in ((0, ('joint_mm_left',)), (1, ('joint_mm_left', 'joint_mm_right')), (2, ('root_mm',))):
+        rows[index] |= dict.fromkeys(gone, '')
+    with open(path, 'w', newline='') as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    read = inputs.read_per_sample(path)
+    assert read.joint_mm()[0] == float(rows[0]['joint_mm_right']) and np.isnan(read.joint_mm()[1])
+    page = make(run, out=tmp_path / 'page.html')
+    quantiles = page.table('Quantiles over frames')
+    assert [quantiles[name][0] for name in ('joint error', 'vert error', 'root error')] == ['119', '120', '119']
+    assert '1' not in page.table('main: the 50 frames')
+
+
 def test_every_chart_has_a_title_axes_and_words(page):
     figures = [element for element in page.all('figure') if element[1].get('class') == 'chart']
     drawn = [element for element in page.all('svg') if element[1].get('role') == 'img']

@@ -101,6 +101,19 @@ def test_hands_turn_zoom_and_come_back(viewer):
     assert alike(drawn(viewer), first)
 
 
+def test_two_fingers_zoom(open_page):
+    page = open_page(viewport={'width': 400, 'height': 700}, has_touch=True)
+    page.get_by_role('button', name='3D view of worst 1, main [A]', exact=True).tap()
+    box, before = page.locator('#canvas').bounding_box(), drawn(page)
+    middle, session = box['x'] + box['width'] / 2, page.context.new_cdp_session(page)
+    for kind, apart in (('touchStart', 40), ('touchMove', 60), ('touchMove', 80), ('touchEnd', None)):
+        points = [{'x': middle + side * apart, 'y': box['y'] + 100, 'id': 1 + side} for side in (-1, 1)] if apart else []
+        session.send('Input.dispatchTouchEvent', {'type': kind, 'touchPoints': points})
+    after = drawn(page)
+    covered = [(np.abs(picture - picture[0, 0]).max(-1) > 30).mean() for picture in (before, after)]
+    assert 2 < covered[1] / covered[0] < 4.1  # twice as large, but for what leaves the picture
+
+
 def test_stages_truth_and_placement_change_what_is_drawn(viewer):
     assert viewer.locator('#viewer-state').inner_text() == 'Stage 2, truth on, each hand at its own root.'
     seen = [drawn(viewer)]
