@@ -190,6 +190,16 @@ def test_interaction_tables_hold_every_bin_with_its_number_of_frames(page, metri
     assert sum(int(cells[0]) for name, cells in page.table('Overlap').items() if name) == metrics['frames']
 
 
+def test_the_glance_names_the_worst_joint_and_the_hardest_bin(page, metrics):
+    said = [element[2] for element in page.all('li')]
+    error, joint, side = max((value[side], name, side) for name, value in metrics['per_joint_mm'].items()
+                             for side in SIDES)
+    assert any(f'worst are the {side} {joint.replace("_", " ")} ({error:.2f} mm)' in line for line in said)
+    row = max((row for row in metrics['by_box_iou'] if row['frames']), key=lambda row: row['joint_mm'])
+    hardest = f'{row["from"]:g} to {row["to"]:g} (joint error {row["joint_mm"]:.2f} mm, {row["frames"]} frames)'
+    assert any(line.startswith(f'Box IoU: hardest is {hardest}, easiest ') for line in said)
+
+
 def test_quantiles_and_worst_samples_are_those_of_the_table(page, folder):
     with open(folder / 'main' / 'eval' / 'per_sample.csv') as file:
         rows = list(csv.DictReader(file))

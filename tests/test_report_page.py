@@ -107,7 +107,8 @@ def test_two_fingers_zoom(open_page):
     box, before = page.locator('#canvas').bounding_box(), drawn(page)
     middle, session = box['x'] + box['width'] / 2, page.context.new_cdp_session(page)
     for kind, apart in (('touchStart', 40), ('touchMove', 60), ('touchMove', 80), ('touchEnd', None)):
-        points = [{'x': middle + side * apart, 'y': box['y'] + 100, 'id': 1 + side} for side in (-1, 1)] if apart else []
+        places = [middle - apart, middle + apart] if apart else []
+        points = [{'x': x, 'y': box['y'] + 100, 'id': number} for number, x in enumerate(places)]
         session.send('Input.dispatchTouchEvent', {'type': kind, 'touchPoints': points})
     after = drawn(page)
     covered = [(np.abs(picture - picture[0, 0]).max(-1) > 30).mean() for picture in (before, after)]

@@ -9,7 +9,7 @@ PLACES = ((190, 320), (134, 284), (94, 250), (60, 216), (30, 180), (128, 184), (
           (176, 172), (174, 121), (172, 74), (171, 28), (222, 180), (230, 133), (236, 88), (241, 44),
           (264, 204), (285, 163), (302, 124), (317, 86))
 PALM = (0, 1, 5, 9, 13, 17)
-RADII = (12.5, 18.0)  # of the least and of the greatest error
+RADII = (14.0, 18.0)  # of the least and of the greatest error
 RAMP = ((255, 243, 196), (253, 200, 112), (240, 142, 62), (204, 74, 34), (122, 28, 20))  # ever darker, also in grey
 
 
@@ -45,7 +45,7 @@ def _joint(name: str, place: tuple[int, int], value: float | None, span: tuple[f
 def _scale(span: tuple[float, float], left: int) -> list[Html]:
     cells = [tag('rect', x=left + 5 * i, y=HEIGHT - 34, width=5.2, height=9, fill='rgb({},{},{})'.format(*ramp(i / 21)))
              for i in range(22)]
-    return [*cells, tag('text', f'{span[0]:.1f} mm', x=left, y=HEIGHT - 10),
+    return [*cells, tag('text', f'{span[0]:.1f}', x=left, y=HEIGHT - 10),
             tag('text', f'{span[1]:.1f} mm', x=left + 110, y=HEIGHT - 10, text_anchor='end')]
 
 

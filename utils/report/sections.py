@@ -118,13 +118,13 @@ def glance(run: Evaluated) -> Html:
         median, high, tail = quantiles(run.per_sample.joint_mm())
         said.append(f'Frames: half have a joint error above {number(median)} mm, one in ten above {number(high)} mm, '
                     f'one in a hundred above {number(tail)} mm.')
-    for key, what in (('by_distance_mm', 'A distance between the hands of {} mm'), ('by_box_iou', 'A box IoU of {}'),
-                      ('by_visibility', 'A visible share of {}')):
-        rows = [(value, span_of(row)) for row in metrics.get(key) or []
-                if (value := value_of(row, 'joint_mm')) is not None]
+    for key, what in (('by_distance_mm', 'Distance between the hands, mm'), ('by_box_iou', 'Box IoU'),
+                      ('by_visibility', 'Visible share of a hand')):
+        counted = BINNED[key].counted
+        rows = [(value, f'{span_of(row)} (joint error {number(value)} mm, {row[counted]:,} {counted})')
+                for row in metrics.get(key) or [] if (value := value_of(row, 'joint_mm')) is not None]
         if len(rows) > 1:
-            (most, worst), (least, best) = max(rows), min(rows)
-            said.append(f'{what.format(worst)} is hardest ({number(most)} mm), {best} easiest ({number(least)} mm).')
+            said.append(f'{what}: hardest is {max(rows)[1]}, easiest {min(rows)[1]}.')
     if not said:
         return Html()
     return tag('div', tag('h3', f'{run.label} at a glance'), tag('ul', *(tag('li', text) for text in said)))
