@@ -325,8 +325,9 @@ def test_figures_of_older_files_are_left_out_in_a_line(run, tmp_path):
 def test_a_bare_metrics_json_makes_a_page(folder, tmp_path):
     (tmp_path / 'eval').mkdir()
     shutil.copy(folder / 'main' / 'eval' / 'metrics.json', tmp_path / 'eval')
-    page = make(edit(tmp_path, model='best constant prediction'), out=tmp_path / 'page.html')
+    page = make(edit(tmp_path, model='best constant prediction', training=...), out=tmp_path / 'page.html')
     assert not page.all('dialog', 'img') and page.table('Mean error by finger')
+    assert any('python apps/eval_baseline.py --cfg CFG --data_path' in line for line in page.of_class('missing'))
 
 
 def test_the_log_is_that_of_the_evaluated_model(folder, run, tmp_path, monkeypatch):

@@ -96,9 +96,11 @@ class Evaluated(NamedTuple):
         """What makes the files that are missing."""
         if not evaluation:
             return 'python train.py'
-        model, data = self.metrics.get('model') or 'MODEL', Path(self.metrics['data']).parent
-        return shlex.join(['python', 'apps/eval_interhand.py', '--model', str(model), '--data_path', str(data), '--out',
-                           str(self.run.path.parent)])
+        script = ['apps/eval_interhand.py', '--model', str(self.metrics.get('model') or 'MODEL')]
+        if 'training' not in self.metrics:  # of the best constant prediction, which no training made
+            script = ['apps/eval_baseline.py', '--cfg', 'CFG']
+        data = Path(self.metrics['data']).parent
+        return shlex.join(['python', *script, '--data_path', str(data), '--out', str(self.run.path.parent)])
 
 
 def read_evaluated(runs: list[Run]) -> list[Evaluated]:
