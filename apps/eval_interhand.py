@@ -30,13 +30,12 @@ from utils.checkpoint import load_model, to_device
 from utils.chosen_samples import write_chosen_samples
 from utils.config import flatten
 from utils.errors import UserError, user_facing
+from utils.evaluated_runs import METRICS_VERSION
 from utils.evaluation import Evaluation, evaluate
 from utils.files import write_atomically, write_json
 from utils.hand import SIDES
 from utils.metrics import GRID, NEEDS_SUBSET, PROTOCOLS, Protocol
 from utils.summary import PER_HAND, format_breakdown, format_grid, format_summary
-
-METRICS_VERSION = 1  # of metrics.json; raised when a figure changes its meaning
 
 
 class Measured(NamedTuple):

@@ -1,4 +1,4 @@
-"""The whole road on made hands and data: make, prepare, train, evaluate, compare, draw. ``make demo`` runs this.
+"""The whole road on made hands and data: make, prepare, train, evaluate, compare, draw, report. ``make demo`` runs this.
 
     python apps/run_demo.py [--out output/demo] [--frames TRAIN VAL TEST] [KEY VALUE ...]
 
@@ -56,11 +56,13 @@ def main(argv: list[str] | None = None) -> int:
     step('evaluate', 'apps/eval_interhand.py', '--data_path', data, '--model', run, '--out', out / 'trained',
          *args.opts)
     step('baseline', 'apps/eval_baseline.py', '--data_path', data, *config, '--out', out / 'baseline', *args.opts)
+    step('report', 'apps/report.py', out / 'trained', out / 'baseline', '--out', out / 'report.html')
 
     trained, baseline = (read_json(out / name / 'metrics.json') for name in ('trained', 'baseline'))
     sheet = draw_test_samples(run, data, args.opts, out / 'pictures.jpg')
     write_json(out / 'summary.json', {'trained': trained, 'baseline': baseline, 'seconds': seconds})
-    print(f'\n{comparison_table(trained, baseline)}\n\npictures: {sheet}\nsummary:  {out / "summary.json"}')
+    print(f'\n{comparison_table(trained, baseline)}\n\npictures: {sheet}\nsummary:  {out / "summary.json"}\n'
+          f'report:   {out / "report.html"} (open it in a browser)')
     return 0
 
 

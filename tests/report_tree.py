@@ -6,7 +6,6 @@
 import csv
 import json
 import sys
-import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -15,10 +14,10 @@ import cv2
 import numpy as np
 import torch
 
-from apps.eval_interhand import METRICS_VERSION
 from manopth import Hands, TwoHandLayer, load_hand_models
 from manopth.rotations import axis_angle_to_matrix
 from utils.config import flatten, load_config
+from utils.evaluated_runs import METRICS_VERSION
 from utils.hand import NUM_JOINTS, SIDES
 from utils.metrics import PROTOCOLS, SampleErrors
 from utils.render import overlay, two_hand_faces
@@ -63,7 +62,7 @@ def write_run(folder: Path, *, frames: int = 120, samples: int = 6, error: float
     (evaluation / 'metrics.json').write_text(json.dumps(metrics | more))
     write_per_sample(evaluation / 'per_sample.csv', errors, {
         'box_iou': iou, 'distance_mm': distance, 'penetration_mm': depth, 'true_penetration_mm': depth / 2})
-    write_arrays(evaluation / 'samples.npz', make_samples(errors, samples, seed=seed))
+    np.savez_compressed(evaluation / 'samples.npz', **make_samples(errors, samples, seed=seed))
     write_log(folder / 'log.jsonl', random, error)
     return folder
 
@@ -94,14 +93,6 @@ def write_per_sample(path: Path, errors: SampleErrors, more: dict[str, np.ndarra
             table.writerow([index, file_name(index), *(f'{value:.6f}' for value in values)])
 
 
-def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """An .npz; numpy's own savez has an argument called ``file`` and cannot write an array of that name."""
-    with zipfile.ZipFile(path, 'w') as archive:
-        for name, values in arrays.items():
-            with archive.open(f'{name}.npy', 'w') as file:
-                np.lib.format.write_array(file, np.asanyarray(values), allow_pickle=False)
-
-
 def make_samples(errors: SampleErrors, count: int, *, seed: int) -> dict[str, np.ndarray]:
     """The arrays of samples.npz: meshes whose joint errors are those of ``errors``, before a made picture."""
     order = errors.joint_mm.mean(1).argsort(descending=True).tolist()
@@ -128,7 +119,7 @@ def make_samples(errors: SampleErrors, count: int, *, seed: int) -> dict[str, np
                       smooth_edges=1) for corners, hands in zip(backgrounds, placed)]
     return {
         'version': np.array(1), 'index': index.numpy(), 'kind': np.array([kind for kind, _ in chosen]),
-        'file': np.array([file_name(i) for _, i in chosen]), 'image': np.stack(images),
+        'name': np.array([file_name(i) for _, i in chosen]), 'image': np.stack(images),
         'vertices': vertices.numpy(), 'offset': offset.numpy(), 'true_vertices': placed.numpy(),
         'true_roots': roots.numpy(), 'intrinsics': INTRINSICS.expand(count, 3, 3).numpy(),
         'faces': np.stack([model.faces for model in models]).astype(np.int32),

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from apps import eval_baseline, eval_interhand, run_demo
-from apps.eval_interhand import METRICS_VERSION
+from utils.evaluated_runs import METRICS_VERSION
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ['MODEL.IMAGE_SIZE', '64', 'MODEL.MAP_CHANNELS', '16', 'TRAIN.BATCH_SIZE', '8', 'TRAIN.EPOCHS', '1',

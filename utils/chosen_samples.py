@@ -15,6 +15,7 @@ from utils.files import write_atomically
 from utils.hand import HAND_SCALE
 
 SAMPLES_VERSION = 1
+KINDS = ('worst', 'median', 'best')
 OF_EACH_KIND = 4
 
 
@@ -27,9 +28,8 @@ def choose_samples(error: Tensor, of_each: int = OF_EACH_KIND) -> list[tuple[str
     order = order[error[order].isfinite()].tolist()
     each = min(of_each, -(-len(order) // 3))
     middle = max((len(order) - each) // 2, 0)
-    kinds = (('worst', order[:each]), ('median', order[middle:middle + each]), ('best', order[-each:] if each else []))
     chosen = {}
-    for kind, rows in kinds:
+    for kind, rows in zip(KINDS, (order[:each], order[middle:middle + each], order[-each:] if each else [])):
         for row in rows:
             chosen.setdefault(row, kind)
     return [(kind, row) for row, kind in chosen.items()]

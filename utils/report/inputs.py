@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from apps.compare_runs import Run
+from utils.chosen_samples import KINDS, SAMPLES_VERSION
 from utils.errors import UserError
+from utils.evaluated_runs import Run
 from utils.hand import FINGERS, JOINT_NAMES, NUM_FACES, NUM_VERTICES
 from utils.summary import PER_HAND
 from utils.training import LOG_NAME
 
-SAMPLES_VERSION = 1
-KINDS = ('worst', 'median', 'best')
 PER_SAMPLE_COLUMNS = ('joint_mm_left', 'joint_mm_right', 'vert_mm_left', 'vert_mm_right', 'root_mm')
 OPTIONAL_COLUMNS = {'box_iou': 'box IoU', 'distance_mm': 'distance mm', 'penetration_mm': 'penetration mm'}
 
@@ -172,7 +171,7 @@ def read_per_sample(path: Path) -> PerSample | None:
 
 # name -> (shape with K samples and S stages, kinds of numpy's dtype)
 ARRAYS = {
-    'index': (('K',), 'iu'), 'kind': (('K',), 'U'), 'file': (('K',), 'U'), 'image': (('K', 256, 256, 3), 'u'),
+    'index': (('K',), 'iu'), 'kind': (('K',), 'U'), 'name': (('K',), 'U'), 'image': (('K', 256, 256, 3), 'u'),
     'vertices': (('K', 'S', 2, NUM_VERTICES, 3), 'f'), 'offset': (('K', 'S', 3), 'f'),
     'true_vertices': (('K', 2, NUM_VERTICES, 3), 'f'), 'true_roots': (('K', 2, 3), 'f'),
     'intrinsics': (('K', 3, 3), 'f'), 'faces': ((2, NUM_FACES, 3), 'iu'), 'joint_mm': (('K', 2), 'f'),

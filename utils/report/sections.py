@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from apps.compare_runs import FIGURES, differences
-from apps.compare_runs import row as compared_row
+from utils.evaluated_runs import FIGURES, differences
+from utils.evaluated_runs import row as compared_row
 from utils.hand import FINGERS, JOINT_NAMES, SIDES
 from utils.report.charts import Axis, Series, axis_of, bar_chart, line_chart, sparkline
 from utils.report.hands import hand_diagram, spoken
@@ -302,7 +302,9 @@ def _binned_cells(row: dict[str, Any], counted: str, errors: tuple[str, ...]) ->
 
 def learning(runs: list[Evaluated]) -> Html:
     found = [run for run in runs if run.log and (run.log.train or run.log.validation)]
-    missing = joined(lacks(run, 'log.jsonl of its training', evaluation=False) for run in runs if run not in found)
+    missing = joined(
+        lacks(run, 'log.jsonl of its training', evaluation=False) if run.metrics.get('training')
+        else tag('p', f'{run.label}: was not trained here.', class_='missing') for run in runs if run not in found)
     drawn = [chart for chart in (
         _curves('Training loss', 'loss', found, 'total', logarithmic=True),
         _curves('Learning rate', 'rate, 10⁻⁴', found, 'lr', factor=1e4),
@@ -428,7 +430,7 @@ def _cards(run: Evaluated, pictures: list[Pictures]) -> list[Html]:
 
 def _card(run: Evaluated, place: int, title: str, pictures: Pictures) -> Html:
     left, right = run.samples['joint_mm'][place].tolist()
-    root, file = run.samples['root_mm'][place].item(), run.samples['file'][place].item()
+    root, file = run.samples['root_mm'][place].item(), run.samples['name'][place].item()
     figures = f'joint {number(left)} left, {number(right)} right, root {number(root)} mm'
     images = [tag('figure', tag('img', src=address, alt=f'{title}: {what}', width=256, height=256),
                   tag('figcaption', what)) for what, address in zip(('input', 'prediction', 'truth'), pictures)]

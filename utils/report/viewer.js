@@ -116,14 +116,15 @@ function createViewer(canvas, colours) {
     redraw();
   }
 
-  /** Middle and radius of the true hands: the view does not jump between stages. */
+  /** Middle and radius of the truth and all stages at the true roots: the view does not jump between stages. */
   function measure() {
     const [low, high] = [[Infinity, Infinity, Infinity], [-Infinity, -Infinity, -Infinity]];
-    sample.truthMeshes.forEach((mesh, side) => mesh.forEach((value, i) => {
+    const pairs = [sample.truthMeshes, ...sample.stages.map((stage) => unpackHands(stage, sample.step))];
+    pairs.forEach((pair) => pair.forEach((mesh, side) => mesh.forEach((value, i) => {
       const placed = value + (side ? sample.trueRoot[i % 3] : 0);
       low[i % 3] = Math.min(low[i % 3], placed);
       high[i % 3] = Math.max(high[i % 3], placed);
-    }));
+    })));
     sample.centre = low.map((value, k) => (value + high[k]) / 2);
     sample.radius = Math.hypot(...low.map((value, k) => high[k] - value)) / 2;
   }
