@@ -21,7 +21,7 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
 clean:
 	rm -rf output/demo .pytest_cache .ruff_cache .coverage*

@@ -16,6 +16,7 @@ assumed to be the longer side; distances are in proportion to it. Given again, t
 """
 
 import argparse
+import atexit
 import csv
 import io
 import sys
@@ -211,6 +212,7 @@ def choose_boxes(args: argparse.Namespace) -> Boxes:
         return BoxesFile(Path(args.boxes))
     if args.detect:
         detector = HandDetector(args.detector)
+        atexit.register(detector.close)  # left to the interpreter's end, MediaPipe complains
         return lambda source, picture: [detector(picture)]
     return lambda source, picture: [args.box]
 

@@ -1,4 +1,4 @@
-"""The whole road on made hands and data: make, prepare, train, evaluate, compare, draw, report. ``make demo`` runs this.
+"""The whole road on made hands and data: make, prepare, train, evaluate, compare, show. ``make demo`` runs this.
 
     python apps/run_demo.py [--out output/demo] [--frames TRAIN VAL TEST] [KEY VALUE ...]
 

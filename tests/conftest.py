@@ -9,6 +9,14 @@ from prepared_tree import write_prepared
 
 from manopth import load_hand_models
 
+# Each takes a minute or more: begun first, so that no process is left alone with one of them at the end.
+LONGEST_FILES = ('test_road.py', 'test_train.py', 'test_real_frames.py', 'test_convert_checkpoint.py')
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
 
 @pytest.fixture(scope='session')
 def standin():

@@ -17,7 +17,7 @@ from apps import demo
 from manopth.assets import describe
 from utils.checkpoint import save_checkpoint
 from utils.hand import NUM_FACES, NUM_VERTICES
-from utils.hand_detector import HandDetector, box_around
+from utils.hand_detector import HandDetector
 
 FILES = {'overlay.jpg', 'side.jpg', 'above.jpg', 'crop.jpg', 'left.obj', 'right.obj', 'hands.glb', 'hands.json'}
 
@@ -229,6 +229,7 @@ def test_without_mediapipe_one_sentence_says_what_to_do(run, pictures, capsys, m
 def test_detected_hands_are_cropped_and_their_lack_is_a_failure(run, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(HandDetector, '__init__', lambda self, model: None)
     monkeypatch.setattr(HandDetector, '__call__', lambda self, picture: None if len(picture) == 90 else (5, 6, 70, 80))
+    monkeypatch.setattr(demo.atexit, 'register', lambda close: None)
     assert run(pictures, '--detect') == 1
     assert hands(tmp_path, 'a')['box'] == hands(tmp_path, 'b')['box'] == [5, 6, 70, 80]
     assert 'finds no hands' in outcome(tmp_path)['failed'][0]['reason']
@@ -239,11 +240,6 @@ def test_a_videos_box_follows_the_detector_smoothly():
     assert demo.smoothed((0, 0, 10, 10), (10, 20, 20, 10)) == (5, 10, 15, 10)
     assert demo.smoothed((1, 2, 3, 4), None) == (1, 2, 3, 4)
     assert demo.smoothed(None, None) is None
-
-
-def test_a_detected_box_holds_its_landmarks_with_a_margin():
-    left, top, width, height = box_around(np.array([[10.0, 20], [110, 40], [60, 70]]))
-    assert (left, top, width, height) == pytest.approx((0, 10, 120, 70))
 
 
 def test_pictures_are_the_same_alone_and_in_a_batch(run, pictures, tmp_path):

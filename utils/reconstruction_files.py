@@ -15,8 +15,8 @@ from manopth.assets import describe
 from utils.files import write_atomically, write_json
 from utils.hand import JOINT_NAMES, SIDES
 from utils.reconstruction import Reconstruction
-from utils.render import HAND_COLOURS_BGR, overlay
-from utils.visualize import write_image
+from utils.render import HAND_COLOURS_BGR
+from utils.visualize import mesh_overlay, write_image
 
 FORMAT = 'dir-hands-1'  # of hands.json; raised when a value changes its meaning
 LONGEST_SIDE = 1920  # pixels: larger pictures are reduced for their overlay
@@ -61,7 +61,7 @@ def view(vertices: Tensor, turn: np.ndarray, models: tuple[HandModel, HandModel]
     centre = VIEW_SIDE / 2
     intrinsics = torch.tensor([[focal, 0, centre], [0, focal, centre], [0, 0, 1.0]])
     picture = np.full((VIEW_SIDE, VIEW_SIDE, 3), VIEW_BACKGROUND_BGR, np.uint8)
-    picture = overlay(picture, vertices, intrinsics, models, alpha=1.0)
+    picture = mesh_overlay(picture, vertices, intrinsics, models, alpha=1.0)
     bar = round(SCALE_BAR * focal / float(vertices[..., 2].mean()))
     if 4 < bar < VIEW_SIDE - 40:
         cv2.rectangle(picture, (16, VIEW_SIDE - 22), (16 + bar, VIEW_SIDE - 18), (60, 60, 60), cv2.FILLED)
@@ -73,7 +73,7 @@ def view(vertices: Tensor, turn: np.ndarray, models: tuple[HandModel, HandModel]
 def draw_overlay(shown: Shown, hands: Reconstruction, models: tuple[HandModel, HandModel]) -> np.ndarray:
     """The placed meshes of one reconstruction (no leading axis) over its picture."""
     intrinsics = torch.from_numpy(shown.to_image).float() @ hands.intrinsics.cpu()
-    return overlay(shown.image, hands.vertices.cpu(), intrinsics, models)
+    return mesh_overlay(shown.image, hands.vertices, intrinsics, models)
 
 
 def meshes(vertices: Tensor, models: tuple[HandModel, HandModel]) -> dict[str, trimesh.Trimesh]:
