@@ -245,7 +245,7 @@ def run_pictures(demo: Demo, paths: list[Path], folders: dict[Path, Path]) -> No
     while not demo.stop.requested and (batch := list(islice(items, demo.args.batch))):
         hands = demo.reconstruct.from_crops([item.crop for item in batch])
         for number, item in enumerate(batch):
-            one = Reconstruction(*(values[number] for values in hands))
+            one = hands.one(number)
             write_picture_files(item.folder, item.shown, item.crop.image, one, demo.reconstruct.hand_models,
                                 **item.about)
             demo.outcome.done.append(str(item.folder))
@@ -345,7 +345,7 @@ def write_video_files(demo: Demo, video: Video, name: Path, folder: Path) -> int
         while not demo.stop.requested and (batch := list(islice(frames, demo.args.batch))):
             hands = demo.reconstruct.from_crops([item.crop for item in batch])
             for number, item in enumerate(batch):
-                one = Reconstruction(*(values[number] for values in hands))
+                one = hands.one(number)
                 movie.write(overlay := draw_overlay(item.shown, one, models))
                 if demo.view:
                     demo.view.show(overlay)

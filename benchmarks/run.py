@@ -60,6 +60,8 @@ from utils.config import load_config, split_off_pairs
 from utils.distributed import choose_device, keep_freed_memory, usable_cores
 from utils.errors import UserError, user_facing
 from utils.files import write_atomically, write_json
+from utils.reconstruction import Reconstructor, cut_crop
+from utils.reconstruction_files import reduced, write_picture_files
 from utils.training import autocast, build_optimizer, compiled, set_float32_precision
 
 MADE_FRAMES = 320  # of the data set that is made for the loader
@@ -192,10 +194,17 @@ def forward(setting: Setting) -> Table:
 @torch.no_grad()
 def latency(setting: Setting) -> Table:
     images, model = make_images(setting, 1), make_network(setting).eval()
-    runs = inference_forms(model, setting)
-    seconds = in_turn({name: lambda run=run: run(images) for name, run in runs.items()}, setting.repeats,
-                      setting.device)
-    return Table('One image', 'DIR, eager', rows_of(seconds, 'DIR, eager'))
+    runs = {name: lambda run=run: run(images) for name, run in inference_forms(model, setting).items()}
+    picture = (255 * torch.rand(256, 256, 3)).byte().numpy()
+    reconstruct = Reconstructor(model, image_size=setting.cfg.MODEL.IMAGE_SIZE, device=setting.device)
+
+    def all_files():
+        write_picture_files(setting.work / 'picture', reduced(picture), cut_crop(picture).image,
+                            reconstruct([picture]).one(0), reconstruct.hand_models)
+
+    runs |= {'picture to hands in metres': lambda: reconstruct([picture]),
+             'the same, with all files of apps/demo.py': all_files}
+    return Table('One image', 'DIR, eager', rows_of(in_turn(runs, setting.repeats, setting.device), 'DIR, eager'))
 
 
 def projection(setting: Setting) -> Table:

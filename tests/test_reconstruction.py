@@ -93,9 +93,7 @@ def test_with_true_parameters_the_overlay_covers_the_datas_mask(standin, reconst
         assert both / either >= 0.97
 
     for number, picture in enumerate(pictures):  # and the overlay itself, on the whole picture
-        one = type(hands)(*(values[number] for values in hands))
-        black = np.zeros_like(picture)
-        covered = draw_overlay(reduced(black), one, standin).any(-1)
+        covered = draw_overlay(reduced(np.zeros_like(picture)), hands.one(number), standin).any(-1)
         mask = (masks[number].numpy() > 0).astype(np.uint8) * 255
         back = np.linalg.inv(hands.to_crop[number].double().numpy())
         # The renderer samples at pixels' centres + 1/2, in the crop as in the picture.

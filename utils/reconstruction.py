@@ -62,6 +62,10 @@ class Reconstruction(NamedTuple):
     residual_px: Tensor  # (N,) pixels of the crop, RMS: projected joints against joints_px; large if they contradict
     size_in_crop: Tensor  # (N,) extent of both hands in the crop, as a share of its side: small hands come out badly
 
+    def one(self, number: int) -> 'Reconstruction':
+        """That of one crop, without the leading axis."""
+        return Reconstruction(*(values[number] for values in self))
+
 
 def assumed_intrinsics(width: int, height: int, focal: float | None = None) -> np.ndarray:
     """(3, 3): the principal point in the picture's middle; ``focal`` pixels, by default the longer side, which is a
@@ -134,10 +138,10 @@ def _warp(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 
 class Reconstructor:
-    """A trained network, made ready for pictures. Thread-safe as far as its device is."""
+    """A trained network, made ready for pictures."""
 
-    def __init__(self, model: DIR, *, image_size: int, precision: str = 'float32', device: str = 'cpu',
-                 batch_size: int = 16):
+    def __init__(self, model: DIR, *, image_size: int, precision: str = 'float32',
+                 device: str | torch.device = 'cpu', batch_size: int = 16):
         self.device, self.precision, self.batch_size = torch.device(device), precision, batch_size
         self.hand_models: tuple[HandModel, HandModel] = model.hand_head.hand_layer.models
         self.network = to_device(for_inference(model.eval()), self.device)
