@@ -19,6 +19,7 @@ import argparse
 import atexit
 import csv
 import io
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault('OPENCV_LOG_LEVEL', 'SILENT')  # what cannot be opened is said in one sentence
 
 import numpy as np
 from tqdm import tqdm
@@ -144,8 +146,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f'look at {view.address}')
     demo = Demo(reconstruct, boxes, args, Outcome(), StopRequest(), view)
     if inputs.others:
-        print(f'{len(inputs.others)} files that are neither pictures nor videos are left out: '
-              f'{", ".join(path.name for path in inputs.others[:5])}{" ..." if len(inputs.others) > 5 else ""}')
+        print(f'left out, neither picture nor video: {", ".join(path.name for path in inputs.others[:5])}'
+              f'{f" and {len(inputs.others) - 5} more" if len(inputs.others) > 5 else ""}')
     folders = output_folders(demo.out, [*inputs.pictures, *inputs.videos])
     run_pictures(demo, inputs.pictures, folders)
     for source in [*inputs.videos, *([] if args.camera is None else [args.camera])]:

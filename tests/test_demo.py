@@ -63,7 +63,8 @@ def test_a_folder_gives_every_file_for_every_picture(run, pictures, tmp_path, ca
         assert {path.name for path in (tmp_path / 'out' / name).iterdir()} == FILES
     assert cv2.imread(str(tmp_path / 'out' / 'a' / 'overlay.jpg')).shape == (120, 160, 3)
     assert cv2.imread(str(tmp_path / 'out' / 'a' / 'crop.jpg')).shape == (256, 256, 3)
-    assert '1 files that are neither' in (printed := capsys.readouterr().out) and '3 done' in printed
+    printed = capsys.readouterr().out
+    assert 'left out, neither picture nor video: notes.txt' in printed and '3 done' in printed
     assert outcome(tmp_path)['failed'] == []
 
 
