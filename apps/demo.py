@@ -12,7 +12,8 @@ detector look for them (--detect). Without any of these the whole picture is tak
 For every picture a folder DIR/NAME: overlay.jpg, side.jpg, above.jpg, crop.jpg, left.obj, right.obj, hands.glb (camera
 axes, metres) and hands.json (MANO parameters, camera, offset, joints); for a video overlay.mp4, joints.csv, hands.jsonl
 and video.json. docs/formats.md describes them. Without --focal (in pixels of the whole picture) the focal length is
-assumed to be the longer side; distances are in proportion to it. Given again, the command leaves out what it has done.
+what the picture's EXIF says, or else assumed to be the longer side; distances are in proportion to it. Given again,
+the command leaves out what it has done.
 """
 
 import argparse
@@ -125,11 +126,15 @@ class Demo(NamedTuple):
                 'box': args.box, 'boxes': args.boxes and str(args.boxes), 'detect': args.detect,
                 'focal': args.focal, 'principal': args.principal, 'frames': args.frames}
 
-    def intrinsics(self, picture: np.ndarray) -> np.ndarray:
-        matrix = assumed_intrinsics(*picture.shape[1::-1], self.args.focal)
+    def intrinsics(self, image: np.ndarray, focal: float | None = None) -> np.ndarray:
+        """``focal``: what the picture itself says, unless --focal is given."""
+        matrix = assumed_intrinsics(*image.shape[1::-1], self.args.focal or focal)
         if self.args.principal:
             matrix[:2, 2] = self.args.principal
         return matrix
+
+    def focal_from(self, focal: float | None = None) -> str:
+        return 'given' if self.args.focal else 'exif' if focal else 'assumed'
 
 
 @user_facing
@@ -171,7 +176,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     where.add_argument('--boxes', metavar='FILE.json', help='both hands, by input')
     where.add_argument('--detect', action='store_true', help='look for the hands (requirements-demo.txt)')
     parser.add_argument('--detector', metavar='FILE', default=DETECTOR_MODEL, help='its model (default: %(default)s)')
-    parser.add_argument('--focal', type=float, metavar='PX', help='focal length (default: the longer side)')
+    parser.add_argument('--focal', type=float, metavar='PX', help='focal length (default: EXIF, or the longer side)')
     parser.add_argument('--principal', type=float, nargs=2, metavar=('CX', 'CY'), help='default: the middle')
     parser.add_argument('--out', default='output/pictures', metavar='DIR', help='default: %(default)s')
     parser.add_argument('--batch', type=int, default=8, metavar='N', help='crops at a time (default: %(default)s)')
@@ -282,17 +287,16 @@ def open_picture(demo: Demo, path: Path, folder: Path) -> list[Item]:
     if already_done(folder / 'hands.json', asked):
         demo.outcome.earlier.append(str(folder))
         return []
-    picture = read_picture(path)
-    boxes, intrinsics, shown = demo.boxes(path, picture), demo.intrinsics(picture), reduced(picture)
+    image, focal = read_picture(path)
+    boxes, intrinsics, shown = demo.boxes(path, image), demo.intrinsics(image, focal), reduced(image)
     if demo.args.detect and boxes == [None]:
         raise UserError('the detector finds no hands in it: say where they are with --box or --boxes.')
     items = []
     for number, box in enumerate(boxes):
-        about = {'asked': asked, 'box': box, 'size': list(picture.shape[1::-1]),
-                 'intrinsics_given': demo.args.focal is not None}
+        about = {'asked': asked, 'box': box, 'size': list(image.shape[1::-1]), 'focal_from': demo.focal_from(focal)}
         # The first pair of hands keeps the plain name, which an earlier run is known by.
         place = folder if number == 0 else folder.with_name(f'{folder.name}_{number + 1}')
-        items.append(Item(path, place, shown, cut_crop(picture, box, intrinsics), about))
+        items.append(Item(path, place, shown, cut_crop(image, box, intrinsics), about))
     return items
 
 
@@ -329,7 +333,7 @@ def run_video(demo: Demo, source: Path | int, folder: Path) -> None:
         demo.outcome.warn(name, f'the video ends early: {written} frames of the {video.announced} that it announces.')
     write_json(folder / 'video.json', header(
         demo.reconstruct.hand_models, asked=asked, frames=written, frames_per_second=video.rate,
-        intrinsics_given=demo.args.focal is not None, complete=not demo.stop.requested))
+        focal_from=demo.focal_from(), complete=not demo.stop.requested))
     demo.outcome.done.append(str(folder))
 
 

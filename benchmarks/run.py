@@ -11,7 +11,7 @@ the bare ResNet-50 for the network, decoding a JPEG for the loader. All on rando
   step          a training step, and its peak of memory (in a process of its own)
   throughput    samples/s of inference and training over batch size, precision and --compile; memory; on CUDA the share
                 of the card's measured bfloat16 matrix rate
-  latency       one image: eager, folded, exported, ONNX Runtime
+  latency       one image: eager, folded, exported, ONNX Runtime; from a picture to hands, and to all their files
   loader        one worker: folder, packed, masks as bits, one JPEG a sample; and what a JPEG costs
   opening       a packed split of 400,000 samples
   augmentation  labels, warp, blur, colour, noise, and targets drawn instead of read, on the device

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from PIL import Image
 from test_dir import tiny_config, tiny_model
 from test_media import write_frames
 
@@ -71,7 +72,7 @@ def test_a_folder_gives_every_file_for_every_picture(run, pictures, tmp_path, ca
 def test_meshes_and_numbers_are_the_same_hands_in_camera_axes(run, pictures, tmp_path):
     assert run(pictures / 'a.jpg', '--box', 20, 10, 60, 70, '--focal', 200, '--principal', 70, 65) == 0
     numbers, folder = hands(tmp_path, 'a'), tmp_path / 'out' / 'a'
-    assert numbers['intrinsics_px'] == [[200, 0, 70], [0, 200, 65], [0, 0, 1]] and numbers['intrinsics_given']
+    assert numbers['intrinsics_px'] == [[200, 0, 70], [0, 200, 65], [0, 0, 1]] and numbers['focal_from'] == 'given'
     assert numbers['box'] == [20, 10, 60, 70] and numbers['size'] == [160, 120]
     scene = trimesh.load(folder / 'hands.glb')
     for side in ('left', 'right'):
@@ -85,6 +86,20 @@ def test_meshes_and_numbers_are_the_same_hands_in_camera_axes(run, pictures, tmp
         assert np.array_equal(upright, np.diag([1, -1, -1, 1]))
     offset = np.array(numbers['right']['root_m']) - numbers['left']['root_m']
     assert np.abs(offset - numbers['offset_m']).max() < 2e-6
+
+
+def test_the_focal_length_is_given_or_the_pictures_or_assumed(run, tmp_path):
+    image = Image.fromarray(np.zeros((120, 160, 3), np.uint8))
+    exif = image.getexif()
+    exif.get_ifd(0x8769)[0xA405] = 43
+    image.save(tmp_path / 'phone.jpg', exif=exif)
+    image.save(tmp_path / 'plain.png')
+    for name, options, said, focal in (('phone.jpg', (), 'exif', 198.8), ('plain.png', (), 'assumed', 160),
+                                       ('phone.jpg', ('--focal', 99), 'given', 99)):
+        assert run(tmp_path / name, *options) == 0
+        numbers = hands(tmp_path, name[:5])
+        assert numbers['focal_from'] == said
+        assert numbers['intrinsics_px'][0][0] == pytest.approx(focal, abs=0.1)
 
 
 def test_boxes_of_a_file_one_or_several_a_picture(run, pictures, tmp_path, capsys):

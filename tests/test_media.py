@@ -19,17 +19,17 @@ def large(colours=COLOURS):
 def test_16_bits_grey_and_alpha_become_8_bit_bgr(tmp_path):
     picture = large()
     cv2.imwrite(str(tmp_path / 'deep.png'), picture.astype(np.uint16) * 257)
-    assert np.array_equal(read_picture(tmp_path / 'deep.png'), picture)
+    assert np.array_equal(read_picture(tmp_path / 'deep.png').image, picture)
     cv2.imwrite(str(tmp_path / 'grey.png'), picture[..., 0])
-    assert np.array_equal(read_picture(tmp_path / 'grey.png'), np.repeat(picture[..., :1], 3, -1))
+    assert np.array_equal(read_picture(tmp_path / 'grey.png').image, np.repeat(picture[..., :1], 3, -1))
     alpha = np.full((*picture.shape[:2], 1), 255, np.uint8)
     alpha[:20], alpha[20:40] = 0, 51
     cv2.imwrite(str(tmp_path / 'clear.png'), np.concatenate([picture, alpha], -1))
-    read = read_picture(tmp_path / 'clear.png').astype(int)
+    read = read_picture(tmp_path / 'clear.png').image.astype(int)
     assert (read[:20] == 255).all() and np.array_equal(read[40:], picture[40:])
     assert np.abs(read[20:40] - (255 - 0.2 * (255 - picture[20:40].astype(int)))).max() <= 1
     cv2.imwrite(str(tmp_path / 'deep_clear.png'), np.concatenate([picture, alpha], -1).astype(np.uint16) * 257)
-    assert np.abs(read_picture(tmp_path / 'deep_clear.png').astype(int) - read).max() <= 1
+    assert np.abs(read_picture(tmp_path / 'deep_clear.png').image.astype(int) - read).max() <= 1
 
 
 @pytest.mark.parametrize('orientation, turn', [(1, None), (3, cv2.ROTATE_180), (6, cv2.ROTATE_90_CLOCKWISE),
@@ -40,7 +40,7 @@ def test_exif_turns_a_picture_upright(tmp_path, orientation, turn):
     exif[274] = orientation
     image.save(tmp_path / 'phone.jpg', exif=exif, quality=98, subsampling=0)
     expected = large() if turn is None else cv2.rotate(large(), turn)
-    read = read_picture(tmp_path / 'phone.jpg')
+    read = read_picture(tmp_path / 'phone.jpg').image
     assert read.shape == expected.shape
     assert np.abs(read.astype(int) - expected).mean() < 4
 
@@ -53,6 +53,23 @@ def test_what_is_no_picture_is_one_sentence(tmp_path):
     for name in ('text.jpg', 'empty.png', 'cut.jpg'):
         with pytest.raises(UserError, match='not a picture that OpenCV reads, or it is cut short'):
             read_picture(tmp_path / name)
+
+
+def test_exif_says_the_focal_length_whichever_way_the_phone_is_held(tmp_path):
+    image = Image.fromarray(np.zeros((240, 320, 3), np.uint8))
+    exif = image.getexif()
+    exif[274] = 6
+    exif.get_ifd(0x8769)[0xA405] = 26  # FocalLengthIn35mmFilm
+    for name in ('phone.jpg', 'phone.png'):
+        image.save(tmp_path / name, exif=exif)
+        focal = read_picture(tmp_path / name).focal
+        assert focal == pytest.approx(26 / 43.267 * 400, rel=1e-4)  # 400: the diagonal
+    exif.get_ifd(0x8769)[0xA405] = 0
+    image.save(tmp_path / 'unknown.jpg', exif=exif)
+    image.save(tmp_path / 'none.jpg')
+    (tmp_path / 'damaged.jpg').write_bytes((tmp_path / 'phone.jpg').read_bytes().replace(b'Exif', b'Exit'))
+    for name in ('unknown.jpg', 'none.jpg', 'damaged.jpg'):
+        assert read_picture(tmp_path / name).focal is None
 
 
 # Inputs

@@ -1,9 +1,12 @@
 """Other people's pictures and videos: finding, reading and writing them. Everything is BGR uint8."""
 
 import glob
+import io
 import math
 import os
 import secrets
+import struct
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+from PIL import ExifTags, Image
 
 from utils.errors import UserError
 from utils.files import decode_image
@@ -19,6 +23,7 @@ PICTURES = frozenset(('.jpg', '.jpeg', '.jpe', '.png', '.bmp', '.dib', '.webp', 
                       '.ppm', '.pnm', '.avif'))
 VIDEOS = frozenset(('.mp4', '.m4v', '.mov', '.avi', '.mkv', '.webm', '.mpg', '.mpeg', '.wmv', '.flv', '.gif', '.ts',
                     '.mts'))
+DIAGONAL_35MM = math.hypot(36, 24)  # mm: of a frame of 35 mm film
 DEFAULT_RATE = 30.0  # frames/s, where a video or a camera does not say
 
 
@@ -57,8 +62,15 @@ def find_inputs(words: list[str]) -> Inputs:
     return Inputs(list(pictures), list(videos), list(others))
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8: turned as its EXIF says, 16 bits reduced to 8, grey as three channels, alpha over white.
+class Picture(NamedTuple):
+    """A picture file."""
+
+    image: np.ndarray  # (H, W, 3) uint8 BGR
+    focal: float | None  # pixels, where its EXIF says the 35 mm equivalent
+
+
+def read_picture(path: Path) -> Picture:
+    """Turned as its EXIF says, 16 bits reduced to 8, grey as three channels, alpha over white.
 
     Raises UserError for what is no picture, cut short, or too large for memory, and OSError where it cannot be read.
     """
@@ -69,7 +81,21 @@ def read_picture(path: Path) -> np.ndarray:
         raise UserError('the picture is too large to be read; reduce it first.') from None
     if picture is None:
         raise UserError('this is not a picture that OpenCV reads, or it is cut short; convert it to JPEG or PNG.')
-    return picture if content[:2] == b'\xff\xd8' else _over_white(content, picture)
+    if content[:2] != b'\xff\xd8':
+        picture = _over_white(content, picture)
+    return Picture(picture, _exif_focal(content, *picture.shape[:2]))
+
+
+def _exif_focal(content: bytes, height: int, width: int) -> float | None:
+    """From the 35 mm equivalent, which compares the diagonals of the fields of view (CIPA DCG-001)."""
+    try:
+        with warnings.catch_warnings(action='ignore'):  # large pictures: only the head is read here
+            equivalent = Image.open(io.BytesIO(content)).getexif().get_ifd(ExifTags.IFD.Exif).get(
+                ExifTags.Base.FocalLengthIn35mmFilm)
+    except (OSError, ValueError, SyntaxError, TypeError, struct.error, Image.DecompressionBombError):
+        return None  # no picture that Pillow knows, or damaged EXIF: then it is as if there were none
+    known = isinstance(equivalent, int) and equivalent > 0  # 0: unknown
+    return equivalent * math.hypot(width, height) / DIAGONAL_35MM if known else None
 
 
 def _over_white(content: bytes, picture: np.ndarray) -> np.ndarray:
