@@ -250,7 +250,7 @@ class BoxesFile:
 def run_pictures(demo: Demo, paths: list[Path], folders: dict[Path, Path]) -> None:
     items = picture_items(demo, tqdm(paths, unit='picture', disable=not paths), folders)
     while not demo.stop.requested and (batch := list(islice(items, demo.args.batch))):
-        hands = demo.reconstruct.from_crops([item.crop for item in batch])
+        hands = demo.reconstruct.from_crops([item.crop for item in batch]).cpu()
         for number, item in enumerate(batch):
             one = hands.one(number)
             write_picture_files(item.folder, item.shown, item.crop.image, one, demo.reconstruct.hand_models,
@@ -292,9 +292,9 @@ def open_picture(demo: Demo, path: Path, folder: Path) -> list[Item]:
     if demo.args.detect and boxes == [None]:
         raise UserError('the detector finds no hands in it: say where they are with --box or --boxes.')
     items = []
-    for number, box in enumerate(boxes):
+    for number, box in reversed(list(enumerate(boxes))):
         about = {'asked': asked, 'box': box, 'size': list(image.shape[1::-1]), 'focal_from': demo.focal_from(focal)}
-        # The first pair of hands keeps the plain name, which an earlier run is known by.
+        # The first pair of hands has the plain name, which an earlier run is known by, and comes last.
         place = folder if number == 0 else folder.with_name(f'{folder.name}_{number + 1}')
         items.append(Item(path, place, shown, cut_crop(image, box, intrinsics), about))
     return items
@@ -349,7 +349,7 @@ def write_video_files(demo: Demo, video: Video, name: Path, folder: Path) -> int
           tqdm(total=total, desc=name.name, unit='frame') as bar):
         write_row(table, ['frame', 'time_s', *JOINT_COLUMNS])
         while not demo.stop.requested and (batch := list(islice(frames, demo.args.batch))):
-            hands = demo.reconstruct.from_crops([item.crop for item in batch])
+            hands = demo.reconstruct.from_crops([item.crop for item in batch]).cpu()
             for number, item in enumerate(batch):
                 one = hands.one(number)
                 movie.write(overlay := draw_overlay(item.shown, one, models))

@@ -200,7 +200,7 @@ def latency(setting: Setting) -> Table:
 
     def all_files():
         write_picture_files(setting.work / 'picture', reduced(picture), cut_crop(picture).image,
-                            reconstruct([picture]).one(0), reconstruct.hand_models)
+                            reconstruct([picture]).cpu().one(0), reconstruct.hand_models)
 
     runs |= {'picture to hands in metres': lambda: reconstruct([picture]),
              'the same, with all files of apps/demo.py': all_files}

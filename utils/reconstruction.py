@@ -66,6 +66,9 @@ class Reconstruction(NamedTuple):
         """That of one crop, without the leading axis."""
         return Reconstruction(*(values[number] for values in self))
 
+    def cpu(self) -> 'Reconstruction':
+        return Reconstruction(*(values.cpu() for values in self))
+
 
 def assumed_intrinsics(width: int, height: int, focal: float | None = None) -> np.ndarray:
     """(3, 3): the principal point in the picture's middle; ``focal`` pixels, by default the longer side, which is a

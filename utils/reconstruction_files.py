@@ -1,4 +1,7 @@
-"""What is kept of a reconstruction: overlays, views from the side and from above, meshes, numbers (docs/formats.md)."""
+"""What is kept of a reconstruction: overlays, views from the side and from above, meshes, numbers (docs/formats.md).
+
+Reconstructions and tensors are on the CPU here (``Reconstruction.cpu``).
+"""
 
 import json
 from pathlib import Path
@@ -51,7 +54,7 @@ def reduced(picture: np.ndarray) -> Shown:
 
 def view(vertices: Tensor, turn: np.ndarray, models: tuple[HandModel, HandModel]) -> np.ndarray:
     """Both hands (2, 778, 3) m from another direction, on a plain ground with a bar of 5 cm -> (384, 384, 3) uint8."""
-    vertices = vertices.cpu() @ torch.from_numpy(turn).T
+    vertices = vertices @ torch.from_numpy(turn).T
     middle = (vertices.amin((0, 1)) + vertices.amax((0, 1))) / 2
     vertices = vertices - middle
     half = max(float(vertices[..., :2].abs().amax()), 1e-3)
@@ -72,13 +75,13 @@ def view(vertices: Tensor, turn: np.ndarray, models: tuple[HandModel, HandModel]
 
 def draw_overlay(shown: Shown, hands: Reconstruction, models: tuple[HandModel, HandModel]) -> np.ndarray:
     """The placed meshes of one reconstruction (no leading axis) over its picture."""
-    intrinsics = torch.from_numpy(shown.to_image).float() @ hands.intrinsics.cpu()
+    intrinsics = torch.from_numpy(shown.to_image).float() @ hands.intrinsics
     return mesh_overlay(shown.image, hands.vertices, intrinsics, models)
 
 
 def meshes(vertices: Tensor, models: tuple[HandModel, HandModel]) -> dict[str, trimesh.Trimesh]:
     """vertices (2, 778, 3) m, camera axes -> {'left', 'right'}, coloured as in the pictures."""
-    return {side: trimesh.Trimesh(points.cpu().numpy(), model.faces, process=False, validate=False,
+    return {side: trimesh.Trimesh(points.numpy(), model.faces, process=False, validate=False,
                                   visual=trimesh.visual.TextureVisuals(material=_material(colour)))
             for side, points, model, colour in zip(SIDES, vertices, models, HAND_COLOURS_BGR)}
 
@@ -107,7 +110,7 @@ def write_meshes(folder: Path, vertices: Tensor, models: tuple[HandModel, HandMo
 def as_numbers(hands: Reconstruction) -> dict[str, Any]:
     """One reconstruction (no leading axis) as hands.json and a line of hands.jsonl hold it."""
     def plain(values: Tensor) -> list:
-        return np.round(values.cpu().double().numpy(), 6).tolist()
+        return np.round(values.double().numpy(), 6).tolist()
 
     sides = {side: {
         'root_rotation': plain(hands.root_rotation[hand]), 'pose_pca': plain(hands.pose[hand]),
