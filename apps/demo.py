@@ -17,12 +17,12 @@ the command leaves out what it has done.
 """
 
 import argparse
-import atexit
 import csv
 import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ from utils.files import read_json, write_json, written_aside
 from utils.hand_detector import MODEL as DETECTOR_MODEL
 from utils.hand_detector import HandDetector
 from utils.live_view import LiveView
-from utils.media import Video, find_inputs, read_picture, video_writer
+from utils.media import Inputs, Video, find_inputs, read_picture, video_writer
 from utils.reconstruction import (
     SMALL_HANDS,
     Box,
@@ -141,29 +141,40 @@ class Demo(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     inputs = find_inputs(args.inputs)
-    boxes = choose_boxes(args)
-    reconstruct = load_reconstructor(args.model, device=args.device, overrides=args.keys)
-    reconstruct.batch_size = args.batch
-    if reconstruct.device.type == 'cpu':
-        keep_freed_memory()
-    view = None if args.serve is None else LiveView(args.serve)
-    if view:
-        print(f'look at {view.address}')
-    demo = Demo(reconstruct, boxes, args, Outcome(), StopRequest(), view)
-    if inputs.others:
-        print(f'left out, neither picture nor video: {", ".join(path.name for path in inputs.others[:5])}'
-              f'{f" and {len(inputs.others) - 5} more" if len(inputs.others) > 5 else ""}')
-    folders = output_folders(demo.out, [*inputs.pictures, *inputs.videos])
-    run_pictures(demo, inputs.pictures, folders)
-    for source in [*inputs.videos, *([] if args.camera is None else [args.camera])]:
-        if not demo.stop.requested:
-            run_video(demo, source, folders.get(source, demo.out / f'camera{args.camera}'))
-    if view:
-        view.close()
+    with ExitStack() as at_end:
+        boxes = choose_boxes(args, at_end)
+        reconstruct = load_reconstructor(args.model, device=args.device, overrides=args.keys)
+        reconstruct.batch_size = args.batch
+        if reconstruct.device.type == 'cpu':
+            keep_freed_memory()
+        demo = Demo(reconstruct, boxes, args, Outcome(), StopRequest(), open_view(args, at_end))
+        run(demo, inputs)
     code = demo.outcome.finish(demo.out)
     if demo.stop.requested and args.camera is None:
         raise KeyboardInterrupt
     return code
+
+
+def run(demo: Demo, inputs: Inputs) -> None:
+    """All pictures, then all videos, then the camera."""
+    if inputs.others:
+        print(f'left out, neither picture nor video: {", ".join(path.name for path in inputs.others[:5])}'
+              f'{f" and {len(inputs.others) - 5} more" if len(inputs.others) > 5 else ""}')
+    camera = demo.args.camera
+    folders = output_folders(demo.out, [*inputs.pictures, *inputs.videos])
+    run_pictures(demo, inputs.pictures, folders)
+    for source in [*inputs.videos, *([] if camera is None else [camera])]:
+        if not demo.stop.requested:
+            run_video(demo, source, folders.get(source, demo.out / f'camera{camera}'))
+
+
+def open_view(args: argparse.Namespace, at_end: ExitStack) -> LiveView | None:
+    if args.serve is None:
+        return None
+    view = LiveView(args.serve)
+    at_end.callback(view.close)
+    print(f'look at {view.address}')
+    return view
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -214,12 +225,12 @@ def output_folders(out: Path, sources: list[Path]) -> dict[Path, Path]:
 # Where the hands are
 # ---------------------------------------------------------------------------------------------------------------------
 
-def choose_boxes(args: argparse.Namespace) -> Boxes:
+def choose_boxes(args: argparse.Namespace, at_end: ExitStack) -> Boxes:
     if args.boxes:
         return BoxesFile(Path(args.boxes))
     if args.detect:
         detector = HandDetector(args.detector)
-        atexit.register(detector.close)  # left to the interpreter's end, MediaPipe complains
+        at_end.callback(detector.close)
         return lambda source, picture: [detector(picture)]
     return lambda source, picture: [args.box]
 

@@ -245,10 +245,11 @@ def test_without_mediapipe_one_sentence_says_what_to_do(run, pictures, capsys, m
 def test_detected_hands_are_cropped_and_their_lack_is_a_failure(run, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(HandDetector, '__init__', lambda self, model: None)
     monkeypatch.setattr(HandDetector, '__call__', lambda self, picture: None if len(picture) == 90 else (5, 6, 70, 80))
-    monkeypatch.setattr(demo.atexit, 'register', lambda close: None)
+    closed = []
+    monkeypatch.setattr(HandDetector, 'close', lambda self: closed.append(self))
     assert run(pictures, '--detect') == 1
     assert hands(tmp_path, 'a')['box'] == hands(tmp_path, 'b')['box'] == [5, 6, 70, 80]
-    assert 'finds no hands' in outcome(tmp_path)['failed'][0]['reason']
+    assert 'finds no hands' in outcome(tmp_path)['failed'][0]['reason'] and len(closed) == 1
 
 
 def test_a_videos_box_follows_the_detector_smoothly():
