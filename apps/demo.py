@@ -118,13 +118,13 @@ class Demo(NamedTuple):
 
     def asked(self, source: Path | int) -> dict[str, Any]:
         """What the files of an input depend on: where this is the same they need not be made again."""
-        args, model = self.args, Path(self.args.model)
-        model = model / 'best.pth' if model.is_dir() else model
-        camera = isinstance(source, int)
-        return {'input': f'camera {source}' if camera else str(source), 'model': str(args.model),
-                'modified': [0 if camera else source.stat().st_mtime_ns, model.stat().st_mtime_ns],
-                'box': args.box, 'boxes': args.boxes and str(args.boxes), 'detect': args.detect,
-                'focal': args.focal, 'principal': args.principal, 'frames': args.frames}
+        args, model, camera = self.args, Path(self.args.model), isinstance(source, int)
+        files = [model / 'best.pth' if model.is_dir() else model, *([args.boxes] if args.boxes else []),
+                 *([] if camera else [source])]
+        return {'input': f'camera {source}' if camera else str(source), 'model': args.model, 'keys': args.keys,
+                'box': args.box, 'boxes': args.boxes, 'detect': args.detect, 'focal': args.focal,
+                'principal': args.principal, 'frames': args.frames,
+                'modified': [Path(file).stat().st_mtime_ns for file in files]}
 
     def intrinsics(self, image: np.ndarray, focal: float | None = None) -> np.ndarray:
         """``focal``: what the picture itself says, unless --focal is given."""

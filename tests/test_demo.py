@@ -109,6 +109,8 @@ def test_boxes_of_a_file_one_or_several_a_picture(run, pictures, tmp_path, capsy
     assert run(pictures / 'a.jpg', pictures / 'b.png', pictures / 'c.jpg', '--boxes', boxes) == 1
     assert [hands(tmp_path, name)['box'] for name in ('a', 'b', 'b_2')] == [one, *two]
     assert [failed['reason'] for failed in outcome(tmp_path)['failed']] == [f'{boxes} has no box for it.']
+    boxes.write_text(json.dumps({'a.jpg': two[0], 'b.png': two}))  # a box put right is done again
+    assert run(pictures / 'a.jpg', '--boxes', boxes) == 0 and hands(tmp_path, 'a')['box'] == two[0]
     boxes.write_text('[1, 2]')
     assert run(pictures / 'a.jpg', '--boxes', boxes) == 2
     assert 'must hold' in capsys.readouterr().err
