@@ -244,10 +244,9 @@ class BoxesFile:
             raise UserError(f'{path} must hold {{"picture.jpg": [x, y, width, height], ...}}.')
 
     def __call__(self, source: Path, picture: np.ndarray) -> list[Box]:
-        resolved, folder = source.resolve(), self.path.resolve().parent
-        names = [str(source), source.name]
+        names, resolved, folder = [str(source), source.name], source.resolve(), self.path.resolve().parent
         if resolved.is_relative_to(folder):
-            names.append(str(resolved.relative_to(folder)))
+            names.insert(1, str(resolved.relative_to(folder)))
         found = next((self.table[name] for name in names if name in self.table), None)
         if not isinstance(found, list) or not found:
             raise UserError(f'{self.path} has no box for it.')
@@ -305,8 +304,8 @@ def open_picture(demo: Demo, path: Path, folder: Path) -> list[Item]:
     items = []
     for number, box in reversed(list(enumerate(boxes))):
         about = {'asked': asked, 'box': box, 'size': list(image.shape[1::-1]), 'focal_from': demo.focal_from(focal)}
-        # The first pair of hands has the plain name, which an earlier run is known by, and comes last.
-        place = folder if number == 0 else folder.with_name(f'{folder.name}_{number + 1}')
+        # By the first pair of hands an earlier run is known, so it comes last.
+        place = folder if number == 0 else folder / str(number + 1)
         items.append(Item(path, place, shown, cut_crop(image, box, intrinsics), about))
     return items
 

@@ -107,7 +107,7 @@ def test_boxes_of_a_file_one_or_several_a_picture(run, pictures, tmp_path, capsy
     boxes = pictures / 'boxes.json'
     boxes.write_text(json.dumps({'a.jpg': one, str(pictures / 'b.png'): two}))
     assert run(pictures / 'a.jpg', pictures / 'b.png', pictures / 'c.jpg', '--boxes', boxes) == 1
-    assert [hands(tmp_path, name)['box'] for name in ('a', 'b', 'b_2')] == [one, *two]
+    assert [hands(tmp_path, name)['box'] for name in ('a', 'b', 'b/2')] == [one, *two]
     assert [failed['reason'] for failed in outcome(tmp_path)['failed']] == [f'{boxes} has no box for it.']
     boxes.write_text(json.dumps({'a.jpg': two[0], 'b.png': two}))  # a box put right is done again
     assert run(pictures / 'a.jpg', '--boxes', boxes) == 0 and hands(tmp_path, 'a')['box'] == two[0]
