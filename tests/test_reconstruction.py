@@ -197,6 +197,13 @@ def test_numbers_of_pictures_and_boxes_must_fit(reconstruct):
         reconstruct([])
 
 
+def test_a_diverged_network_is_one_sentence(standin):
+    model = tiny_model(standin).eval()
+    model.stages[-1].parameters_head.bias.data[0] = torch.nan
+    with pytest.raises(UserError, match='NaN or infinity'):
+        Reconstructor(model, image_size=64)([np.zeros((64, 64, 3), np.uint8)])
+
+
 def test_a_checkpoint_becomes_a_reconstructor(standin, tmp_path):
     from manopth.assets import describe
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
 from dataset.batch import BatchMaker
 from dataset.interhand import PreparedSplit
@@ -45,7 +44,7 @@ def write_chosen_samples(path: str | Path, model: nn.Module, dataset: PreparedSp
         return
     kinds, rows = zip(*chosen)
     index = result.index[list(rows)].tolist()
-    samples = default_collate([dataset[i] for i in index])
+    samples = dataset.__getitems__(index)
     batch = batch_maker(samples)
     stages = model.eval()(batch.image).stages
     root = model.hand_head.root_joint

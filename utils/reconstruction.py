@@ -171,7 +171,8 @@ class Reconstructor:
 
     @torch.inference_mode()
     def from_crops(self, crops: Sequence[Crop]) -> Reconstruction:
-        """What ``cut_crop`` gave -> Reconstruction, ``batch_size`` crops at a time."""
+        """What ``cut_crop`` gave -> Reconstruction, ``batch_size`` crops at a time. Raises UserError for a network
+        whose predictions are not finite."""
         if not crops:
             raise UserError('there are no pictures to reconstruct hands from.')
         set_float32_precision(self.precision)
@@ -182,6 +183,8 @@ class Reconstructor:
         images = torch.from_numpy(np.stack([crop.image for crop in crops]))
         with autocast(self.precision, self.device):
             hands = self.network(self.batch_maker.network_input(images)).stages[-1]
+        if not bool(hands.vertices.isfinite().all() & hands.offset.isfinite().all()):
+            raise UserError('the network predicts NaN or infinity: the checkpoint is damaged or its training diverged.')
         return placed_in_picture(hands, crops)
 
 
