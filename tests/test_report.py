@@ -242,6 +242,17 @@ def test_every_chart_has_a_title_axes_and_words(page):
         assert places == sorted(places) and places[0] >= 0 and places[-1] <= charts.WIDTH
 
 
+def test_a_single_validation_is_a_dot_of_each_stage(run, tmp_path):
+    log = run / 'log.jsonl'
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    last = max(line['step'] for line in lines if line['kind'] == 'val_stage0')
+    kept = [line for line in lines if line['kind'] == 'train' or line['step'] == last]
+    log.write_text(''.join(json.dumps(line) + '\n' for line in kept))
+    page = make(edit(run, model=str(run)), out=tmp_path / 'page.html')
+    chart = page.text.partition('Validation joint error by stage')[2].partition('</figure>')[0]
+    assert chart.count('class="dot') == STAGES
+
+
 def test_pictures_show_crop_prediction_and_truth(page, folder):
     with np.load(folder / 'main' / 'eval' / 'samples.npz') as samples:
         crop = samples['image'][0].astype(int)

@@ -355,7 +355,9 @@ def _validation(title: str, runs: list[Evaluated], key: str) -> Html | None:
 def _validation_of_stages(run: Evaluated) -> Html | None:
     series = [curve(f'stage {stage}', stage, run.log.validation[stage], 'joint_mm_all')
               for stage in sorted(run.log.validation)]
-    return _chart_over_steps(f'Validation joint error by stage, {run.label}', 'mm', series) if len(series) > 1 else None
+    if len(series) < 2:
+        return None
+    return _chart_over_steps(f'Validation joint error by stage, {run.label}', 'mm', series, marks=True)
 
 
 def _loss_table(run: Evaluated) -> Html | None:
