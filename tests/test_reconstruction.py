@@ -82,7 +82,7 @@ def test_with_true_parameters_the_overlay_covers_the_datas_mask(standin, reconst
         boxes.append((*pixels.amin(0).tolist(), *(pixels.amax(0) - pixels.amin(0)).tolist()))
     hands = reconstruct(pictures, boxes, intrinsics=intrinsics)
 
-    assert (hands.vertices - truth.hands.vertices).norm(dim=-1).max() < 2e-4  # m
+    assert (hands.vertices - truth.hands.vertices).norm(dim=-1).max() < 1e-5  # m
     stored = torch.from_numpy(np.stack([dataset.mask(i) for i in range(len(dataset))]))
     masks = classify_mask(stored.permute(0, 3, 1, 2))
     in_crop = (hands.to_crop @ hands.intrinsics).float()
