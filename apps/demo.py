@@ -17,8 +17,6 @@ the command leaves out what it has done.
 """
 
 import argparse
-import csv
-import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -55,6 +53,7 @@ from utils.reconstruction_files import (
     JOINT_COLUMNS,
     Shown,
     as_numbers,
+    csv_line,
     draw_overlay,
     header,
     joint_row,
@@ -259,14 +258,17 @@ class BoxesFile:
 
 def run_pictures(demo: Demo, paths: list[Path], folders: dict[Path, Path]) -> None:
     items = picture_items(demo, tqdm(paths, unit='picture', disable=not paths), folders)
+    for item, hands in reconstructed(demo, items):
+        write_picture_files(item.folder, item.shown, item.crop.image, hands, demo.reconstruct.hand_models, **item.about)
+        demo.outcome.done.append(str(item.folder))
+        warn_of_small_hands(demo.outcome, item.source, item.about['box'], hands)
+
+
+def reconstructed(demo: Demo, items: Iterator[Item]) -> Iterator[tuple[Item, Reconstruction]]:
+    """Items with their hands (no leading axis, on the CPU), a batch at a time, until a stop is asked for."""
     while not demo.stop.requested and (batch := list(islice(items, demo.args.batch))):
         hands = demo.reconstruct.from_crops([item.crop for item in batch]).cpu()
-        for number, item in enumerate(batch):
-            one = hands.one(number)
-            write_picture_files(item.folder, item.shown, item.crop.image, one, demo.reconstruct.hand_models,
-                                **item.about)
-            demo.outcome.done.append(str(item.folder))
-            warn_of_small_hands(demo.outcome, item.source, item.about['box'], one)
+        yield from ((item, hands.one(number)) for number, item in enumerate(batch))
 
 
 def warn_of_small_hands(outcome: Outcome, source: Path, box: Box | None, hands: Reconstruction) -> None:
@@ -328,11 +330,11 @@ def run_video(demo: Demo, source: Path | int, folder: Path) -> None:
     if not isinstance(source, int) and already_done(folder / 'video.json', asked):
         demo.outcome.earlier.append(str(folder))
         return
-    name = f'camera {source}' if isinstance(source, int) else source
+    name = Path(f'camera {source}') if isinstance(source, int) else source
     try:
         video = Video(source)
         try:
-            written = write_video_files(demo, video, Path(str(name)), folder)
+            written = write_video_files(demo, video, name, folder)
         finally:
             video.close()
     except UserError as error:
@@ -357,29 +359,20 @@ def write_video_files(demo: Demo, video: Video, name: Path, folder: Path) -> int
     with (video_writer(folder / 'overlay.mp4', rate=video.rate, width=shown_size[1], height=shown_size[0]) as movie,
           written_aside(folder / 'joints.csv') as table, written_aside(folder / 'hands.jsonl') as lines,
           tqdm(total=total, desc=name.name, unit='frame') as bar):
-        write_row(table, ['frame', 'time_s', *JOINT_COLUMNS])
-        while not demo.stop.requested and (batch := list(islice(frames, demo.args.batch))):
-            hands = demo.reconstruct.from_crops([item.crop for item in batch]).cpu()
-            for number, item in enumerate(batch):
-                one = hands.one(number)
-                movie.write(overlay := draw_overlay(item.shown, one, models))
-                if demo.view:
-                    demo.view.show(overlay)
-                seconds = written / video.rate
-                write_row(table, [written, f'{seconds:.4f}', *joint_row(one)])
-                lines.write(json_line({'frame': written, 'time_s': round(seconds, 4), 'box': item.about['box']}
-                                      | as_numbers(one)))
-                if written == 0:
-                    warn_of_small_hands(demo.outcome, name, item.about['box'], one)
-                written += 1
-            bar.update(len(batch))
+        table.write(csv_line(['frame', 'time_s', *JOINT_COLUMNS]))
+        for item, hands in reconstructed(demo, frames):
+            movie.write(overlay := draw_overlay(item.shown, hands, models))
+            if demo.view:
+                demo.view.show(overlay)
+            seconds = written / video.rate
+            table.write(csv_line([written, f'{seconds:.4f}', *joint_row(hands)]))
+            lines.write(json_line({'frame': written, 'time_s': round(seconds, 4), 'box': item.about['box']}
+                                  | as_numbers(hands)))
+            if written == 0:
+                warn_of_small_hands(demo.outcome, name, item.about['box'], hands)
+            written += 1
+            bar.update()
     return written
-
-
-def write_row(table: io.RawIOBase, values: list) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator='\n').writerow(values)
-    table.write(text.getvalue().encode())
 
 
 def video_items(demo: Demo, frames: Iterable[np.ndarray], name: Path, folder: Path) -> Iterator[Item]:

@@ -60,14 +60,15 @@ def differences(run: Run, first: Run) -> str:
                      if key not in NOT_COMPARED and base.get(key) != value)
 
 
+def figure(metrics: dict[str, Any], keys: tuple[str, ...]) -> Any:
+    """The value that ``keys`` lead to, one inside the other; None where there is none."""
+    for key in keys:
+        metrics = metrics.get(key) if isinstance(metrics, dict) else None
+    return metrics
+
+
 def row(run: Run, first: Run) -> dict[str, Any]:
     """Column -> value; None where a run has no such figure."""
-    figures = {}
-    for title, keys in FIGURES.items():
-        value = run.metrics
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        figures[title] = value
-    training = run.metrics.get('training') or {}
+    figures = {title: figure(run.metrics, keys) for title, keys in FIGURES.items()}
     return {'run': run.name, 'differs in': differences(run, first), **figures,
-            'seconds': training.get('seconds')}
+            'seconds': figure(run.metrics, ('training', 'seconds'))}

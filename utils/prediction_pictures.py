@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from dataset.batch import Batch, BatchMaker
 from dataset.interhand import PreparedSplit
@@ -78,7 +77,7 @@ def look(model: DIR, dataset: PreparedSplit, indices: Iterable[int], batch_maker
     was_training = model.training
     model.eval()
     indices = list(indices)
-    samples = default_collate([dataset[index] for index in indices])
+    samples = dataset.__getitems__(indices)
     batch = batch_maker(samples)
     output, maps = forward_with_maps(model, batch.image)
     model.train(was_training)

@@ -149,5 +149,10 @@ def joint_row(hands: Reconstruction) -> list[str]:
     return [f'{value:.6f}' for value in hands.joints.flatten().tolist()]
 
 
+def csv_line(values: list) -> bytes:
+    """Numbers, and names without commas."""
+    return (','.join(map(str, values)) + '\n').encode()
+
+
 def json_line(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, separators=(',', ':')) + '\n').encode()

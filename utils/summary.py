@@ -4,6 +4,8 @@ Everything is computed from per-sample values, so that figures do not depend on 
 says how many frames it covers. Values that are NaN (not annotated) do not count.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -88,11 +90,16 @@ def by_joint(joints_mm: Tensor) -> tuple[dict, dict]:
     return joints, {'wrist': joints['wrist']} | fingers
 
 
+def _bins(by: Tensor, edges: tuple[float, ...]) -> Iterator[tuple[float, float, Tensor]]:
+    """From, to, and which values lie in [from, to); the last bin holds its end too. NaN lies in none."""
+    for low, high in zip(edges, edges[1:]):
+        yield low, high, (by >= low) & ((by < high) if high != edges[-1] else (by <= high))
+
+
 def binned(errors: SampleErrors, by: Tensor, edges: tuple[float, ...]) -> list[dict]:
     """Mean errors of the frames in each bin [from, to) of ``by`` (N,); the last bin holds its end too."""
     rows = []
-    for low, high in zip(edges, edges[1:]):
-        inside = (by >= low) & ((by < high) if high != edges[-1] else (by <= high))
+    for low, high, inside in _bins(by, edges):
         row = {'from': low, 'to': high if high != float('inf') else None, 'frames': int(inside.sum())}
         if row['frames']:
             chosen = headline(SampleErrors(*(values[inside] for values in errors)))
@@ -105,8 +112,7 @@ def binned(errors: SampleErrors, by: Tensor, edges: tuple[float, ...]) -> list[d
 def by_visibility(errors: SampleErrors, visible: Tensor) -> list[dict]:
     """Mean errors of the *hands* of which a share in [from, to) is seen (the last bin holds 1 too); visible (N, 2)."""
     rows = []
-    for low, high in zip(VISIBLE_EDGES, VISIBLE_EDGES[1:]):
-        inside = (visible >= low) & ((visible < high) | (high == VISIBLE_EDGES[-1]))
+    for low, high, inside in _bins(visible, VISIBLE_EDGES):
         row = {'from': low, 'to': high, 'hands': int(inside.sum())}
         if row['hands']:
             row |= {name: getattr(errors, name)[inside].double().nanmean().item() for name in ('joint_mm', 'vert_mm')}

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from utils.evaluated_runs import FIGURES, differences
-from utils.evaluated_runs import row as compared_row
+from utils.evaluated_runs import FIGURES, differences, figure
 from utils.hand import FINGERS, JOINT_NAMES, SIDES
 from utils.report.charts import Axis, Series, axis_of, bar_chart, line_chart, sparkline
 from utils.report.hands import hand_diagram, spoken
@@ -54,12 +53,6 @@ def named(what: str, run: Evaluated, runs: list[Evaluated]) -> str:
     return f'{what}, {run.label}' if len(runs) > 1 else what
 
 
-def at(metrics: dict[str, Any], keys: tuple[str, ...]) -> Any:
-    for key in keys:
-        metrics = (metrics or {}).get(key)
-    return metrics
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,8 +69,7 @@ def headline(runs: list[Evaluated]) -> Html:
     if len(runs) > 1:
         rows.append([f'differs from {runs[0].run.name} in',
                      *(differences(run.run, runs[0].run) or '–' for run in runs)])
-    values = {run.slot: compared_row(run.run, runs[0].run) for run in runs}
-    rows += [[title, *(_figure_cell(run, runs, values, title) for run in runs)] for title in FIGURES]
+    rows += [[title, *(_figure_cell(run, runs, title) for run in runs)] for title in FIGURES]
     table = scrolling_table('Figures of the last stage. In brackets the 95 % interval over frames, below it each hand.',
                             ['', *(run.label for run in runs)], rows, class_='headline')
     return section('figures', 'Figures', warning, table, joined(map(glance, runs)))
@@ -89,14 +81,14 @@ def _frames(run: Evaluated) -> Html:
                    f', {subset["description"]}' if subset else None])
 
 
-def _figure_cell(run: Evaluated, runs: list[Evaluated], values: dict[int, dict], title: str) -> Html:
+def _figure_cell(run: Evaluated, runs: list[Evaluated], title: str) -> Html:
     keys, area = FIGURES[title], title == 'PCK area'
-    value, digits = values[run.slot][title], 4 if area else 2
-    rivals = [values[other.slot][title] for other in runs if other.group == run.group]
+    value, digits = figure(run.metrics, keys), 4 if area else 2
+    rivals = [figure(other.metrics, keys) for other in runs if other.group == run.group]
     rivals = [rival for rival in rivals if rival is not None]
     best = len(rivals) > 1 and value == (max if area else min)(rivals)
-    interval = at(run.metrics, ('interval_95', *keys))
-    hands = at(run.metrics, keys[:-1]) if keys[-1] == 'all' else None
+    interval = figure(run.metrics, ('interval_95', *keys))
+    hands = figure(run.metrics, keys[:-1]) if keys[-1] == 'all' else None
     parts = [tag('strong' if best else 'span', number(value, digits), class_='best' if best else None)]
     if interval:
         parts.append(tag('span', f' [{number(interval[0], digits)}, {number(interval[1], digits)}]', class_='quiet'))
@@ -221,7 +213,7 @@ def stages(runs: list[Evaluated]) -> Html:
     drawn = []
     for title, keys in HEADLINE.items() if found else ():
         series = [Series(run.label, run.slot, list(range(len(run.metrics['stages']))),
-                         [at(stage, keys) for stage in run.metrics['stages']]) for run in found]
+                         [figure(stage, keys) for stage in run.metrics['stages']]) for run in found]
         drawn.append(line_chart(f'{title.capitalize()} by stage', x_axis, axis_of('mm', series, digits=2), series,
                                 marks=True))
     head = ['mm', *(cell for title in HEADLINE for cell in (title, 'gain'))]
@@ -233,7 +225,7 @@ def stages(runs: list[Evaluated]) -> Html:
 def _stage_rows(run: Evaluated, runs: list[Evaluated]) -> list[list[str]]:
     rows, before = [], [None] * len(HEADLINE)
     for count, stage in enumerate(run.metrics['stages']):
-        figures = [at(stage, keys) for keys in HEADLINE.values()]
+        figures = [figure(stage, keys) for keys in HEADLINE.values()]
         gains = [None if None in (old, new) else old - new for old, new in zip(before, figures)]
         rows.append([named(f'stage {count}', run, runs),
                      *(number(value) for pair in zip(figures, gains) for value in pair)])
@@ -400,7 +392,7 @@ OTHER_FIGURES = {  # title -> keys in metrics.json, factor, digits
 def other(runs: list[Evaluated]) -> Html:
     rows = []
     for title, (keys, factor, digits) in OTHER_FIGURES.items():
-        values = [at(run.metrics, keys) for run in runs]
+        values = [figure(run.metrics, keys) for run in runs]
         if any(value is not None for value in values):
             rows.append([title, *(number(None if value is None else factor * value, digits) for value in values)])
     missing = joined(having(runs, key)[1] for key in ('penetration', 'segmentation_iou', 'placement_mm'))
