@@ -1,10 +1,10 @@
 """Train DIR.
 
-    python train.py                                      # the published recipe, configs/dir_interhand.yaml
-    python train.py --cfg configs/demo.yaml TRAIN.LR 1e-3
-    python train.py --resume                             # go on exactly where the run stopped
-    torchrun --nproc_per_node 4 train.py                 # several GPUs; TRAIN.BATCH_SIZE is over all of them
-    torchrun --max-restarts 3 --nproc_per_node 4 train.py    # a lost process costs what was done since the last save
+python train.py                                      # the published recipe, configs/dir_interhand.yaml
+python train.py --cfg configs/demo.yaml TRAIN.LR 1e-3
+python train.py --resume                             # go on exactly where the run stopped
+torchrun --nproc_per_node 4 train.py                 # several GPUs; TRAIN.BATCH_SIZE is over all of them
+torchrun --max-restarts 3 --nproc_per_node 4 train.py    # a lost process costs what was done since the last save
 """
 
 import argparse
@@ -51,9 +51,21 @@ from utils.training import (
 from utils.visualize import write_image
 
 # Keys that may change when a run is resumed: none of them changes what is learned.
-FREE_KEYS = ('DEVICE', 'OUTPUT_DIR', 'DATASET.PATH', 'MANO.PATH', 'MODEL.PRETRAINED', 'MODEL.WEIGHTS',
-             'EVAL.BATCH_SIZE', 'EVAL.PRECISION', 'TRAIN.COMPILE', 'TRAIN.WORKERS', 'TRAIN.SAVE_EVERY',
-             'TRAIN.LOG_EVERY', 'TRAIN.PICTURES')
+FREE_KEYS = (
+    'DEVICE',
+    'OUTPUT_DIR',
+    'DATASET.PATH',
+    'MANO.PATH',
+    'MODEL.PRETRAINED',
+    'MODEL.WEIGHTS',
+    'EVAL.BATCH_SIZE',
+    'EVAL.PRECISION',
+    'TRAIN.COMPILE',
+    'TRAIN.WORKERS',
+    'TRAIN.SAVE_EVERY',
+    'TRAIN.LOG_EVERY',
+    'TRAIN.PICTURES',
+)
 SUMMARY_FIGURES = ('joint_mm', 'vert_mm', 'joint_px', 'vert_px')
 
 
@@ -118,8 +130,9 @@ def main(argv: list[str] | None = None) -> int:
     latest = Path(cfg.OUTPUT_DIR) / 'latest.pth'
     resuming = args.resume or (distributed.restarted() and latest.exists())
     if not resuming and latest.exists():
-        raise UserError(f'{latest.parent} already holds a run: add --resume to go on with it, or choose another '
-                        'OUTPUT_DIR.')
+        raise UserError(
+            f'{latest.parent} already holds a run: add --resume to go on with it, or choose another OUTPUT_DIR.'
+        )
     device = distributed.start(cfg.DEVICE)
     try:
         run = build_training(cfg, device, fresh=not resuming)
@@ -140,9 +153,18 @@ def build_training(cfg: CfgNode, device: torch.device, *, fresh: bool) -> Traini
         model = distributed.synchronise_batch_norm(model, device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.TRAIN.EMA)) if cfg.TRAIN.EMA else None
     return Training(
-        cfg, model, parallelised(model, cfg, device), average, build_criterion(cfg, hand_models).to(device),
-        build_optimizer(model, cfg), build_batch_maker(cfg, hand_models).to(device), loader, sampler, validation,
-        describe(hand_models))
+        cfg,
+        model,
+        parallelised(model, cfg, device),
+        average,
+        build_criterion(cfg, hand_models).to(device),
+        build_optimizer(model, cfg),
+        build_batch_maker(cfg, hand_models).to(device),
+        loader,
+        sampler,
+        validation,
+        describe(hand_models),
+    )
 
 
 def parallelised(model: nn.Module, cfg: CfgNode, device: torch.device) -> nn.Module:
@@ -150,8 +172,9 @@ def parallelised(model: nn.Module, cfg: CfgNode, device: torch.device) -> nn.Mod
     parallel = model
     if distributed.rank_and_world()[1] > 1:
         unused = not (cfg.MODEL.DENSE_HEADS and all(v for v in cfg.LOSS.values() if isinstance(v, float)))
-        parallel = DistributedDataParallel(model, [device] if device.type == 'cuda' else None,
-                                           find_unused_parameters=unused)
+        parallel = DistributedDataParallel(
+            model, [device] if device.type == 'cuda' else None, find_unused_parameters=unused
+        )
     return compiled(parallel, device) if cfg.TRAIN.COMPILE else parallel
 
 
@@ -210,8 +233,16 @@ def train_one_epoch(run: Training, progress: Progress, *, stop: StopRequest, log
             seconds = time.perf_counter() - logged_at
             speed = (progress.step - logged_step) * cfg.TRAIN.BATCH_SIZE / seconds
             logged_at, logged_step = time.perf_counter(), progress.step
-            log.write('train', global_step + 1, epoch=progress.epoch, lr=rate, samples_per_second=round(speed, 2),
-                      waiting_for_data=round(waits.since_last_asked() / seconds, 4), total=sum(terms.values()), **terms)
+            log.write(
+                'train',
+                global_step + 1,
+                epoch=progress.epoch,
+                lr=rate,
+                samples_per_second=round(speed, 2),
+                waiting_for_data=round(waits.since_last_asked() / seconds, 4),
+                total=sum(terms.values()),
+                **terms,
+            )
             bar.set_postfix(loss=f'{sum(terms.values()):.3f}', refresh=False)
         bar.update()
         if asked_to_stop(stop, progress.step, cfg):
@@ -259,9 +290,11 @@ def refuse(run: Training, samples: Sample, terms: dict[str, float], mine: Tensor
     names = 'those of another process'
     if not torch.isfinite(mine).all():
         names = ', '.join(run.loader.dataset.name(index) for index in samples.index.tolist())
-    raise UserError('The loss is not finite; the run stops and its last checkpoint is kept.\n'
-                    f'terms: {", ".join(f"{name} {value:.4g}" for name, value in terms.items())}\nsamples: {names}\n'
-                    'A smaller TRAIN.LR or TRAIN.CLIP_NORM 1 often helps; --resume goes on from the last checkpoint.')
+    raise UserError(
+        'The loss is not finite; the run stops and its last checkpoint is kept.\n'
+        f'terms: {", ".join(f"{name} {value:.4g}" for name, value in terms.items())}\nsamples: {names}\n'
+        'A smaller TRAIN.LR or TRAIN.CLIP_NORM 1 often helps; --resume goes on from the last checkpoint.'
+    )
 
 
 def asked_to_stop(stop: StopRequest, step: int, cfg: CfgNode) -> bool:
@@ -274,15 +307,24 @@ def asked_to_stop(stop: StopRequest, step: int, cfg: CfgNode) -> bool:
 def validate(run: Training, epoch: int, *, log: RunLog | None, bar: tqdm) -> float:
     """Figures of every stage on the validation split, and pictures; returns the one that ``best`` is chosen by."""
     cfg, step, dataset = run.cfg, epoch * run.sampler.steps, run.validation
-    result = evaluate(run.result, evaluation_loader(dataset, cfg), run.batch_maker, network_root=cfg.ROOT_JOINT,
-                      protocol=Protocol(cfg.ROOT_JOINT, scale=True), title='validate', precision=cfg.EVAL.PRECISION)
+    result = evaluate(
+        run.result,
+        evaluation_loader(dataset, cfg),
+        run.batch_maker,
+        network_root=cfg.ROOT_JOINT,
+        protocol=Protocol(cfg.ROOT_JOINT, scale=True),
+        title='validate',
+        precision=cfg.EVAL.PRECISION,
+    )
     summary = result.summary()
     if log:
         log_validation(log, result, step, epoch)
         if cfg.TRAIN.PICTURES:
             log_pictures(run, log, step, epoch)
-        bar.write(f'epoch {epoch}: validation joint {summary["joint_mm"]["all"]:.2f} mm, vert '
-                  f'{summary["vert_mm"]["all"]:.2f} mm, root {summary["root_mm"]:.2f} mm')
+        bar.write(
+            f'epoch {epoch}: validation joint {summary["joint_mm"]["all"]:.2f} mm, vert '
+            f'{summary["vert_mm"]["all"]:.2f} mm, root {summary["root_mm"]:.2f} mm'
+        )
     return summary['joint_mm']['all']
 
 
@@ -298,8 +340,11 @@ def log_validation(log: RunLog, result: Evaluation, step: int, epoch: int) -> No
 
 def errors_of_samples(errors: SampleErrors) -> dict[str, Tensor]:
     """What the histograms show: {name: (N,) mm}."""
-    hands = {f'{name}_{side}': getattr(errors, name)[:, hand]
-             for name in ('joint_mm', 'vert_mm') for hand, side in enumerate(SIDES)}
+    hands = {
+        f'{name}_{side}': getattr(errors, name)[:, hand]
+        for name in ('joint_mm', 'vert_mm')
+        for hand, side in enumerate(SIDES)
+    }
     return hands | {'root_mm': errors.root_mm}
 
 
@@ -316,14 +361,22 @@ def save_latest(run: Training, progress: Progress) -> None:
     """All that an exact resume needs."""
     if distributed.is_main():
         average = {'average': run.average.state_dict()} if run.average else {}
-        save_checkpoint(run.folder / 'latest.pth', model=run.model, cfg=run.cfg, hand_model=run.hand_model,
-                        optimizer=run.optimizer.state_dict(), progress=asdict(progress), **average)
+        save_checkpoint(
+            run.folder / 'latest.pth',
+            model=run.model,
+            cfg=run.cfg,
+            hand_model=run.hand_model,
+            optimizer=run.optimizer.state_dict(),
+            progress=asdict(progress),
+            **average,
+        )
 
 
 def save_best(run: Training, progress: Progress) -> None:
     if distributed.is_main():
-        save_checkpoint(run.folder / 'best.pth', model=run.result, cfg=run.cfg, hand_model=run.hand_model,
-                        progress=asdict(progress))
+        save_checkpoint(
+            run.folder / 'best.pth', model=run.result, cfg=run.cfg, hand_model=run.hand_model, progress=asdict(progress)
+        )
 
 
 def resume(run: Training, path: Path) -> Progress:
@@ -332,11 +385,14 @@ def resume(run: Training, path: Path) -> Progress:
     if 'optimizer' not in content:
         raise UserError(f'{path} holds a network but no training state; only latest.pth can be resumed.')
     was, now = (flatten(load_config(None, base=config)) for config in (content['config'], to_plain(run.cfg)))
-    changed = [f'{key} was {was[key]!r}, is {now[key]!r}' for key in now
-               if was[key] != now[key] and key not in FREE_KEYS]
+    changed = [
+        f'{key} was {was[key]!r}, is {now[key]!r}' for key in now if was[key] != now[key] and key not in FREE_KEYS
+    ]
     if changed:
-        raise UserError(f'{path} belongs to a run with another configuration ({"; ".join(changed)}): resume it with '
-                        'the same one, or start a new run in another OUTPUT_DIR.')
+        raise UserError(
+            f'{path} belongs to a run with another configuration ({"; ".join(changed)}): resume it with '
+            'the same one, or start a new run in another OUTPUT_DIR.'
+        )
     check_hand_model(content, run.batch_maker.hand_layer.models, path=path)
     load_state(run.model, content['model'], path=path)
     run.optimizer.load_state_dict(content['optimizer'])

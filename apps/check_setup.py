@@ -40,8 +40,11 @@ try:
     from utils.errors import UserError, user_facing
     from utils.files import read_json
 except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
-    print(f'error: a package is missing or does not fit the others ({error}): '
-          f'python -m pip install -r {ROOT / "requirements.txt"}', file=sys.stderr)
+    print(
+        f'error: a package is missing or does not fit the others ({error}): '
+        f'python -m pip install -r {ROOT / "requirements.txt"}',
+        file=sys.stderr,
+    )
     sys.exit(2)
 
 OK, NOTE, MISSING, WRONG = 'ok', 'note', 'MISSING', 'WRONG'  # the last two keep training from starting
@@ -50,8 +53,10 @@ OLDEST_PYTHON = (3, 11)
 # Where the name under which a package is imported is not its own; it may then come from another package, too.
 IMPORTED_AS = {'opencv-python-headless': 'cv2'}
 LITTLE_SPACE = 5  # GB
-CHECKPOINT_SIZES = ('Of the published network (resnet50) latest.pth takes 1.1 GB, twice that while it is being '
-                    'replaced, and best.pth 0.4 GB.')
+CHECKPOINT_SIZES = (
+    'Of the published network (resnet50) latest.pth takes 1.1 GB, twice that while it is being '
+    'replaced, and best.pth 0.4 GB.'
+)
 WITHOUT = {'val': 'training then validates nothing, and best.pth is the last epoch', 'test': 'only evaluation wants it'}
 
 
@@ -99,8 +104,14 @@ def layout(check: Check) -> str:
     """The line of a check with what is to be done below it, wrapped, but no path or address broken."""
     names = max(map(len, CHECKS))
     indent = ' ' * (len(MISSING) + names + 4)
-    below = textwrap.fill(check.todo, WIDTH, initial_indent=indent, subsequent_indent=indent, break_long_words=False,
-                          break_on_hyphens=False)
+    below = textwrap.fill(
+        check.todo,
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
     return f'{check.mark:{len(MISSING)}}  {check.what:{names}}  {check.found}' + (f'\n{below}' if below else '')
 
 
@@ -113,6 +124,7 @@ def sentence(error: UserError | OSError) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # The checks: (what, configuration) -> Check, or None where there is nothing to say
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 def check_software(what: str, cfg: CfgNode) -> Check:
     """Python and the packages of requirements.txt, in versions that are new enough."""
@@ -130,8 +142,12 @@ def check_software(what: str, cfg: CfgNode) -> Check:
         if release(version) < release(oldest):
             problems.append(f'{package} {version} is older than {oldest}')
     if problems:
-        return Check(WRONG, what, f'{found}; {", ".join(problems)}', 'python -m pip install -r requirements.txt, with '
-                     f'Python {".".join(map(str, OLDEST_PYTHON))} or later.')
+        return Check(
+            WRONG,
+            what,
+            f'{found}; {", ".join(problems)}',
+            f'python -m pip install -r requirements.txt, with Python {".".join(map(str, OLDEST_PYTHON))} or later.',
+        )
     return Check(OK, what, found)
 
 
@@ -149,8 +165,11 @@ def check_device(what: str, cfg: CfgNode) -> Check:
     cores = usable_cores()
     todo = 'Training on the whole data set takes a GPU; a CPU does for configs/demo.yaml.'
     if not torch.cuda.is_available():
-        todo += (' If there is a GPU: nvidia-smi tells whether its driver works.' if torch.version.cuda else
-                 ' If there is a GPU: this torch is a build without CUDA, https://pytorch.org has the others.')
+        todo += (
+            ' If there is a GPU: nvidia-smi tells whether its driver works.'
+            if torch.version.cuda
+            else ' If there is a GPU: this torch is a build without CUDA, https://pytorch.org has the others.'
+        )
     return Check(NOTE, what, f'{device}, {cores} {"core" if cores == 1 else "cores"}', todo)
 
 
@@ -177,8 +196,12 @@ def check_split(what: str, cfg: CfgNode, *, split: str) -> Check:
     samples, batch = len(dataset), cfg.TRAIN.BATCH_SIZE
     found = f'{samples:,} {"sample" if samples == 1 else "samples"} in {folder}'
     if split == 'train' and samples < batch:
-        return Check(WRONG, what, f'{found}, fewer than TRAIN.BATCH_SIZE {batch}',
-                     f'Set TRAIN.BATCH_SIZE to {samples} or less, or prepare more frames.')
+        return Check(
+            WRONG,
+            what,
+            f'{found}, fewer than TRAIN.BATCH_SIZE {batch}',
+            f'Set TRAIN.BATCH_SIZE to {samples} or less, or prepare more frames.',
+        )
     return _with_preparation(Check(OK, what, found), folder, samples)
 
 
@@ -190,8 +213,10 @@ def _unusable_split(what: str, cfg: CfgNode, folder: Path, problem: str, *, abse
     if split == 'test' or (split == 'val' and absent):
         if absent and not half:  # what the loader says of it, train has said already
             hands = ' MANO.SOURCE standin' if cfg.MANO.SOURCE == 'standin' else ''
-            problem = ('To have it: python dataset/interhand.py --data_path INTERHAND --save_path '
-                       f'{shlex.quote(cfg.DATASET.PATH)} --splits {split}{hands}')
+            problem = (
+                'To have it: python dataset/interhand.py --data_path INTERHAND --save_path '
+                f'{shlex.quote(cfg.DATASET.PATH)} --splits {split}{hands}'
+            )
         return Check(NOTE, what, f'{found}: {WITHOUT[split]}', problem)
     if absent and not half and cfg.MANO.SOURCE == 'standin':
         problem += ' Without InterHand2.6M: `make demo` makes pictures of stand-in hands (dataset/synthesize.py).'
@@ -208,8 +233,11 @@ def _with_preparation(check: Check, folder: Path, samples: int) -> Check:
         frames, kept = int(record['frames']), int(record['kept'])
         skipped, damaged = sum(record['skipped'].values()), len(record['damaged'])
     except (UserError, KeyError, TypeError, ValueError, AttributeError):
-        return check._replace(mark=NOTE, found=f'{check.found}; preparation.json is damaged',
-                              todo=f'{file} is only a record of the preparation: training does not read it.')
+        return check._replace(
+            mark=NOTE,
+            found=f'{check.found}; preparation.json is damaged',
+            todo=f'{file} is only a record of the preparation: training does not read it.',
+        )
     check = check._replace(found=f'{check.found}; {frames:,} frames, {skipped:,} skipped, {damaged:,} of them damaged')
     if samples == kept:
         return check
@@ -239,9 +267,13 @@ def check_weights(what: str, cfg: CfgNode) -> Check:
     url = torchvision.models.get_model_weights(name).DEFAULT.url
     cached = Path(torch.hub.get_dir()) / 'checkpoints' / Path(urlparse(url).path).name
     if not file and not cached.exists():
-        return Check(NOTE, what, f'{name}: the first run downloads {url}',
-                     f'Without a network: get that file elsewhere and put it into {cached.parent} or give it with '
-                     'MODEL.WEIGHTS FILE, or start from random weights with MODEL.PRETRAINED false.')
+        return Check(
+            NOTE,
+            what,
+            f'{name}: the first run downloads {url}',
+            f'Without a network: get that file elsewhere and put it into {cached.parent} or give it with '
+            'MODEL.WEIGHTS FILE, or start from random weights with MODEL.PRETRAINED false.',
+        )
     source = file or str(cached)
     again = '' if file else f' Or remove {cached}: the first run then downloads it again.'
     try:
@@ -262,8 +294,10 @@ def check_output(what: str, cfg: CfgNode) -> Check:
     free = shutil.disk_usage(ground).free / 1e9
     found, notes = f'{folder}, {free:.0f} GB free', []
     if free < LITTLE_SPACE:
-        found, notes = f'{folder}, only {free:.1f} GB free', [f'{CHECKPOINT_SIZES} Make room, or choose another '
-                                                              'OUTPUT_DIR.']
+        found, notes = (
+            f'{folder}, only {free:.1f} GB free',
+            [f'{CHECKPOINT_SIZES} Make room, or choose another OUTPUT_DIR.'],
+        )
     if latest(cfg).exists():
         found += ', holds a run'
         notes.append('train.py wants --resume to go on with it; for a new run choose another OUTPUT_DIR.')

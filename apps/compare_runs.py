@@ -44,12 +44,19 @@ def markdown_tables(runs: list[Run]) -> str:
     parts = []
     for measured_on in dict.fromkeys(run.measured_on for run in runs):
         rows = [row(run, runs[0]) for run in runs if run.measured_on == measured_on]
-        best = {title: (max if title == 'PCK area' else min)(values) for title in FIGURES
-                if len(values := [r[title] for r in rows if r[title] is not None]) > 1}
-        lines = [f'{measured_on}\n', '| ' + ' | '.join(rows[0]) + ' |',
-                 '|' + '|'.join('---' if title in ('run', 'differs in') else '---:' for title in rows[0]) + '|']
-        lines += ['| ' + ' | '.join(_cell(title, value, best.get(title)) for title, value in r.items()) + ' |'
-                  for r in rows]
+        best = {
+            title: (max if title == 'PCK area' else min)(values)
+            for title in FIGURES
+            if len(values := [r[title] for r in rows if r[title] is not None]) > 1
+        }
+        lines = [
+            f'{measured_on}\n',
+            '| ' + ' | '.join(rows[0]) + ' |',
+            '|' + '|'.join('---' if title in ('run', 'differs in') else '---:' for title in rows[0]) + '|',
+        ]
+        lines += [
+            '| ' + ' | '.join(_cell(title, value, best.get(title)) for title, value in r.items()) + ' |' for r in rows
+        ]
         parts.append('\n'.join(lines))
     return '\n\n'.join(parts)
 

@@ -43,11 +43,14 @@ def to_our_form(src: str, dst: str, overrides: list[str]) -> None:
     save_checkpoint(dst, model=model, cfg=cfg, hand_model=hand_model, published_rest=rest)
     names = list(content['net'])
     dropped = Counter(filter(None, map(published.why_dropped, names)))
-    print(f'{src}: {len(names)} names, {len(names) - dropped.total()} of them used once each, {dropped.total()} '
-          'dropped:')
+    print(
+        f'{src}: {len(names)} names, {len(names) - dropped.total()} of them used once each, {dropped.total()} dropped:'
+    )
     print(*(f'{count:>6}  {reason}' for reason, count in dropped.most_common()), sep='\n')
-    print(f'{dst}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, hand model {hand_model}, root '
-          f'joint {cfg.ROOT_JOINT}, left middle fingertip at vertex {cfg.MODEL.LEFT_MIDDLE_TIP}')
+    print(
+        f'{dst}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, hand model {hand_model}, root '
+        f'joint {cfg.ROOT_JOINT}, left middle fingertip at vertex {cfg.MODEL.LEFT_MIDDLE_TIP}'
+    )
 
 
 def to_published_form(src: str, dst: str, overrides: list[str]) -> None:
@@ -55,12 +58,14 @@ def to_published_form(src: str, dst: str, overrides: list[str]) -> None:
     rest = content.get('published_rest')
     net = published.whole_published(model.state_dict(), cfg, rest)
     write_tensors(dst, {'net': net})
-    print(f'{dst}: {len(net)} names, the hand model\'s arrays among them: do not pass it on.')
+    print(f"{dst}: {len(net)} names, the hand model's arrays among them: do not pass it on.")
     if rest is None:
         print('What the published network holds but never runs is zero in it.')
     if cfg.MODEL.LEFT_MIDDLE_TIP != PUBLISHED_LEFT_MIDDLE_TIP:
-        print(f'The left middle fingertip is vertex {cfg.MODEL.LEFT_MIDDLE_TIP} here and {PUBLISHED_LEFT_MIDDLE_TIP} '
-              'in the published code: that joint will differ by millimetres there.')
+        print(
+            f'The left middle fingertip is vertex {cfg.MODEL.LEFT_MIDDLE_TIP} here and {PUBLISHED_LEFT_MIDDLE_TIP} '
+            'in the published code: that joint will differ by millimetres there.'
+        )
 
 
 if __name__ == '__main__':

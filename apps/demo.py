@@ -118,12 +118,23 @@ class Demo(NamedTuple):
     def asked(self, source: Path | int) -> dict[str, Any]:
         """What the files of an input depend on: where this is the same they need not be made again."""
         args, model, camera = self.args, Path(self.args.model), isinstance(source, int)
-        files = [model / 'best.pth' if model.is_dir() else model, *([args.boxes] if args.boxes else []),
-                 *([] if camera else [source])]
-        return {'input': f'camera {source}' if camera else str(source), 'model': args.model, 'keys': args.keys,
-                'box': args.box, 'boxes': args.boxes, 'detect': args.detect, 'focal': args.focal,
-                'principal': args.principal, 'frames': args.frames,
-                'modified': [Path(file).stat().st_mtime_ns for file in files]}
+        files = [
+            model / 'best.pth' if model.is_dir() else model,
+            *([args.boxes] if args.boxes else []),
+            *([] if camera else [source]),
+        ]
+        return {
+            'input': f'camera {source}' if camera else str(source),
+            'model': args.model,
+            'keys': args.keys,
+            'box': args.box,
+            'boxes': args.boxes,
+            'detect': args.detect,
+            'focal': args.focal,
+            'principal': args.principal,
+            'frames': args.frames,
+            'modified': [Path(file).stat().st_mtime_ns for file in files],
+        }
 
     def intrinsics(self, image: np.ndarray, focal: float | None = None) -> np.ndarray:
         """``focal``: what the picture itself says, unless --focal is given."""
@@ -157,8 +168,10 @@ def main(argv: list[str] | None = None) -> int:
 def run(demo: Demo, inputs: Inputs) -> None:
     """All pictures, then all videos, then the camera."""
     if inputs.others:
-        print(f'left out, neither picture nor video: {", ".join(path.name for path in inputs.others[:5])}'
-              f'{f" and {len(inputs.others) - 5} more" if len(inputs.others) > 5 else ""}')
+        print(
+            f'left out, neither picture nor video: {", ".join(path.name for path in inputs.others[:5])}'
+            f'{f" and {len(inputs.others) - 5} more" if len(inputs.others) > 5 else ""}'
+        )
     camera = demo.args.camera
     folders = output_folders(demo.out, [*inputs.pictures, *inputs.videos])
     run_pictures(demo, inputs.pictures, folders)
@@ -224,6 +237,7 @@ def output_folders(out: Path, sources: list[Path]) -> dict[Path, Path]:
 # Where the hands are
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def choose_boxes(args: argparse.Namespace, at_end: ExitStack) -> Boxes:
     if args.boxes:
         return BoxesFile(Path(args.boxes))
@@ -256,6 +270,7 @@ class BoxesFile:
 # Pictures
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def run_pictures(demo: Demo, paths: list[Path], folders: dict[Path, Path]) -> None:
     items = picture_items(demo, tqdm(paths, unit='picture', disable=not paths), folders)
     for item, hands in reconstructed(demo, items):
@@ -275,10 +290,16 @@ def warn_of_small_hands(outcome: Outcome, source: Path, box: Box | None, hands: 
     size = float(hands.size_in_crop)
     if size >= SMALL_HANDS:
         return
-    advice = ('give --box x y width height, --boxes or --detect' if box is None else
-              'is the box around both hands, and does the network know such pictures')
-    outcome.warn(source, f'the hands seem to take {size:.2f} of the crop, where the network was trained on 0.8: '
-                 f'{advice}{"." if box is None else "?"}')
+    advice = (
+        'give --box x y width height, --boxes or --detect'
+        if box is None
+        else 'is the box around both hands, and does the network know such pictures'
+    )
+    outcome.warn(
+        source,
+        f'the hands seem to take {size:.2f} of the crop, where the network was trained on 0.8: '
+        f'{advice}{"." if box is None else "?"}',
+    )
 
 
 def picture_items(demo: Demo, paths: Iterable[Path], folders: dict[Path, Path]) -> Iterator[Item]:
@@ -324,6 +345,7 @@ def already_done(record: Path, asked: dict[str, Any]) -> bool:
 # Videos
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def run_video(demo: Demo, source: Path | int, folder: Path) -> None:
     """Reconstruct a video; what cannot be read is noted. A stop keeps what is done so far, as a shorter video."""
     asked = demo.asked(source)
@@ -343,9 +365,17 @@ def run_video(demo: Demo, source: Path | int, folder: Path) -> None:
     ends_early = video.announced and written < min(video.announced, demo.args.frames or video.announced)
     if ends_early and not demo.stop.requested:
         demo.outcome.warn(name, f'the video ends early: {written} frames of the {video.announced} that it announces.')
-    write_json(folder / 'video.json', header(
-        demo.reconstruct.hand_models, asked=asked, frames=written, frames_per_second=video.rate,
-        focal_from=demo.focal_from(), complete=not demo.stop.requested))
+    write_json(
+        folder / 'video.json',
+        header(
+            demo.reconstruct.hand_models,
+            asked=asked,
+            frames=written,
+            frames_per_second=video.rate,
+            focal_from=demo.focal_from(),
+            complete=not demo.stop.requested,
+        ),
+    )
     demo.outcome.done.append(str(folder))
 
 
@@ -356,9 +386,12 @@ def write_video_files(demo: Demo, video: Video, name: Path, folder: Path) -> int
     frames = video_items(demo, islice(video, limit), name, folder)
     total = min(video.announced, limit or video.announced) if video.announced else limit
     written = 0
-    with (video_writer(folder / 'overlay.mp4', rate=video.rate, width=shown_size[1], height=shown_size[0]) as movie,
-          written_aside(folder / 'joints.csv') as table, written_aside(folder / 'hands.jsonl') as lines,
-          tqdm(total=total, desc=name.name, unit='frame') as bar):
+    with (
+        video_writer(folder / 'overlay.mp4', rate=video.rate, width=shown_size[1], height=shown_size[0]) as movie,
+        written_aside(folder / 'joints.csv') as table,
+        written_aside(folder / 'hands.jsonl') as lines,
+        tqdm(total=total, desc=name.name, unit='frame') as bar,
+    ):
         table.write(csv_line(['frame', 'time_s', *JOINT_COLUMNS]))
         for item, hands in reconstructed(demo, frames):
             movie.write(overlay := draw_overlay(item.shown, hands, models))
@@ -366,8 +399,9 @@ def write_video_files(demo: Demo, video: Video, name: Path, folder: Path) -> int
                 demo.view.show(overlay)
             seconds = written / video.rate
             table.write(csv_line([written, f'{seconds:.4f}', *joint_row(hands)]))
-            lines.write(json_line({'frame': written, 'time_s': round(seconds, 4), 'box': item.about['box']}
-                                  | as_numbers(hands)))
+            lines.write(
+                json_line({'frame': written, 'time_s': round(seconds, 4), 'box': item.about['box']} | as_numbers(hands))
+            )
             if written == 0:
                 warn_of_small_hands(demo.outcome, name, item.about['box'], hands)
             written += 1

@@ -61,8 +61,9 @@ class _Annotations(Dataset):
 
 
 @torch.no_grad()
-def mean_prediction(dataset: PreparedSplit, hand_layer: TwoHandLayer, *, root_joint: int, workers: int = 0
-                    ) -> tuple[Tensor, Tensor]:
+def mean_prediction(
+    dataset: PreparedSplit, hand_layer: TwoHandLayer, *, root_joint: int, workers: int = 0
+) -> tuple[Tensor, Tensor]:
     """(parameters (2, 64), offset (3,)): means over ``dataset``. The mean rotation is the chordal one, by SVD."""
     rotation, pose, shape, offset = torch.zeros(2, 3, 3), torch.zeros(2, 45), torch.zeros(2, 10), torch.zeros(3)
     camera_sum = torch.zeros(2, 3)
@@ -71,7 +72,7 @@ def mean_prediction(dataset: PreparedSplit, hand_layer: TwoHandLayer, *, root_jo
         joints = world_to_camera(hand_layer(root, poses, shapes).joints + translation[:, :, None], *camera)
         offset += (joints[:, RIGHT, root_joint] - joints[:, LEFT, root_joint]).sum(0) / HAND_SCALE / len(dataset)
         uv = to_uv(project(joints, intrinsics[:, None]))
-        camera_sum += nearest_camera(joints - joints[:, :, root_joint:root_joint + 1], uv).sum(0)
+        camera_sum += nearest_camera(joints - joints[:, :, root_joint : root_joint + 1], uv).sum(0)
         rotation += (camera[0][:, None] @ root).sum(0)
         pose += poses.sum(0) / len(dataset)
         shape += shapes.sum(0) / len(dataset)
@@ -101,8 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     cfg = load_config(args.cfg, [*args.opts, 'DATASET.PATH', args.data_path])
     hand_layer = TwoHandLayer(load_hand_models(cfg.MANO.SOURCE, cfg.MANO.PATH))
     labels = open_split(args.data_path, 'train', with_mask=False, with_dense=False)
-    means = mean_prediction(labels, hand_layer, root_joint=cfg.ROOT_JOINT,
-                            workers=cfg.TRAIN.WORKERS)
+    means = mean_prediction(labels, hand_layer, root_joint=cfg.ROOT_JOINT, workers=cfg.TRAIN.WORKERS)
     model = ConstantPrediction(HandHead(hand_layer, root_joint=cfg.ROOT_JOINT), *means)
     measured = evaluate_split(model, cfg, args)
     if distributed.is_main():

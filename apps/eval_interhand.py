@@ -62,8 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     if distributed.is_main():
         if 'format' not in content:
             print(f'{args.model} has the published form and was converted (apps/convert_checkpoint.py keeps that).')
-        report(measured, title=args.model, out=args.out,
-               more={'config': flatten(cfg), 'training': content.get('progress')})
+        report(
+            measured, title=args.model, out=args.out, more={'config': flatten(cfg), 'training': content.get('progress')}
+        )
     distributed.stop()
     return 0
 
@@ -74,12 +75,18 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--root_joint', type=int, choices=(0, 9), help='0 wrist, 9 middle MCP; goes over --protocol')
     parser.add_argument('--no-scale', action='store_true', help='no scale alignment by bone 0-9')
     parser.add_argument('--all_protocols', action='store_true', help='besides, root {0, 9} x scale {on, off}')
-    parser.add_argument('--annotations', metavar='INTERHAND', help='folder with annotations/ as downloaded, for '
-                        'protocols with annotated joints (internet)')
+    parser.add_argument(
+        '--annotations',
+        metavar='INTERHAND',
+        help='folder with annotations/ as downloaded, for protocols with annotated joints (internet)',
+    )
     parser.add_argument('--split', default='test', choices=('train', 'val', 'test'))
     parser.add_argument('--image_ids', metavar='FILE', help='only these: image ids of data.json, text or JSON list')
-    parser.add_argument('--annotation_ids', metavar='FILE', help='only these: annotation ids, as the lists of '
-                        'human-annotated frames (aid_human_annot_test.txt) hold')
+    parser.add_argument(
+        '--annotation_ids',
+        metavar='FILE',
+        help='only these: annotation ids, as the lists of human-annotated frames (aid_human_annot_test.txt) hold',
+    )
     parser.add_argument('--capture', action='append', default=[], metavar='ID', help='only this capture (repeatable)')
     parser.add_argument('--first', type=int, metavar='N', help='only the first N of what is left')
     parser.add_argument('--out', metavar='DIR', help='write metrics.json, per_sample.csv and samples.npz there')
@@ -94,12 +101,16 @@ def chosen_protocol(args: argparse.Namespace) -> tuple[str, Protocol]:
     if args.no_scale:
         protocol = protocol._replace(scale=False)
     if protocol.joints == 'annotated' and not args.annotations:
-        raise UserError(f'--protocol {args.protocol} takes annotated joints as the truth, which a prepared data set '
-                        'does not hold: give --annotations INTERHAND, the folder with annotations/ as downloaded.')
+        raise UserError(
+            f'--protocol {args.protocol} takes annotated joints as the truth, which a prepared data set '
+            'does not hold: give --annotations INTERHAND, the folder with annotations/ as downloaded.'
+        )
     if protocol == named:
         if args.protocol in NEEDS_SUBSET and not (args.image_ids or args.annotation_ids):
-            raise UserError(f'--protocol {args.protocol} is defined on {NEEDS_SUBSET[args.protocol]}: give their list '
-                            'with --annotation_ids FILE (or --image_ids FILE).')
+            raise UserError(
+                f'--protocol {args.protocol} is defined on {NEEDS_SUBSET[args.protocol]}: give their list '
+                'with --annotation_ids FILE (or --image_ids FILE).'
+            )
         return args.protocol, protocol
     same = (name for name, other in PROTOCOLS.items() if other == protocol and name not in NEEDS_SUBSET)
     return next(same, 'custom'), protocol
@@ -113,13 +124,20 @@ def evaluate_split(model: torch.nn.Module, cfg: CfgNode, args: argparse.Namespac
     check_hand_model_record(cfg.DATASET.PATH, hand_models)
     batch_maker = build_batch_maker(cfg, hand_models).to(device)
     dataset = evaluation_split(cfg, args.split)
-    subset = choose(dataset, image_ids=args.image_ids, annotation_ids=args.annotation_ids, captures=args.capture,
-                    first=args.first)
+    subset = choose(
+        dataset, image_ids=args.image_ids, annotation_ids=args.annotation_ids, captures=args.capture, first=args.first
+    )
     result = evaluate(
-        to_device(model, device), evaluation_loader(dataset, cfg, subset.indices), batch_maker,
-        precision=cfg.EVAL.PRECISION, network_root=cfg.ROOT_JOINT, protocol=protocol,
-        grid=GRID if args.all_protocols else (), details=True,
-        annotated=AnnotatedJoints(dataset, args.annotations) if protocol.joints == 'annotated' else None)
+        to_device(model, device),
+        evaluation_loader(dataset, cfg, subset.indices),
+        batch_maker,
+        precision=cfg.EVAL.PRECISION,
+        network_root=cfg.ROOT_JOINT,
+        protocol=protocol,
+        grid=GRID if args.all_protocols else (),
+        details=True,
+        annotated=AnnotatedJoints(dataset, args.annotations) if protocol.joints == 'annotated' else None,
+    )
     return Measured(result, name, dataset, subset, model, batch_maker)
 
 
@@ -129,7 +147,10 @@ def report(measured: Measured, *, title: str, out: str | None, more: dict) -> di
     summary = result.report()
     summary['protocol'] |= {'name': name, 'split': dataset.folder.name}
     summary['subset'] = subset.description and {
-        'description': subset.description, 'frames': len(subset.indices), 'of': len(dataset)}
+        'description': subset.description,
+        'frames': len(subset.indices),
+        'of': len(dataset),
+    }
     part = f' ({subset.description}; the split has {len(dataset)})' if subset.description else ''
     frames = f'{summary["frames"]} frames of {dataset.folder}{part}'
     print(f'{title}\nprotocol {name}: {result.protocol.describe()}; {frames}')
@@ -154,10 +175,14 @@ def per_sample_csv(result: Evaluation, dataset: PreparedSplit) -> str:
     errors, details = result.stages[-1], result.details
     columns = {f'{name}_{side}': getattr(errors, name)[:, hand] for name in PER_HAND for hand, side in enumerate(SIDES)}
     columns['root_mm'] = errors.root_mm
-    columns |= {f'{name}_{side}': getattr(details, name)[:, hand]
-                for name in ('pa_joint_mm', 'pa_vert_mm', 'placement_mm', 'visible') for hand, side in enumerate(SIDES)}
-    columns |= {name: getattr(details, name)
-                for name in ('box_iou', 'distance_mm', 'penetration_mm', 'true_penetration_mm')}
+    columns |= {
+        f'{name}_{side}': getattr(details, name)[:, hand]
+        for name in ('pa_joint_mm', 'pa_vert_mm', 'placement_mm', 'visible')
+        for hand, side in enumerate(SIDES)
+    }
+    columns |= {
+        name: getattr(details, name) for name in ('box_iou', 'distance_mm', 'penetration_mm', 'true_penetration_mm')
+    }
     text = io.StringIO()
     table = csv.writer(text)
     table.writerow(['index', 'file', *columns])

@@ -98,8 +98,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', required=True, metavar='CHECKPOINT', help='file, or a run folder (its best.pth)')
     parser.add_argument('--out', required=True, metavar='FOLDER', help='where the files go; made if missing')
-    parser.add_argument('--format', nargs='+', metavar='NAME', default=list(FORMATS), help=f'{", ".join(FORMATS)} '
-                        '(default: both)')
+    parser.add_argument(
+        '--format', nargs='+', metavar='NAME', default=list(FORMATS), help=f'{", ".join(FORMATS)} (default: both)'
+    )
     parser.add_argument('opts', nargs='*', metavar='KEY VALUE', help='configuration keys, e.g. MANO.PATH DIR')
     args = parser.parse_intermixed_args(argv)
 
@@ -111,22 +112,34 @@ def main(argv: list[str] | None = None) -> int:
     hand_model = describe(model.hand_head.hand_layer.models)
     print(f'{args.model}: tracing; this takes a minute or two ...', flush=True)
     files = export(model, cfg.MODEL.IMAGE_SIZE, Path(args.out), formats)
-    write_json(Path(args.out) / 'export.json', {
-        'version': EXPORT_VERSION, 'model': str(args.model), 'hand_model': hand_model, 'licence': licence(hand_model),
-        'torch': torch.__version__, **description(cfg), 'files': files})
+    write_json(
+        Path(args.out) / 'export.json',
+        {
+            'version': EXPORT_VERSION,
+            'model': str(args.model),
+            'hand_model': hand_model,
+            'licence': licence(hand_model),
+            'torch': torch.__version__,
+            **description(cfg),
+            'files': files,
+        },
+    )
     print(f'{Path(args.out) / "export.json"}: names, shapes and units')
     print(licence(hand_model))
     return 0
 
 
 def licence(hand_model: str) -> str:
-    return (f'The arrays of the hand model ({hand_model}) are in the exported files as constants: files that were made '
-            "with MANO's may not be passed on.")
+    return (
+        f'The arrays of the hand model ({hand_model}) are in the exported files as constants: files that were made '
+        "with MANO's may not be passed on."
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What can be asked for
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 class Format(NamedTuple):
     """A kind of file."""
@@ -156,29 +169,48 @@ def require_packages(name: str, kind: Format) -> None:
             missing.append(package)
     if missing:
         others = [other for other, its in FORMATS.items() if not its.packages]
-        raise UserError(f'--format {name} needs {", ".join(missing)}, which cannot be imported: pip install -r '
-                        f'requirements-export.txt, or take only --format {" ".join(others)}.')
+        raise UserError(
+            f'--format {name} needs {", ".join(missing)}, which cannot be imported: pip install -r '
+            f'requirements-export.txt, or take only --format {" ".join(others)}.'
+        )
 
 
 def description(cfg: CfgNode) -> dict:
     """Input and outputs in words and numbers, for export.json."""
     size = cfg.MODEL.IMAGE_SIZE
     return {
-        'input': {'name': 'image', 'shape': ['B', 3, size, size], 'type': 'float32', 'channels': 'RGB',
-                  'mean': IMAGENET_MEAN, 'std': IMAGENET_STD,
-                  'meaning': '(value / 255 - mean) / std of a square crop in the middle of which are both hands'},
-        'outputs': [{'name': name, 'shape': output.shape, 'type': 'float32', 'unit': output.unit,
-                     'meaning': output.meaning} for name, output in OUTPUTS.items()],
-        'parameters': {name: [numbers.start, numbers.stop] for name, numbers in (
-            ('root_rotation_6d', ROOT_ROTATION), ('pose_pca', POSE), ('shape_betas', SHAPE),
-            ('camera_scale_right_down', CAMERA))},
-        'hands': SIDES, 'root_joint': cfg.ROOT_JOINT, 'joints': JOINT_NAMES,
+        'input': {
+            'name': 'image',
+            'shape': ['B', 3, size, size],
+            'type': 'float32',
+            'channels': 'RGB',
+            'mean': IMAGENET_MEAN,
+            'std': IMAGENET_STD,
+            'meaning': '(value / 255 - mean) / std of a square crop in the middle of which are both hands',
+        },
+        'outputs': [
+            {'name': name, 'shape': output.shape, 'type': 'float32', 'unit': output.unit, 'meaning': output.meaning}
+            for name, output in OUTPUTS.items()
+        ],
+        'parameters': {
+            name: [numbers.start, numbers.stop]
+            for name, numbers in (
+                ('root_rotation_6d', ROOT_ROTATION),
+                ('pose_pca', POSE),
+                ('shape_betas', SHAPE),
+                ('camera_scale_right_down', CAMERA),
+            )
+        },
+        'hands': SIDES,
+        'root_joint': cfg.ROOT_JOINT,
+        'joints': JOINT_NAMES,
     }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Exporting
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 def export(model: DIR, size: int, folder: Path, formats: dict[str, Format]) -> dict[str, dict]:
     """Write and check the files of ``formats``; returns what export.json says of each, by file name.
@@ -201,12 +233,19 @@ def export(model: DIR, size: int, folder: Path, formats: dict[str, Format]) -> d
                 run = kind.load(Path(file.name))
             differences = largest_differences(run, model, size)
             check(differences, path)
-            print(f'{path}: {len(content) / 1e6:.0f} MB, largest vertex difference {differences["vertices"]:.6f} mm '
-                  f'(batches of {" and ".join(map(str, CHECKED_BATCHES))})', flush=True)
+            print(
+                f'{path}: {len(content) / 1e6:.0f} MB, largest vertex difference {differences["vertices"]:.6f} mm '
+                f'(batches of {" and ".join(map(str, CHECKED_BATCHES))})',
+                flush=True,
+            )
             said[kind.file] = {
-                'format': name, 'batches_checked': CHECKED_BATCHES,
-                'largest_differences': {output: {'value': value, 'unit': OUTPUTS[output].measured_in}
-                                        for output, value in differences.items()}}
+                'format': name,
+                'batches_checked': CHECKED_BATCHES,
+                'largest_differences': {
+                    output: {'value': value, 'unit': OUTPUTS[output].measured_in}
+                    for output, value in differences.items()
+                },
+            }
     return said
 
 
@@ -216,15 +255,20 @@ def exporter(what: str) -> Iterator[None]:
     chatter, level = io.StringIO(), logging.root.manager.disable
     logging.disable(logging.WARNING)  # torch's handlers hold on to the stderr that they found at import
     try:
-        with (redirect_stdout(chatter), redirect_stderr(chatter),
-              warnings.catch_warnings(record=True, action='default') as warned):
+        with (
+            redirect_stdout(chatter),
+            redirect_stderr(chatter),
+            warnings.catch_warnings(record=True, action='default') as warned,
+        ):
             yield
     except Exception:
         chatter.writelines(f'{warning.category.__name__}: {warning.message}\n' for warning in warned)
         print(f'{chatter.getvalue()}{traceback.format_exc()}', end='', file=sys.stderr)
-        raise UserError(f'{what} of torch {torch.__version__} failed on this network (what it said stands above), and '
-                        'nothing was written: try the newest torch and the newest packages of '
-                        'requirements-export.txt.') from None
+        raise UserError(
+            f'{what} of torch {torch.__version__} failed on this network (what it said stands above), and '
+            'nothing was written: try the newest torch and the newest packages of '
+            'requirements-export.txt.'
+        ) from None
     finally:
         logging.disable(level)
 
@@ -244,8 +288,12 @@ def trace(model: DIR, size: int) -> ExportedProgram:
     """``model`` in evaluation mode -> its graph, for images (B, 3, size, size) with any B from 1 to MOST_IMAGES."""
     images = torch.export.Dim('batch', min=1, max=MOST_IMAGES)
     with torch.no_grad():
-        program = torch.export.export(LastEstimate(model), (torch.zeros(TRACED_BATCH, 3, size, size),),
-                                      dynamic_shapes={'image': {0: images}}, strict=False)
+        program = torch.export.export(
+            LastEstimate(model),
+            (torch.zeros(TRACED_BATCH, 3, size, size),),
+            dynamic_shapes={'image': {0: images}},
+            strict=False,
+        )
     for node in program.graph.nodes:
         node.meta.pop('stack_trace', None)  # thousands of lines with the paths of this machine
     return program
@@ -253,8 +301,9 @@ def trace(model: DIR, size: int) -> ExportedProgram:
 
 def to_onnx(program: ExportedProgram) -> bytes:
     """Raises RuntimeError if the exporter took another opset."""
-    exported = torch.onnx.export(program, (), input_names=['image'], output_names=list(OUTPUTS), opset_version=OPSET,
-                                 dynamo=True, verbose=False).model_proto
+    exported = torch.onnx.export(
+        program, (), input_names=['image'], output_names=list(OUTPUTS), opset_version=OPSET, dynamo=True, verbose=False
+    ).model_proto
     opset = {entry.domain: entry.version for entry in exported.opset_import}['']
     if opset != OPSET:  # it does so with no more than a warning
         raise RuntimeError(f'asked for opset {OPSET}, got {opset}')
@@ -280,6 +329,7 @@ def to_torch_export(program: ExportedProgram) -> bytes:
 # ---------------------------------------------------------------------------------------------------------------------
 # Checking: the file as written, in the runtime that it is for
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 def load_onnx(path: Path) -> Run:
     import onnxruntime
@@ -323,9 +373,11 @@ def check(differences: dict[str, float], path: Path) -> None:
     for name, difference in differences.items():
         unit = OUTPUTS[name].measured_in
         if not difference < LIMITS[unit]:
-            raise UserError(f"The new {path} was removed: its {name} differ from PyTorch's by {difference:.2g} {unit}, "
-                            f'and the limit is {LIMITS[unit]} {unit}; try the newest torch and the newest packages of '
-                            'requirements-export.txt.')
+            raise UserError(
+                f"The new {path} was removed: its {name} differ from PyTorch's by {difference:.2g} {unit}, "
+                f'and the limit is {LIMITS[unit]} {unit}; try the newest torch and the newest packages of '
+                'requirements-export.txt.'
+            )
 
 
 FORMATS = {

@@ -32,8 +32,14 @@ PICTURES = 8
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', default='output/demo', help='everything goes there (default: %(default)s)')
-    parser.add_argument('--frames', type=int, nargs=3, default=FRAMES, metavar=('TRAIN', 'VAL', 'TEST'),
-                        help='pictures to make (default: %(default)s)')
+    parser.add_argument(
+        '--frames',
+        type=int,
+        nargs=3,
+        default=FRAMES,
+        metavar=('TRAIN', 'VAL', 'TEST'),
+        help='pictures to make (default: %(default)s)',
+    )
     parser.add_argument('opts', nargs='*', metavar='KEY VALUE', help='configuration keys over configs/demo.yaml')
     args = parser.parse_intermixed_args(argv)
 
@@ -53,16 +59,19 @@ def main(argv: list[str] | None = None) -> int:
         step('make data', 'dataset/synthesize.py', '--save_path', raw, '--frames', *args.frames, *hands)
     step('prepare', 'dataset/interhand.py', '--data_path', raw, '--save_path', data, *hands)
     step('train', 'train.py', *config, *(['--resume'] if (run / 'latest.pth').exists() else []), *keys)
-    step('evaluate', 'apps/eval_interhand.py', '--data_path', data, '--model', run, '--out', out / 'trained',
-         *args.opts)
+    step(
+        'evaluate', 'apps/eval_interhand.py', '--data_path', data, '--model', run, '--out', out / 'trained', *args.opts
+    )
     step('baseline', 'apps/eval_baseline.py', '--data_path', data, *config, '--out', out / 'baseline', *args.opts)
     step('report', 'apps/report.py', out / 'trained', out / 'baseline', '--out', out / 'report.html')
 
     trained, baseline = (read_json(out / name / 'metrics.json') for name in ('trained', 'baseline'))
     sheet = draw_test_samples(run, data, args.opts, out / 'pictures.jpg')
     write_json(out / 'summary.json', {'trained': trained, 'baseline': baseline, 'seconds': seconds})
-    print(f'\n{comparison_table(trained, baseline)}\n\npictures: {sheet}\nsummary:  {out / "summary.json"}\n'
-          f'report:   {out / "report.html"} (open it in a browser)')
+    print(
+        f'\n{comparison_table(trained, baseline)}\n\npictures: {sheet}\nsummary:  {out / "summary.json"}\n'
+        f'report:   {out / "report.html"} (open it in a browser)'
+    )
     return 0
 
 
@@ -71,8 +80,10 @@ def run_command(name: str, command: list[str]) -> None:
     print(f'\n== {name}\n$ python {shlex.join(command)}', flush=True)
     code = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
     if code:
-        raise UserError(f"the demo stopped at '{name}' (exit code {code}); the same command goes on from there, and "
-                        '`make clean` makes it start afresh.')
+        raise UserError(
+            f"the demo stopped at '{name}' (exit code {code}); the same command goes on from there, and "
+            '`make clean` makes it start afresh.'
+        )
 
 
 def draw_test_samples(run: Path, data: Path, opts: list[str], path: Path) -> Path:
@@ -86,14 +97,24 @@ def draw_test_samples(run: Path, data: Path, opts: list[str], path: Path) -> Pat
 
 def comparison_table(trained: dict, baseline: dict) -> str:
     """The headline figures of both, side by side, and their ratio."""
-    rows = [(title, trained[key]['all'], baseline[key]['all'], unit) for title, key, unit in (
-        ('joint mean error', 'joint_mm', 'mm'), ('vert mean error', 'vert_mm', 'mm'),
-        ('pixel joint mean error', 'joint_px', 'px'), ('pixel vert mean error', 'vert_px', 'px'))]
+    rows = [
+        (title, trained[key]['all'], baseline[key]['all'], unit)
+        for title, key, unit in (
+            ('joint mean error', 'joint_mm', 'mm'),
+            ('vert mean error', 'vert_mm', 'mm'),
+            ('pixel joint mean error', 'joint_px', 'px'),
+            ('pixel vert mean error', 'vert_px', 'px'),
+        )
+    ]
     rows.append(('root error', trained['root_mm'], baseline['root_mm'], 'mm'))
-    lines = [f'{trained["frames"]} test frames; {trained["protocol"]["description"]}',
-             f'{"":24}{"trained":>12}{"constant":>12}{"ratio":>8}']
-    lines += [f'{title:24}{ours:>9.2f} {unit}{constant:>9.2f} {unit}{ours / constant:>8.2f}'
-              for title, ours, constant, unit in rows]
+    lines = [
+        f'{trained["frames"]} test frames; {trained["protocol"]["description"]}',
+        f'{"":24}{"trained":>12}{"constant":>12}{"ratio":>8}',
+    ]
+    lines += [
+        f'{title:24}{ours:>9.2f} {unit}{constant:>9.2f} {unit}{ours / constant:>8.2f}'
+        for title, ours, constant, unit in rows
+    ]
     return '\n'.join(lines)
 
 

@@ -65,9 +65,11 @@ def image_entries(sequences: list[Sequence]) -> Iterator[str]:
         pairs = itertools.islice(itertools.product(enumerate(one.cameras), one.steps), one.pictures)
         for (place, camera), step in pairs:
             width, height = (512, 334) if place % 4 == 0 else (334, 512)
-            yield (f'{{"id": {number}, "file_name": "Capture{one.capture}/{one.name}/cam{camera}/image{step}.jpg", '
-                   f'"width": {width}, "height": {height}, "capture": {one.capture}, "subject": {one.capture % 21}, '
-                   f'"seq_name": "{one.name}", "camera": "{camera}", "frame_idx": {step}}}')
+            yield (
+                f'{{"id": {number}, "file_name": "Capture{one.capture}/{one.name}/cam{camera}/image{step}.jpg", '
+                f'"width": {width}, "height": {height}, "capture": {one.capture}, "subject": {one.capture % 21}, '
+                f'"seq_name": "{one.name}", "camera": "{camera}", "frame_idx": {step}}}'
+            )
             number += 1
 
 
@@ -79,9 +81,11 @@ def annotation_entries(sequences: list[Sequence], seed: int) -> Iterator[str]:
     for one in sequences:
         type_valid = {step: int(draw.random() >= TYPE_NOT_VALID) for step in one.steps}
         for step in itertools.islice(itertools.cycle(one.steps), one.pictures):
-            yield (f'{{"id": {number}, "image_id": {number}, "bbox": {next(boxes)}, '
-                   f'"joint_valid": {valid[one.hand_type]}, "hand_type": "{one.hand_type}", '
-                   f'"hand_type_valid": {type_valid[step]}}}')
+            yield (
+                f'{{"id": {number}, "image_id": {number}, "bbox": {next(boxes)}, '
+                f'"joint_valid": {valid[one.hand_type]}, "hand_type": "{one.hand_type}", '
+                f'"hand_type_valid": {type_valid[step]}}}'
+            )
             number += 1
 
 
@@ -98,7 +102,8 @@ def camera_entries(sequences: list[Sequence], seed: int) -> dict[str, dict]:
             'campos': table(cameras, *[(-1500, 1500)] * 3),
             'camrot': {camera: [row[camera] for row in rows] for camera in cameras},
             'focal': table(cameras, *[(1200, 1300)] * 2),
-            'princpt': table(cameras, *[(150, 260)] * 2)}
+            'princpt': table(cameras, *[(150, 260)] * 2),
+        }
     return content
 
 
@@ -117,8 +122,10 @@ def joint_entries(one: Sequence, variants: list[str], draw: random.Random) -> It
     """``"frame_idx": {"world_coord": ..., ...}`` of each time step."""
     valid = json.dumps([[int(one.hand_type != 'left')]] * 21 + [[int(one.hand_type != 'right')]] * 21)
     for step in one.steps:
-        yield (f'"{step}": {{"world_coord": {draw.choice(variants)}, "joint_valid": {valid}, '
-               f'"hand_type": "{one.hand_type}", "hand_type_valid": true}}')
+        yield (
+            f'"{step}": {{"world_coord": {draw.choice(variants)}, "joint_valid": {valid}, '
+            f'"hand_type": "{one.hand_type}", "hand_type_valid": true}}'
+        )
 
 
 def by_capture(sequences: list[Sequence], entries) -> Iterator[str]:
@@ -146,17 +153,28 @@ def write_annotations(root: Path, split: str, frames: int, captures: int, *, joi
 
     sequences = make_sequences(frames, captures, seed)
     start = root / 'annotations' / split / f'InterHand2.6M_{split}_'
-    write_parts(Path(f'{start}data.json'), [('{"images": [', image_entries(sequences), '], '),
-                                            ('"annotations": [', annotation_entries(sequences, seed), ']}')])
+    write_parts(
+        Path(f'{start}data.json'),
+        [
+            ('{"images": [', image_entries(sequences), '], '),
+            ('"annotations": [', annotation_entries(sequences, seed), ']}'),
+        ],
+    )
     write_atomically(f'{start}camera.json', json.dumps(camera_entries(sequences, seed)).encode())
-    fits = [json.dumps({'pose': numbers(48, 0.3), 'shape': numbers(10, 0.5), 'trans': numbers(3, 0.2)})
-            for _ in range(VARIANTS)]
-    write_parts(Path(f'{start}MANO_NeuralAnnot.json'),
-                [('{', by_capture(sequences, lambda one: fit_entries(one, fits, draw)), '}')])
+    fits = [
+        json.dumps({'pose': numbers(48, 0.3), 'shape': numbers(10, 0.5), 'trans': numbers(3, 0.2)})
+        for _ in range(VARIANTS)
+    ]
+    write_parts(
+        Path(f'{start}MANO_NeuralAnnot.json'),
+        [('{', by_capture(sequences, lambda one: fit_entries(one, fits, draw)), '}')],
+    )
     if joints:
         points = [json.dumps([numbers(3, 80) for _ in range(42)]) for _ in range(VARIANTS)]
-        write_parts(Path(f'{start}joint_3d.json'),
-                    [('{', by_capture(sequences, lambda one: joint_entries(one, points, draw)), '}')])
+        write_parts(
+            Path(f'{start}joint_3d.json'),
+            [('{', by_capture(sequences, lambda one: joint_entries(one, points, draw)), '}')],
+        )
     (root / 'images' / split).mkdir(parents=True, exist_ok=True)
 
 

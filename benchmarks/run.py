@@ -105,6 +105,7 @@ class Table(NamedTuple):
 # Measuring
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def in_turn(contestants: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of every repetition of each; a first round warms up and does not count."""
     seconds = {name: [] for name in contestants}
@@ -180,15 +181,21 @@ def inference_forms(model: nn.Module, setting: Setting) -> dict[str, Callable[[T
 # The network
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 @torch.no_grad()
 def forward(setting: Setting) -> Table:
     images, model = make_images(setting, setting.batch), make_network(setting).eval()
     bare = to_device(ResNetBackbone('resnet50'), setting.device).eval()
     runs = {'ResNet-50': bare} | inference_forms(model, setting)
-    seconds = in_turn({name: lambda run=run: run(images) for name, run in runs.items()}, setting.repeats,
-                      setting.device)
-    return Table(f'Forward, batch {setting.batch}', 'ResNet-50', rows_of(seconds, 'ResNet-50'),
-                 'The exported forms leave out what only training needs (dense heads, the last way back).')
+    seconds = in_turn(
+        {name: lambda run=run: run(images) for name, run in runs.items()}, setting.repeats, setting.device
+    )
+    return Table(
+        f'Forward, batch {setting.batch}',
+        'ResNet-50',
+        rows_of(seconds, 'ResNet-50'),
+        'The exported forms leave out what only training needs (dense heads, the last way back).',
+    )
 
 
 @torch.no_grad()
@@ -199,11 +206,18 @@ def latency(setting: Setting) -> Table:
     reconstruct = Reconstructor(model, image_size=setting.cfg.MODEL.IMAGE_SIZE, device=setting.device)
 
     def all_files():
-        write_picture_files(setting.work / 'picture', reduced(picture), cut_crop(picture).image,
-                            reconstruct([picture]).cpu().one(0), reconstruct.hand_models)
+        write_picture_files(
+            setting.work / 'picture',
+            reduced(picture),
+            cut_crop(picture).image,
+            reconstruct([picture]).cpu().one(0),
+            reconstruct.hand_models,
+        )
 
-    runs |= {'picture to hands in metres': lambda: reconstruct([picture]),
-             'the same, with all files of apps/demo.py': all_files}
+    runs |= {
+        'picture to hands in metres': lambda: reconstruct([picture]),
+        'the same, with all files of apps/demo.py': all_files,
+    }
     return Table('One image', 'DIR, eager', rows_of(in_turn(runs, setting.repeats, setting.device), 'DIR, eager'))
 
 
@@ -279,8 +293,12 @@ def step(setting: Setting) -> Table:
         command = [sys.executable, __file__, '--peak', what, '--data', str(made_data(setting)), *here]
         result = subprocess.run(command, capture_output=True, text=True, check=True)
         rows.append(Row(f'peak memory, {what if what != "bare" else "ResNet-50"}', float(result.stdout), 'GB'))
-    return Table(f'Training step (AdamW), batch {setting.batch}', 'ResNet-50', rows,
-                 '"nothing": the program with network, optimizer and data, before any step.')
+    return Table(
+        f'Training step (AdamW), batch {setting.batch}',
+        'ResNet-50',
+        rows,
+        '"nothing": the program with network, optimizer and data, before any step.',
+    )
 
 
 def _peak_memory() -> float:
@@ -309,7 +327,7 @@ def throughput(setting: Setting) -> Table:
         rows.append(Row('bfloat16 matrix product 8192', rate / 1e12, 'TFLOP/s'))
     for precision in precisions:
         set_float32_precision(precision)
-        for compile in ((False, True) if setting.compile else (False,)):
+        for compile in (False, True) if setting.compile else (False,):
             for batch in batches:
                 rows += _throughput(setting, batch, precision, compile, rate)
     set_float32_precision('float32')
@@ -364,6 +382,7 @@ def matrix_rate(setting: Setting, size: int = 8192) -> float:
 # The data road
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def made_data(setting: Setting) -> Path:
     """A prepared data set in the forms folder, packed, bits, bare; made once."""
     if not (setting.work / 'bare').exists():
@@ -386,11 +405,16 @@ def made_config(setting: Setting, form: str, *words: str) -> CfgNode:
 
 
 def loader(setting: Setting) -> Table:
-    forms = {'folder, three JPEGs': ('folder',), 'folder, targets drawn: one JPEG': ('folder', *DRAWN),
-             'packed, three JPEGs': ('packed',), 'packed, masks as bits': ('bits',),
-             'packed, targets drawn: one JPEG': ('bare', *DRAWN)}
-    loaders = {title: training_loader(made_config(setting, *words, 'TRAIN.WORKERS', '1'))
-               for title, words in forms.items()}
+    forms = {
+        'folder, three JPEGs': ('folder',),
+        'folder, targets drawn: one JPEG': ('folder', *DRAWN),
+        'packed, three JPEGs': ('packed',),
+        'packed, masks as bits': ('bits',),
+        'packed, targets drawn: one JPEG': ('bare', *DRAWN),
+    }
+    loaders = {
+        title: training_loader(made_config(setting, *words, 'TRAIN.WORKERS', '1')) for title, words in forms.items()
+    }
 
     def epoch(form: str) -> None:
         batches, sampler = loaders[form]
@@ -406,8 +430,9 @@ def loader(setting: Setting) -> Table:
         rows.append(Row(title, middle, 'samples/s', low, high))
     for kind in ('img', 'mask', 'dense'):
         content = np.frombuffer((made_data(setting) / f'folder/train/{kind}/5.jpg').read_bytes(), np.uint8)
-        decode = in_turn({kind: lambda content=content: cv2.imdecode(content, cv2.IMREAD_COLOR)}, 200,
-                         torch.device('cpu'))
+        decode = in_turn(
+            {kind: lambda content=content: cv2.imdecode(content, cv2.IMREAD_COLOR)}, 200, torch.device('cpu')
+        )
         title = f'decoding a JPEG ({kind}, {len(content) / 1000:.0f} kB)'
         rows += [row._replace(what=title) for row in rows_of(decode)]
     return Table('Loader, one worker', None, rows)
@@ -421,14 +446,17 @@ def opening(setting: Setting) -> Table:
     with open(folder / pack.SAMPLES, 'wb') as file:
         file.truncate(PACKED_SAMPLES * 20_000)
     files = {name: {'bytes': (folder / name).stat().st_size, 'sha256': ''} for name in (pack.LABELS, pack.SAMPLES)}
-    write_json(folder / pack.MANIFEST, {'format': pack.FORMAT, 'samples': PACKED_SAMPLES, 'mask': 'jpeg', 'dense': True,
-                                        'files': files})
+    write_json(
+        folder / pack.MANIFEST,
+        {'format': pack.FORMAT, 'samples': PACKED_SAMPLES, 'mask': 'jpeg', 'dense': True, 'files': files},
+    )
 
     def open_and_read() -> None:
         pack.open_split(folder.parent, 'train').labels(PACKED_SAMPLES // 2)
 
-    seconds = in_turn({f'open {PACKED_SAMPLES:,} samples, read one': open_and_read}, setting.repeats,
-                      torch.device('cpu'))
+    seconds = in_turn(
+        {f'open {PACKED_SAMPLES:,} samples, read one': open_and_read}, setting.repeats, torch.device('cpu')
+    )
     return Table('Opening a packed split', None, rows_of(seconds))
 
 
@@ -439,17 +467,31 @@ def augmentation(setting: Setting) -> Table:
         samples[title] = parts_of(next(iter(training_loader(cfg)[0])), setting.batch)[0]
         makers[title] = build_batch_maker(cfg, load_hand_models('standin')).to(setting.device)
     with threads(1):
-        seconds = in_turn({title: lambda title=title: makers[title](samples[title]) for title in makers},
-                          setting.repeats, setting.device)
-    return Table(f'Labels, augmentation and targets on {setting.device.type}, a sample (one core, batch '
-                 f'{setting.batch})', None, rows_of(seconds, per=setting.batch))
+        seconds = in_turn(
+            {title: lambda title=title: makers[title](samples[title]) for title in makers},
+            setting.repeats,
+            setting.device,
+        )
+    return Table(
+        f'Labels, augmentation and targets on {setting.device.type}, a sample (one core, batch {setting.batch})',
+        None,
+        rows_of(seconds, per=setting.batch),
+    )
 
 
 def waiting(setting: Setting) -> Table:
     """An epoch of real training steps on the made data set, timed by its own parts."""
-    cfg = made_config(setting, 'bare', *DRAWN, 'OUTPUT_DIR', str(setting.work / 'run'), 'TRAIN.BATCH_SIZE',
-                      '64' if setting.device.type == 'cuda' else str(setting.batch), 'TRAIN.PRECISION',
-                      'bfloat16' if setting.device.type == 'cuda' else 'float32')
+    cfg = made_config(
+        setting,
+        'bare',
+        *DRAWN,
+        'OUTPUT_DIR',
+        str(setting.work / 'run'),
+        'TRAIN.BATCH_SIZE',
+        '64' if setting.device.type == 'cuda' else str(setting.batch),
+        'TRAIN.PRECISION',
+        'bfloat16' if setting.device.type == 'cuda' else 'float32',
+    )
     run = build_training(cfg, setting.device, fresh=True)
     run.parallel.train()
     waited, progress, steps = 0.0, Progress(), 0
@@ -467,8 +509,11 @@ def waiting(setting: Setting) -> Table:
         sum(terms.values()).item()
         steps += 1
     share = 100 * waited / (time.perf_counter() - begin)
-    return Table('Waiting for data', None, [Row(f'{cfg.TRAIN.WORKERS} workers, {steps} steps of '
-                                                f'{cfg.TRAIN.BATCH_SIZE}, of the time', share, '%')])
+    return Table(
+        'Waiting for data',
+        None,
+        [Row(f'{cfg.TRAIN.WORKERS} workers, {steps} steps of {cfg.TRAIN.BATCH_SIZE}, of the time', share, '%')],
+    )
 
 
 def prepare(setting: Setting) -> Table:
@@ -489,13 +534,19 @@ def prepare(setting: Setting) -> Table:
 
 def annotations(setting: Setting) -> Table:
     root = setting.work / 'annotations'
-    subprocess.run([sys.executable, ROOT / 'benchmarks/made_annotations.py', '--frames', str(REAL_FRAMES), '--out',
-                    root], check=True)
-    result = subprocess.run([sys.executable, __file__, '--peak', 'annotations', '--data', root], capture_output=True,
-                            text=True, check=True)
+    subprocess.run(
+        [sys.executable, ROOT / 'benchmarks/made_annotations.py', '--frames', str(REAL_FRAMES), '--out', root],
+        check=True,
+    )
+    result = subprocess.run(
+        [sys.executable, __file__, '--peak', 'annotations', '--data', root], capture_output=True, text=True, check=True
+    )
     frames, seconds, peak = map(float, result.stdout.split())
-    return Table(f'Annotation files of {REAL_FRAMES:,} frames, one process', None, [
-        Row(f'choose {frames:,.0f} frames', seconds, 's'), Row('peak memory', peak, 'GB')])
+    return Table(
+        f'Annotation files of {REAL_FRAMES:,} frames, one process',
+        None,
+        [Row(f'choose {frames:,.0f} frames', seconds, 's'), Row('peak memory', peak, 'GB')],
+    )
 
 
 def print_annotations(root: Path) -> None:
@@ -510,20 +561,40 @@ def print_annotations(root: Path) -> None:
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
 
-MEASUREMENTS = {'forward': forward, 'projection': projection, 'step': step, 'throughput': throughput,
-                'latency': latency, 'loader': loader, 'opening': opening, 'augmentation': augmentation,
-                'waiting': waiting, 'preparation': prepare, 'annotations': annotations}
+MEASUREMENTS = {
+    'forward': forward,
+    'projection': projection,
+    'step': step,
+    'throughput': throughput,
+    'latency': latency,
+    'loader': loader,
+    'opening': opening,
+    'augmentation': augmentation,
+    'waiting': waiting,
+    'preparation': prepare,
+    'annotations': annotations,
+}
 
 
 def machine(setting: Setting) -> dict:
     """What the numbers were measured on."""
-    cpu = next((line.split(':')[1].strip() for line in _lines('/proc/cpuinfo') if line.startswith('model name')),
-               platform.processor())
+    cpu = next(
+        (line.split(':')[1].strip() for line in _lines('/proc/cpuinfo') if line.startswith('model name')),
+        platform.processor(),
+    )
     cuda = setting.device.type == 'cuda'
-    return {'device': torch.cuda.get_device_name() if cuda else cpu, 'cpu': cpu, 'cores': usable_cores(),
-            'threads': torch.get_num_threads(), 'load': os.getloadavg()[0], 'python': platform.python_version(),
-            'torch': torch.__version__, 'torchvision': torchvision_version, 'opencv': cv2.__version__,
-            'cuda': torch.version.cuda if cuda else None}
+    return {
+        'device': torch.cuda.get_device_name() if cuda else cpu,
+        'cpu': cpu,
+        'cores': usable_cores(),
+        'threads': torch.get_num_threads(),
+        'load': os.getloadavg()[0],
+        'python': platform.python_version(),
+        'torch': torch.__version__,
+        'torchvision': torchvision_version,
+        'opencv': cv2.__version__,
+        'cuda': torch.version.cuda if cuda else None,
+    }
 
 
 def _lines(path: str) -> list[str]:
@@ -575,8 +646,9 @@ def main(argv: list[str] | None = None) -> int:
     if choose_device(cfg.DEVICE).type == 'cpu':
         keep_freed_memory()  # as the programs themselves do
     with tempfile.TemporaryDirectory() as work:
-        setting = Setting(choose_device(cfg.DEVICE), cfg, opts, args.batch, args.repeats, args.compile,
-                          Path(args.data or work))
+        setting = Setting(
+            choose_device(cfg.DEVICE), cfg, opts, args.batch, args.repeats, args.compile, Path(args.data or work)
+        )
         if args.peak:
             print_peak(setting, args.peak)
             return 0

@@ -60,17 +60,22 @@ def cost(run: Run, devices: int) -> Cost:
     step = compute + exchange
     rate = run.batch / step
     hours = run.samples * run.epochs / rate / 3600
-    return Cost(devices, 1e3 * step, rate, compute / step, hours, hours * devices,
-                rate / devices / run.loader_per_worker)
+    return Cost(
+        devices, 1e3 * step, rate, compute / step, hours, hours * devices, rate / devices / run.loader_per_worker
+    )
 
 
 def table(run: Run, devices: list[int]) -> str:
-    lines = ['| devices | batch | step, ms | samples/s | efficiency | hours | device hours | workers each |',
-             '|---:|---:|---:|---:|---:|---:|---:|---:|']
+    lines = [
+        '| devices | batch | step, ms | samples/s | efficiency | hours | device hours | workers each |',
+        '|---:|---:|---:|---:|---:|---:|---:|---:|',
+    ]
     for number in devices:
         one = cost(run, number)
-        lines.append(f'| {number} | {run.batch} | {one.step_ms:.4g} | {one.samples_per_second:,.4g} | '
-                     f'{one.efficiency:.0%} | {one.hours:,.3g} | {one.device_hours:,.3g} | {math.ceil(one.workers)} |')
+        lines.append(
+            f'| {number} | {run.batch} | {one.step_ms:.4g} | {one.samples_per_second:,.4g} | '
+            f'{one.efficiency:.0%} | {one.hours:,.3g} | {one.device_hours:,.3g} | {math.ceil(one.workers)} |'
+        )
     return '\n'.join(lines)
 
 
@@ -83,8 +88,9 @@ def measured_rate(path: str) -> float:
     except (TypeError, KeyError):
         rates = []
     if not rates:
-        raise UserError(f'{path} holds no training throughput: make it with benchmarks/run.py --only throughput --out '
-                        'FOLDER.')
+        raise UserError(
+            f'{path} holds no training throughput: make it with benchmarks/run.py --only throughput --out FOLDER.'
+        )
     return max(rates)
 
 
@@ -98,10 +104,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--batch', type=int, default=Run().batch, help='over all devices (default: %(default)s)')
     parser.add_argument('--samples', type=int, default=Run().samples, help='of an epoch (default: %(default)s)')
     parser.add_argument('--epochs', type=int, default=Run().epochs, help='default: %(default)s')
-    parser.add_argument('--loader', type=float, default=Run().loader_per_worker, help='samples/s of a worker '
-                        '(default: %(default)s)')
-    parser.add_argument('--bandwidth', type=float, default=Run().bandwidth / 1e9, help='GB/s between two devices '
-                        '(default: %(default)s)')
+    parser.add_argument(
+        '--loader', type=float, default=Run().loader_per_worker, help='samples/s of a worker (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--bandwidth', type=float, default=Run().bandwidth / 1e9, help='GB/s between two devices (default: %(default)s)'
+    )
     args = parser.parse_args(argv)
     if bool(args.samples_per_second) == bool(args.benchmark):
         raise UserError('give either --samples_per_second or --benchmark.')

@@ -41,9 +41,19 @@ class AugmentationParameters(NamedTuple):
 _TYPES = AugmentationParameters(torch.bool, torch.int64, *[torch.float32] * 7, torch.int64)
 
 
-def parameters(*, flip: bool = False, blur_length: int = 0, blur_angle: float = 0.0, scale: float = 1.0,
-               angle: float = 0.0, shift=(0.0, 0.0), gain=(1.0, 1.0, 1.0), brightness: float = 0.0, noise: float = 0.0,
-               noise_seed: int = 0) -> AugmentationParameters:
+def parameters(
+    *,
+    flip: bool = False,
+    blur_length: int = 0,
+    blur_angle: float = 0.0,
+    scale: float = 1.0,
+    angle: float = 0.0,
+    shift=(0.0, 0.0),
+    gain=(1.0, 1.0, 1.0),
+    brightness: float = 0.0,
+    noise: float = 0.0,
+    noise_seed: int = 0,
+) -> AugmentationParameters:
     """One sample's struct from plain numbers; without arguments: leave it as it is."""
     row = (flip, blur_length, blur_angle, scale, angle, shift, gain, brightness, noise, noise_seed)
     return AugmentationParameters(*(torch.tensor(value, dtype=kind) for value, kind in zip(row, _TYPES)))
@@ -75,5 +85,15 @@ def _draw(ranges: AugmentationRanges, key: tuple[int, int, int]) -> tuple:
     length = int(random.integers(*BLUR_LENGTHS, endpoint=True)) if blur else 0
     blur_angle, scale, degrees = random.uniform(0, math.pi), around(1, ranges.scale), around(0, ranges.rotation)
     shift, gain, brightness = around(0, ranges.shift, 2), around(1, ranges.gain, 3), around(0, ranges.brightness)
-    return (bool(flip), length, blur_angle, scale, math.radians(degrees), shift, gain, 255 * brightness,
-            255 * ranges.noise, int(random.integers(2**62)))
+    return (
+        bool(flip),
+        length,
+        blur_angle,
+        scale,
+        math.radians(degrees),
+        shift,
+        gain,
+        255 * brightness,
+        255 * ranges.noise,
+        int(random.integers(2**62)),
+    )

@@ -101,8 +101,9 @@ class BatchMaker(nn.Module):
     """Sample (batched) -> Batch. ``image_size``: side of the network's input in pixels. ``renderer`` makes the targets
     that are not in the samples."""
 
-    def __init__(self, hand_layer: TwoHandLayer, *, image_size: int = CROP_SIZE,
-                 renderer: TargetRenderer | None = None):
+    def __init__(
+        self, hand_layer: TwoHandLayer, *, image_size: int = CROP_SIZE, renderer: TargetRenderer | None = None
+    ):
         super().__init__()
         self.hand_layer, self.image_size, self.renderer = hand_layer, image_size, renderer
         self.register_buffer('mean', torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
@@ -132,10 +133,12 @@ class BatchMaker(nn.Module):
         else:
             segmentation, dense = classify_mask(mask), dense / 255
         target = Target(
-            vertices=hands.vertices, joints=hands.joints,
+            vertices=hands.vertices,
+            joints=hands.joints,
             vertices_uv=to_uv(project(hands.vertices, intrinsics[:, None])),
             joints_uv=to_uv(project(hands.joints, intrinsics[:, None])),
-            segmentation=segmentation, dense=dense,
+            segmentation=segmentation,
+            dense=dense,
         )
         return Batch(self.normalised(picture), target, intrinsics, samples.index)
 
@@ -168,22 +171,27 @@ class BatchMaker(nn.Module):
 
 def _map_tensors(function: Callable, *trees: NamedTuple) -> NamedTuple:
     """Apply ``function`` to the list of corresponding tensors of NamedTuples that are built alike."""
-    return type(trees[0])(*(function(leaves) if isinstance(leaves[0], Tensor) else _map_tensors(function, *leaves)
-                            for leaves in zip(*trees)))
+    return type(trees[0])(
+        *(
+            function(leaves) if isinstance(leaves[0], Tensor) else _map_tensors(function, *leaves)
+            for leaves in zip(*trees)
+        )
+    )
 
 
 def parts_of(samples: Sample, size: int) -> list[Sample]:
     """A batch in parts of ``size`` samples."""
     starts = range(0, len(samples.index), size)
-    return [_map_tensors(lambda leaves, begin=begin: leaves[0][begin:begin + size], samples) for begin in starts]
+    return [_map_tensors(lambda leaves, begin=begin: leaves[0][begin : begin + size], samples) for begin in starts]
 
 
 def camera_hands(hand_layer: TwoHandLayer, samples: Sample) -> Hands:
     """The labels: MANO in the world, then in camera axes, metres. R (MANO + trans) + t."""
     hands = hand_layer(samples.root, samples.pose, samples.shape)
     place = samples.translation[:, :, None]
-    return Hands(*(world_to_camera(points + place, samples.camera_rotation, samples.camera_translation)
-                   for points in hands))
+    return Hands(
+        *(world_to_camera(points + place, samples.camera_rotation, samples.camera_translation) for points in hands)
+    )
 
 
 def augmentation_map(plan: AugmentationParameters) -> Tensor:

@@ -71,8 +71,15 @@ class Joints(NamedTuple):
     unreadable: dict[TimeStep, str]  # time steps with pictures but without usable joints, and why
 
 
-def fit_time_steps(models: tuple[HandModel, HandModel], joints: Tensor, valid: Tensor, capture: Tensor, *,
-                   device: str = 'cpu', progress: Callable[[int], Any] = lambda count: None) -> Fit:
+def fit_time_steps(
+    models: tuple[HandModel, HandModel],
+    joints: Tensor,
+    valid: Tensor,
+    capture: Tensor,
+    *,
+    device: str = 'cpu',
+    progress: Callable[[int], Any] = lambda count: None,
+) -> Fit:
     """Fit both hands at T time steps. Those of one capture share one shape: a capture shows one person.
 
     joints (T, 2, 21, 3) m, valid (T, 2, 21) bool, capture (T,) int64 numbers from 0. ``progress`` is told how many time
@@ -118,8 +125,10 @@ def _batch_size(device: str) -> int:
 
 def read_joints(split: RawSplit) -> Joints:
     """The joints of every time step that has a picture, in the order of capture and frame."""
-    names = sorted({(frame.capture, str(frame.frame_idx)) for frame in split.iterate_frames()},
-                   key=lambda name: (len(name[0]), name[0], int(name[1])))
+    names = sorted(
+        {(frame.capture, str(frame.frame_idx)) for frame in split.iterate_frames()},
+        key=lambda name: (len(name[0]), name[0], int(name[1])),
+    )
     read, unreadable = {}, {}
     for name in names:
         try:
@@ -164,9 +173,14 @@ def fit_split(split: RawSplit, models: tuple[HandModel, HandModel], *, overwrite
     names = [joints.names[row] for row in rows.tolist()]
     numbers = {capture: number for number, capture in enumerate(dict.fromkeys(capture for capture, _ in names))}
     with tqdm(total=len(rows), desc=f'fitting {split.split}', unit=' time steps', disable=None) as bar:
-        fit = fit_time_steps(models, torch.from_numpy(joints.points)[rows], valid[rows],
-                             torch.tensor([numbers[capture] for capture, _ in names], dtype=torch.long),
-                             device=device, progress=bar.update)
+        fit = fit_time_steps(
+            models,
+            torch.from_numpy(joints.points)[rows],
+            valid[rows],
+            torch.tensor([numbers[capture] for capture, _ in names], dtype=torch.long),
+            device=device,
+            progress=bar.update,
+        )
 
     mean, worst = fit.residual.nanmean(-1), fit.residual.nan_to_num(-1).amax(-1)
     table = {(*name, side): (0, '', '', reason) for name, reason in joints.unreadable.items() for side in SIDES}
@@ -184,12 +198,17 @@ def fit_split(split: RawSplit, models: tuple[HandModel, HandModel], *, overwrite
         _write_residuals(path.with_name(f'InterHand2.6M_{split.split}_fit_residuals.csv'), table, fresh=overwrite)
         write_hand_model_record(split.root, models)  # first: parameters of an unnamed hand would pass as official
         write_atomically(path, json.dumps(content, separators=(',', ':')).encode())
-    return '\n'.join([', '.join(report), *_summary(fitted, [joints.names[i] for i, _ in too_few.nonzero().tolist()],
-                                                    list(joints.unreadable))])
+    return '\n'.join(
+        [
+            ', '.join(report),
+            *_summary(fitted, [joints.names[i] for i, _ in too_few.nonzero().tolist()], list(joints.unreadable)),
+        ]
+    )
 
 
-def _insert(content: dict[str, Any], all_names: list[TimeStep], names: list[TimeStep], fit: Fit,
-            wanted: Tensor) -> None:
+def _insert(
+    content: dict[str, Any], all_names: list[TimeStep], names: list[TimeStep], fit: Fit, wanted: Tensor
+) -> None:
     """Put the fits into the annotation file's nested dictionaries; a hand without a fit is null unless it is there."""
     for capture, frame in all_names:
         entry = content.setdefault(capture, {}).get(frame) or {}
@@ -198,7 +217,8 @@ def _insert(content: dict[str, Any], all_names: list[TimeStep], names: list[Time
     for place, hand in wanted.nonzero().tolist():
         capture, frame = names[place]
         content[capture][frame][SIDES[hand]] = {
-            key: values[place, hand].tolist() for key, values in (('pose', pose), ('shape', shape), ('trans', trans))}
+            key: values[place, hand].tolist() for key, values in (('pose', pose), ('shape', shape), ('trans', trans))
+        }
 
 
 def _write_residuals(path: Path, table: dict[tuple[str, str, str], tuple], *, fresh: bool) -> None:
@@ -215,8 +235,9 @@ def _write_residuals(path: Path, table: dict[tuple[str, str, str], tuple], *, fr
     write_atomically(path, text.getvalue().encode())
 
 
-def _summary(fitted: dict[tuple[str, str, str], float], too_few: list[TimeStep],
-             unreadable: list[TimeStep]) -> list[str]:
+def _summary(
+    fitted: dict[tuple[str, str, str], float], too_few: list[TimeStep], unreadable: list[TimeStep]
+) -> list[str]:
     def shown(names: list[TimeStep]) -> str:
         first = ', '.join(f'{capture}/{frame}' for capture, frame in names[:NAMES_SHOWN])
         return first + (', ...' if len(names) > NAMES_SHOWN else '')
@@ -225,8 +246,10 @@ def _summary(fitted: dict[tuple[str, str, str], float], too_few: list[TimeStep],
     if fitted:
         values = np.array(list(fitted.values()))
         worst = sorted(fitted, key=fitted.get, reverse=True)[:NAMES_SHOWN]
-        lines.append(f'  {len(values)} hands fitted; residual over the valid joints: mean {values.mean():.2f} mm, '
-                     f'median {np.median(values):.2f} mm, worst {values.max():.2f} mm')
+        lines.append(
+            f'  {len(values)} hands fitted; residual over the valid joints: mean {values.mean():.2f} mm, '
+            f'median {np.median(values):.2f} mm, worst {values.max():.2f} mm'
+        )
         named = [f'{capture}/{frame} {side} {fitted[capture, frame, side]:.2f} mm' for capture, frame, side in worst]
         lines.append(f'  worst (capture/frame hand): {", ".join(named)}')
     else:
@@ -247,8 +270,10 @@ def check_mixing(data_path: Path, kept: list[Path], models: tuple[HandModel, Han
         return
     check_hand_model_record(data_path, models)
     if not (data_path / HAND_MODEL_RECORD).exists() and models[0].name != 'mano':
-        raise UserError(f'{kept[0]} holds parameters of the official hand model; those of {models[0].name} cannot be '
-                        'put beside them. Use the official files (MANO.SOURCE files), or move that file away.')
+        raise UserError(
+            f'{kept[0]} holds parameters of the official hand model; those of {models[0].name} cannot be '
+            'put beside them. Use the official files (MANO.SOURCE files), or move that file away.'
+        )
 
 
 def _splits(text: str) -> list[str]:
@@ -273,8 +298,9 @@ def main(arguments: list[str] | None = None) -> None:
     there = find_splits(options.data_path)
     splits = [RawSplit(options.data_path, name) for name in options.splits or there]
     redone = {split.split for split in splits} if options.overwrite else set()
-    files = {name: options.data_path / 'annotations' / name / f'InterHand2.6M_{name}_MANO_NeuralAnnot.json'
-             for name in there}
+    files = {
+        name: options.data_path / 'annotations' / name / f'InterHand2.6M_{name}_MANO_NeuralAnnot.json' for name in there
+    }
     kept = [path for name, path in files.items() if path.exists() and name not in redone]
     check_mixing(options.data_path, kept, models)
     for split in splits:

@@ -16,8 +16,21 @@ from utils.hand import BONES, MANO_TO_JOINTS, NUM_VERTICES, TIP_VERTICES
 from utils.render import rasterize, smooth_normals
 
 TEXELS = 8  # along a face's edge of about 6 mm: finer than a pixel of the pictures
-SKIN_TONES_BGR = np.array([(176, 200, 235), (150, 182, 224), (132, 168, 214), (110, 150, 200), (92, 130, 182),
-                           (72, 106, 156), (56, 84, 128), (44, 64, 100)]) / 255.0
+SKIN_TONES_BGR = (
+    np.array(
+        [
+            (176, 200, 235),
+            (150, 182, 224),
+            (132, 168, 214),
+            (110, 150, 200),
+            (92, 130, 182),
+            (72, 106, 156),
+            (56, 84, 128),
+            (44, 64, 100),
+        ]
+    )
+    / 255.0
+)
 FOREARM_RINGS, FOREARM_LENGTH, LARGEST_BEND = 11, 0.31, np.radians(60)
 WRIST_CORNERS = 16  # of the hole at the wrist
 NUM_FOREARM_VERTICES = WRIST_CORNERS * FOREARM_RINGS
@@ -100,10 +113,21 @@ def chart_skin(model: HandModel) -> SkinChart:
     knuckle = np.minimum.reduce([np.linalg.norm(point - joints[i], axis=1) for i in (5, 9, 13, 17)])
     inside = np.minimum.reduce([(share - 0.42) / 0.10, (1.03 - share) / 0.06, (0.80 - np.abs(sideways)) / 0.12])
     on_nail = last & (upward > 0.25)
-    chart = SkinChart(palm, back, joint, np.where(part > 0, 9, palm_line), knuckle, last * palm * _step(share, 0.3, 1),
-                      (part == 0) * back * _bump(sideways, 0.25), on_nail * _step(inside, 0, 1),
-                      on_nail * _bump(inside, 0.5), share, coarse, _value_noise(point, 0.0016, rng),
-                      _step(-normals[list(wrist_loop(model)), 1], -0.25, 0.35))
+    chart = SkinChart(
+        palm,
+        back,
+        joint,
+        np.where(part > 0, 9, palm_line),
+        knuckle,
+        last * palm * _step(share, 0.3, 1),
+        (part == 0) * back * _bump(sideways, 0.25),
+        on_nail * _step(inside, 0, 1),
+        on_nail * _bump(inside, 0.5),
+        share,
+        coarse,
+        _value_noise(point, 0.0016, rng),
+        _step(-normals[list(wrist_loop(model)), 1], -0.25, 0.35),
+    )
     return SkinChart(*(field.astype(np.float32) for field in chart))
 
 
@@ -140,8 +164,10 @@ def _palm_lines(joints: np.ndarray) -> list[np.ndarray]:
 
     heart = [place(little, 0.22, -0.008), place(ring, 0.20), place(middle, 0.14), place((index + middle) / 2, -0.02)]
     head = [place(index, 0.22, 0.012), place(middle, 0.32), place(ring, 0.42), place(little, 0.52)]
-    life = [place(index, 0.24, 0.012), *(place(middle, share, side) for share, side in ((0.45, 0.006), (0.70, 0.002),
-                                                                                        (0.92, 0.010)))]
+    life = [
+        place(index, 0.24, 0.012),
+        *(place(middle, share, side) for share, side in ((0.45, 0.006), (0.70, 0.002), (0.92, 0.010))),
+    ]
     return [np.array(line) for line in (heart, head, life)]
 
 
@@ -189,13 +215,16 @@ def paint_person(charts: tuple[SkinChart, SkinChart], rng: np.random.Generator) 
         nail_colour = nail_base + 0.18 * _step(chart.nail_share, nail_length - 0.03, nail_length)[:, None]
         colour *= 1 - 0.25 * chart.outline[:, None]
         colour += chart.nail[:, None] * (nail_colour - colour)
-        parts += [to_linear(colour.clip(0, 1)).reshape(-1, TEXELS**2, 3),
-                  _paint_forearm(back_colour, palm_colour, chart.rim, shirt, sleeve, rng)]
+        parts += [
+            to_linear(colour.clip(0, 1)).reshape(-1, TEXELS**2, 3),
+            _paint_forearm(back_colour, palm_colour, chart.rim, shirt, sleeve, rng),
+        ]
     return Person(np.concatenate(parts).astype(np.float32), shirt, pattern)
 
 
-def _paint_forearm(back: np.ndarray, palm: np.ndarray, rim: np.ndarray, shirt: np.ndarray, sleeve: int,
-                   rng: np.random.Generator) -> np.ndarray:
+def _paint_forearm(
+    back: np.ndarray, palm: np.ndarray, rim: np.ndarray, shirt: np.ndarray, sleeve: int, rng: np.random.Generator
+) -> np.ndarray:
     """(NUM_FOREARM_FACES, TEXELS**2, 3): skin up to ring ``sleeve``, which goes on from the wrist's, then cloth."""
     noise = rng.standard_normal((NUM_FOREARM_FACES, TEXELS**2, 1), dtype=np.float32)
     ring, corner = np.divmod(np.arange(NUM_FOREARM_FACES) // 2, WRIST_CORNERS)
@@ -297,12 +326,14 @@ class Light(NamedTuple):
 def sample_light(rng: np.random.Generator) -> Light:
     direction = _unit(np.array([rng.uniform(-0.9, 0.9), -rng.uniform(0.2, 1.2), -rng.uniform(0.5, 1.2)]))
     tint = 1 + rng.uniform(-0.10, 0.10, 3)
-    return Light(direction, rng.uniform(0.65, 1.1) * tint, rng.uniform(0.22, 0.42) * (2 - tint),
-                 rng.uniform(0.02, 0.10))
+    return Light(
+        direction, rng.uniform(0.65, 1.1) * tint, rng.uniform(0.22, 0.42) * (2 - tint), rng.uniform(0.02, 0.10)
+    )
 
 
-def draw_hands(picture: np.ndarray, vertices: Tensor, faces: Tensor, intrinsics: np.ndarray, skin: np.ndarray,
-               light: Light) -> np.ndarray:
+def draw_hands(
+    picture: np.ndarray, vertices: Tensor, faces: Tensor, intrinsics: np.ndarray, skin: np.ndarray, light: Light
+) -> np.ndarray:
     """Render a closed mesh over a picture.
 
     picture (H, W, 3) display values float32; vertices (V, 3) m in camera axes; intrinsics (3, 3); skin
@@ -408,7 +439,7 @@ def _studio(size, rng):
 
 def _gradient(size, rng):
     angle, ends = rng.uniform(0, 2 * np.pi), _muted(rng, 0.05, 0.9, 2)
-    y, x = np.mgrid[:size[0], :size[1]].astype(np.float32)
+    y, x = np.mgrid[: size[0], : size[1]].astype(np.float32)
     share = (np.cos(angle) * (x / size[1] - 0.5) + np.sin(angle) * (y / size[0] - 0.5) + 0.7) / 1.4
     return (ends[0] + share[..., None] * (ends[1] - ends[0])).astype(np.float32)
 
@@ -428,7 +459,7 @@ def _clouds(size, rng):
 
 
 def _stripes(size, rng):
-    y, x = np.mgrid[:size[0], :size[1]].astype(np.float32)
+    y, x = np.mgrid[: size[0], : size[1]].astype(np.float32)
     ends, picture = _muted(rng, 0.05, 0.85, 2), 0
     for _ in range(rng.integers(1, 3)):
         angle, period = rng.uniform(0, np.pi), rng.uniform(14, 90)
@@ -443,7 +474,7 @@ def _room(size, rng):
     for _ in range(rng.integers(4, 12)):
         top, left = int(rng.integers(-40, size[0])), int(rng.integers(-40, size[1]))
         high, wide = (int(v) for v in rng.integers(40, 260, 2))
-        box = picture[max(top, 0):top + high, max(left, 0):left + wide]
+        box = picture[max(top, 0) : top + high, max(left, 0) : left + wide]
         if box.size:
             grain = rng.standard_normal(box.shape[:2], dtype=np.float32)[..., None]
             box[:] = _muted(rng, 0.05, 0.85) + np.float32(0.06) * grain
@@ -467,8 +498,10 @@ def draw_torso(picture: np.ndarray, project, elbows: np.ndarray, person: Person,
     ``project``: (N, 3) m from the hands -> pixels (N, 2); elbows (2, 3) m in those axes too.
     """
     angle = np.linspace(0, 2 * np.pi, 16, endpoint=False)
-    rings = [np.stack([wide * np.cos(angle), np.full(16, down), 0.40 + 0.11 * np.sin(angle)], 1)
-             for down, wide in ((-0.36, 0.08), (-0.31, 0.19), (-0.1, 0.20), (0.2, 0.18), (0.6, 0.19))]
+    rings = [
+        np.stack([wide * np.cos(angle), np.full(16, down), 0.40 + 0.11 * np.sin(angle)], 1)
+        for down, wide in ((-0.36, 0.08), (-0.31, 0.19), (-0.1, 0.20), (0.2, 0.18), (0.6, 0.19))
+    ]
     outline = cv2.convexHull(project(np.concatenate(rings)).astype(np.float32)).astype(np.int32)
     mask = np.zeros(picture.shape[:2], np.uint8)
     cv2.fillPoly(mask, [outline], 255, cv2.LINE_AA)
@@ -477,8 +510,9 @@ def draw_torso(picture: np.ndarray, project, elbows: np.ndarray, person: Person,
     for shoulder, elbow in zip(shoulders, elbows):
         ends = [tuple(int(v) for v in end) for end in (shoulder, elbow)]
         cv2.line(mask, *ends, 255, max(int(0.10 * metre), 1), cv2.LINE_AA)
-    folds = cv2.resize(rng.uniform(0.85, 1.15, (7, 7)).astype(np.float32), picture.shape[1::-1],
-                       interpolation=cv2.INTER_CUBIC)[..., None]
+    folds = cv2.resize(
+        rng.uniform(0.85, 1.15, (7, 7)).astype(np.float32), picture.shape[1::-1], interpolation=cv2.INTER_CUBIC
+    )[..., None]
     frequency = 2 * np.pi / rng.uniform(22, 50)
     for axis in range(person.pattern):
         bands = np.sin(frequency * np.arange(picture.shape[1 - axis])) > 0.3

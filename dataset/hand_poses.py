@@ -133,8 +133,12 @@ def pray(rng):
     slide = rng.uniform(-0.012, 0.012) * fingers
     return PairPlacement(
         HandPlacement(_turn(fingers, axis, tilt), _turn(TO_RIGHT, axis, tilt), PALM, 0.8 * HALF_PALM * TO_LEFT, poses),
-        HandPlacement(_turn(fingers, axis, -tilt), _turn(TO_LEFT, axis, -tilt), PALM,
-                      0.8 * HALF_PALM * TO_RIGHT + slide, poses), TO_RIGHT, gap)
+        HandPlacement(
+            _turn(fingers, axis, -tilt), _turn(TO_LEFT, axis, -tilt), PALM, 0.8 * HALF_PALM * TO_RIGHT + slide, poses
+        ),
+        TO_RIGHT,
+        gap,
+    )
 
 
 def steeple(rng):
@@ -145,7 +149,9 @@ def steeple(rng):
     return PairPlacement(
         HandPlacement(_turn(fingers, axis, -tilt), _turn(TO_RIGHT, axis, -tilt), FINGERTIPS, 0.003 * TO_LEFT, poses),
         HandPlacement(_turn(fingers, axis, tilt), _turn(TO_LEFT, axis, tilt), FINGERTIPS, 0.003 * TO_RIGHT, poses),
-        TO_RIGHT, _gap(rng, 0.02))
+        TO_RIGHT,
+        _gap(rng, 0.02),
+    )
 
 
 def clasp(rng):
@@ -155,7 +161,9 @@ def clasp(rng):
     return PairPlacement(
         HandPlacement(_turn(fingers, TO_LEFT, cross), TO_RIGHT, PALM, HALF_PALM * TO_LEFT, ('grasp', 'cup')),
         HandPlacement(_turn(fingers, TO_LEFT, -cross), TO_LEFT, PALM, HALF_PALM * TO_RIGHT, ('grasp', 'cup')),
-        TO_RIGHT, _gap(rng, 0.02))
+        TO_RIGHT,
+        _gap(rng, 0.02),
+    )
 
 
 def crossed_fingers(rng):
@@ -164,11 +172,13 @@ def crossed_fingers(rng):
     axis = np.cross(fingers, TO_LEFT)
     shift = 0.011 * axis
     return PairPlacement(
-        HandPlacement(_turn(fingers, axis, -lean), _turn(TO_RIGHT, axis, -lean), MIDDLE_OF_FINGERS, -shift / 2,
-                      ('open',)),
-        HandPlacement(_turn(fingers, axis, lean), _turn(TO_LEFT, axis, lean), MIDDLE_OF_FINGERS, shift / 2,
-                      ('open',)),
-        TO_RIGHT, 0.0)
+        HandPlacement(
+            _turn(fingers, axis, -lean), _turn(TO_RIGHT, axis, -lean), MIDDLE_OF_FINGERS, -shift / 2, ('open',)
+        ),
+        HandPlacement(_turn(fingers, axis, lean), _turn(TO_LEFT, axis, lean), MIDDLE_OF_FINGERS, shift / 2, ('open',)),
+        TO_RIGHT,
+        0.0,
+    )
 
 
 def hold_fist(rng):
@@ -180,7 +190,10 @@ def hold_fist(rng):
     wrap = wrap - (wrap @ fist) * fist
     return PairPlacement(
         HandPlacement(wrap, -fist, PALM, 0.030 * fist, ('cup', 'grasp', 'relaxed')),
-        HandPlacement(fist, palm, KNUCKLES, 0.010 * fist, ('fist',)), -fist, _gap(rng, 0.03))
+        HandPlacement(fist, palm, KNUCKLES, 0.010 * fist, ('fist',)),
+        -fist,
+        _gap(rng, 0.03),
+    )
 
 
 def hold_wrist(rng):
@@ -196,7 +209,9 @@ def hold_wrist(rng):
     return PairPlacement(
         HandPlacement(across, -side, PALM, 0.034 * side, ('grasp', 'cup')),
         HandPlacement(fingers, back, HAND_WRIST, 0.01 * fingers, ('relaxed', 'open', 'fist', 'point', 'thumb up')),
-        -side, _gap(rng, 0.02))
+        -side,
+        _gap(rng, 0.02),
+    )
 
 
 def side_by_side(rng):
@@ -210,8 +225,12 @@ def side_by_side(rng):
     sign = np.sign(look @ BODY)
     left = [_turn(_turn(v, axis, lean), fingers, sign * fold) for v in (fingers, look)]
     right = [_turn(_turn(v, axis, -lean), fingers, -sign * fold) for v in (fingers, look)]
-    return PairPlacement(HandPlacement(*left, PALM, 0.034 * TO_LEFT, poses),
-                         HandPlacement(*right, PALM, 0.034 * TO_RIGHT, poses), TO_RIGHT, _gap(rng, 0.05))
+    return PairPlacement(
+        HandPlacement(*left, PALM, 0.034 * TO_LEFT, poses),
+        HandPlacement(*right, PALM, 0.034 * TO_RIGHT, poses),
+        TO_RIGHT,
+        _gap(rng, 0.05),
+    )
 
 
 def point_to_palm(rng):
@@ -223,8 +242,16 @@ def point_to_palm(rng):
     look = _between(DOWN, BODY, rng.uniform(0, 0.8))
     return PairPlacement(
         HandPlacement(fingers, palm, PALM, np.zeros(3), ('flat', 'open', 'relaxed', 'cup')),
-        HandPlacement(pointing, look - (look @ pointing) * pointing, INDEX_TIP, (HALF_PALM - 0.002) * palm,
-                      ('point', 'point', 'gun')), palm, _gap(rng, 0.04))
+        HandPlacement(
+            pointing,
+            look - (look @ pointing) * pointing,
+            INDEX_TIP,
+            (HALF_PALM - 0.002) * palm,
+            ('point', 'point', 'gun'),
+        ),
+        palm,
+        _gap(rng, 0.04),
+    )
 
 
 def stacked(rng):
@@ -237,7 +264,9 @@ def stacked(rng):
     return PairPlacement(
         HandPlacement(left, below, PALM, -HALF_PALM * level, ('flat', 'relaxed', 'open')),
         HandPlacement(right, -level, PALM, HALF_PALM * level, ('flat', 'relaxed', 'cup', 'open')),
-        level, _gap(rng, 0.04))
+        level,
+        _gap(rng, 0.04),
+    )
 
 
 def fists_meet(rng):
@@ -249,7 +278,9 @@ def fists_meet(rng):
     return PairPlacement(
         HandPlacement(left, look - (look @ left) * left, KNUCKLES, 0.008 * TO_LEFT, poses),
         HandPlacement(right, look - (look @ right) * right, KNUCKLES, 0.008 * TO_RIGHT, poses),
-        TO_RIGHT, _gap(rng, 0.03))
+        TO_RIGHT,
+        _gap(rng, 0.03),
+    )
 
 
 def fist_on_palm(rng):
@@ -261,7 +292,9 @@ def fist_on_palm(rng):
     return PairPlacement(
         HandPlacement(left, palm, PALM, np.zeros(3), ('flat', 'relaxed', 'cup')),
         HandPlacement(right, look, KNUCKLES, 0.050 * palm, ('fist', 'fist', 'thumb up', 'point')),
-        palm, _gap(rng, 0.03))
+        palm,
+        _gap(rng, 0.03),
+    )
 
 
 def tips_meet(rng):
@@ -272,7 +305,10 @@ def tips_meet(rng):
     poses = (('point', 'gun'), ('pinch', 'ring'), ('relaxed', 'open'))[rng.integers(3)]
     return PairPlacement(
         HandPlacement(left, look - (look @ left) * left, anchor, 0.002 * TO_LEFT, poses),
-        HandPlacement(right, look - (look @ right) * right, anchor, 0.002 * TO_RIGHT, poses), TO_RIGHT, _gap(rng, 0.02))
+        HandPlacement(right, look - (look @ right) * right, anchor, 0.002 * TO_RIGHT, poses),
+        TO_RIGHT,
+        _gap(rng, 0.02),
+    )
 
 
 def gesture(rng):
@@ -288,10 +324,19 @@ def gesture(rng):
 
 # Names as the folders of sequences carry them, with how often each is drawn.
 PLACEMENTS: dict[str, tuple[Callable[[np.random.Generator], PairPlacement], float]] = {
-    'pray': (pray, 1.6), 'steeple': (steeple, 1.0), 'clasp': (clasp, 1.0), 'crossedfingers': (crossed_fingers, 0.7),
-    'holdfist': (hold_fist, 1.0), 'holdwrist': (hold_wrist, 0.8), 'sidebyside': (side_by_side, 1.3),
-    'pointtopalm': (point_to_palm, 1.0), 'stacked': (stacked, 1.2), 'fistsmeet': (fists_meet, 1.0),
-    'fistonpalm': (fist_on_palm, 0.9), 'tipsmeet': (tips_meet, 0.8), 'gesture': (gesture, 1.6),
+    'pray': (pray, 1.6),
+    'steeple': (steeple, 1.0),
+    'clasp': (clasp, 1.0),
+    'crossedfingers': (crossed_fingers, 0.7),
+    'holdfist': (hold_fist, 1.0),
+    'holdwrist': (hold_wrist, 0.8),
+    'sidebyside': (side_by_side, 1.3),
+    'pointtopalm': (point_to_palm, 1.0),
+    'stacked': (stacked, 1.2),
+    'fistsmeet': (fists_meet, 1.0),
+    'fistonpalm': (fist_on_palm, 0.9),
+    'tipsmeet': (tips_meet, 0.8),
+    'gesture': (gesture, 1.6),
 }
 
 
@@ -340,8 +385,11 @@ def key_pose(name: str, mirrored: bool, rng: np.random.Generator, *, anatomical:
     for side in (LEFT, RIGHT):
         hand = pair[1 - side] if mirrored else pair[side]
         flip = MIRROR if mirrored else np.ones(3)
-        rotation.append(turn @ _rotation(rng.normal(size=3) * HAND_TILT)
-                        @ hand_axes(hand.fingers * flip, hand.palm * flip, SIDES[side]))
+        rotation.append(
+            turn
+            @ _rotation(rng.normal(size=3) * HAND_TILT)
+            @ hand_axes(hand.fingers * flip, hand.palm * flip, SIDES[side])
+        )
         if anatomical:
             fingers.append(sample_finger_angles(hand.poses, rng))
         else:
@@ -350,8 +398,9 @@ def key_pose(name: str, mirrored: bool, rng: np.random.Generator, *, anatomical:
         anchor.append([hand.anchor.get(joint, 0.0) for joint in range(NUM_JOINTS)])
         position.append(turn @ (hand.position * flip))
     retreat = pair.retreat * (-MIRROR if mirrored else 1)  # mirrored, it is the left hand that would retreat
-    return KeyPose(np.stack(rotation), np.stack(fingers), np.array(anchor), np.stack(position), turn @ retreat,
-                   pair.gap)
+    return KeyPose(
+        np.stack(rotation), np.stack(fingers), np.array(anchor), np.stack(position), turn @ retreat, pair.gap
+    )
 
 
 def easy_key_pose(name: str, mirrored: bool, rng: np.random.Generator, *, anatomical: bool) -> KeyPose:

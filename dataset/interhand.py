@@ -62,8 +62,16 @@ class PreparedSplit(Dataset):
     fetches whole batches through ``__getitems__``. Without ``with_mask``, ``with_dense`` those pictures are not read.
     """
 
-    def __init__(self, folder: Path, length: int, *, ranges: AugmentationRanges | None = None, seed: int = 0,
-                 with_mask: bool = True, with_dense: bool = True):
+    def __init__(
+        self,
+        folder: Path,
+        length: int,
+        *,
+        ranges: AugmentationRanges | None = None,
+        seed: int = 0,
+        with_mask: bool = True,
+        with_dense: bool = True,
+    ):
         self.folder, self.length, self.ranges, self.seed = folder, length, ranges, seed
         self.with_mask, self.with_dense = with_mask, with_dense
 
@@ -105,10 +113,15 @@ class PreparedSplit(Dataset):
         for index in indices:
             if not 0 <= index < self.length:
                 raise IndexError(f'{self.folder} has samples 0 to {self.length - 1}, not {index}')
-        readers = ((partial(self.picture, 'img'), 3, True), (self.mask, 2, self.with_mask),
-                   (partial(self.picture, 'dense'), 3, self.with_dense))
-        pictures = [_read_all(read, indices, channels) if wanted else torch.empty(len(keys), 0, 0, channels).byte()
-                    for read, channels, wanted in readers]
+        readers = (
+            (partial(self.picture, 'img'), 3, True),
+            (self.mask, 2, self.with_mask),
+            (partial(self.picture, 'dense'), 3, self.with_dense),
+        )
+        pictures = [
+            _read_all(read, indices, channels) if wanted else torch.empty(len(keys), 0, 0, channels).byte()
+            for read, channels, wanted in readers
+        ]
         labels = (torch.from_numpy(np.stack(column)) for column in zip(*map(self.labels, indices)))
         plan = draw_augmentations(self.ranges, [(self.seed, epoch, index) for index, epoch in keys])
         return Sample(*pictures, *labels, torch.tensor(indices), plan)
@@ -145,13 +158,19 @@ class InterHandDataset(PreparedSplit):
         try:
             hands = [content['mano_params'][side] for side in SIDES]
             camera = content['camera']
-            arrays = [np.stack([np.asarray(hand[key], np.float32).reshape(shape) for hand in hands])
-                      for key, shape in (('R', (3, 3)), ('pose', 45), ('shape', 10), ('trans', 3))]
-            arrays += [np.asarray(camera[key], np.float32).reshape(shape)
-                       for key, shape in (('R', (3, 3)), ('t', 3), ('camera', (3, 3)))]
+            arrays = [
+                np.stack([np.asarray(hand[key], np.float32).reshape(shape) for hand in hands])
+                for key, shape in (('R', (3, 3)), ('pose', 45), ('shape', 10), ('trans', 3))
+            ]
+            arrays += [
+                np.asarray(camera[key], np.float32).reshape(shape)
+                for key, shape in (('R', (3, 3)), ('t', 3), ('camera', (3, 3)))
+            ]
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise UserError(f'{path} is not a prepared annotation ({type(error).__name__}: {error}); prepare the data '
-                            'set again (python dataset/interhand.py).') from None
+            raise UserError(
+                f'{path} is not a prepared annotation ({type(error).__name__}: {error}); prepare the data '
+                'set again (python dataset/interhand.py).'
+            ) from None
         if not all(np.isfinite(array).all() for array in arrays):
             raise UserError(f'{path} holds NaN or infinity; prepare the data set again (python dataset/interhand.py).')
         return tuple(arrays)
@@ -164,8 +183,10 @@ class InterHandDataset(PreparedSplit):
         path = self.path('anno', index)
         content = safe_pickle.load(path)
         if not isinstance(content, dict):
-            raise UserError(f'{path} is not a prepared annotation (it holds {type(content).__name__}); prepare the '
-                            'data set again (python dataset/interhand.py).')
+            raise UserError(
+                f'{path} is not a prepared annotation (it holds {type(content).__name__}); prepare the '
+                'data set again (python dataset/interhand.py).'
+            )
         return path, content
 
     def picture(self, kind: str, index: int) -> np.ndarray:
@@ -182,8 +203,10 @@ def checked_crop(image: np.ndarray | None, name: str, *, advice: str) -> np.ndar
     if image is None:
         raise UserError(f'{name} is missing or not a readable image; {advice}.')
     if image.shape[:2] != (CROP_SIZE, CROP_SIZE):
-        raise UserError(f'{name} is {image.shape[1]} x {image.shape[0]} pixels; prepared crops are {CROP_SIZE} x '
-                        f'{CROP_SIZE}: {advice}.')
+        raise UserError(
+            f'{name} is {image.shape[1]} x {image.shape[0]} pixels; prepared crops are {CROP_SIZE} x '
+            f'{CROP_SIZE}: {advice}.'
+        )
     return image
 
 
@@ -191,13 +214,18 @@ def _count(folder: Path) -> int:
     """Number of samples of a prepared split; raises UserError unless every kind of file runs 0 .. n - 1."""
     if not folder.is_dir():
         if partial_folder(folder).is_dir():
-            raise UserError(f'{folder} is only half prepared; give the same dataset/interhand.py command again to '
-                            'finish it.')
+            raise UserError(
+                f'{folder} is only half prepared; give the same dataset/interhand.py command again to finish it.'
+            )
         if any(folder.parent.glob(f'{folder.name}.shard-*')):
-            raise UserError(f'{folder} is prepared in shards; when all are finished, give the dataset/interhand.py '
-                            'command with --merge.')
-        raise UserError(f'{folder} does not exist: set DATASET.PATH to a prepared data set '
-                        '(python dataset/interhand.py --data_path INTERHAND --save_path ./data/interhand2.6m/).')
+            raise UserError(
+                f'{folder} is prepared in shards; when all are finished, give the dataset/interhand.py '
+                'command with --merge.'
+            )
+        raise UserError(
+            f'{folder} does not exist: set DATASET.PATH to a prepared data set '
+            '(python dataset/interhand.py --data_path INTERHAND --save_path ./data/interhand2.6m/).'
+        )
     numbers: dict[str, set[int]] = {}
     for kind, suffix in ((kind, f'.{ending}') for kind, ending in FOLDERS.items()):
         if not (folder / kind).is_dir():
@@ -210,8 +238,10 @@ def _count(folder: Path) -> int:
     for kind, found in numbers.items():
         gaps = sorted(set(range(samples)) - found)
         if gaps:
-            raise UserError(f'{folder / kind} has gaps: {len(gaps)} of its files are missing, the first is number '
-                            f'{gaps[0]}. Copy it again, or prepare the data set again (python dataset/interhand.py).')
+            raise UserError(
+                f'{folder / kind} has gaps: {len(gaps)} of its files are missing, the first is number '
+                f'{gaps[0]}. Copy it again, or prepare the data set again (python dataset/interhand.py).'
+            )
     return samples
 
 

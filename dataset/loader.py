@@ -39,7 +39,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.length, generator=generator).tolist()
         for step in range(self.first_step, self.steps):
-            batch = order[step * self.batch_size:(step + 1) * self.batch_size]
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
             yield from ((index, self.epoch) for index in batch[self.mine])
 
     def __len__(self) -> int:
@@ -50,15 +50,25 @@ def training_loader(cfg: CfgNode) -> tuple[DataLoader, EpochSampler]:
     """Loader of the training split with augmentation; raises UserError if the split is too small for one batch."""
     ranges = AugmentationRanges(**{name.lower(): value for name, value in cfg.AUGMENT.items()})
     from_files = cfg.DATASET.TARGETS == 'files'
-    dataset = open_split(cfg.DATASET.PATH, 'train', ranges=ranges, seed=cfg.SEED, with_mask=from_files,
-                         with_dense=from_files and learns_dense(cfg))
+    dataset = open_split(
+        cfg.DATASET.PATH,
+        'train',
+        ranges=ranges,
+        seed=cfg.SEED,
+        with_mask=from_files,
+        with_dense=from_files and learns_dense(cfg),
+    )
     world = rank_and_world()[1]
     if cfg.TRAIN.BATCH_SIZE % (world * cfg.TRAIN.ACCUMULATE):
-        raise UserError(f'TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} is over all processes and cannot be split over '
-                        f'{world} of them in TRAIN.ACCUMULATE {cfg.TRAIN.ACCUMULATE} parts each; choose a multiple.')
+        raise UserError(
+            f'TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} is over all processes and cannot be split over '
+            f'{world} of them in TRAIN.ACCUMULATE {cfg.TRAIN.ACCUMULATE} parts each; choose a multiple.'
+        )
     if len(dataset) < cfg.TRAIN.BATCH_SIZE:
-        raise UserError(f'{dataset.folder} holds {len(dataset)} samples, fewer than TRAIN.BATCH_SIZE '
-                        f'{cfg.TRAIN.BATCH_SIZE}: set it to {len(dataset)} or less.')
+        raise UserError(
+            f'{dataset.folder} holds {len(dataset)} samples, fewer than TRAIN.BATCH_SIZE '
+            f'{cfg.TRAIN.BATCH_SIZE}: set it to {len(dataset)} or less.'
+        )
     sampler = EpochSampler(len(dataset), batch_size=cfg.TRAIN.BATCH_SIZE, seed=cfg.SEED)
     return _loader(dataset, cfg, batch_size=cfg.TRAIN.BATCH_SIZE // world, sampler=sampler), sampler
 
@@ -77,9 +87,17 @@ def evaluation_loader(dataset: PreparedSplit, cfg: CfgNode, indices: Sequence[in
 
 def _loader(dataset: PreparedSplit, cfg: CfgNode, *, batch_size: int, sampler) -> DataLoader:
     workers = min(cfg.TRAIN.WORKERS, usable_cores())  # more of them only get in each other's way
-    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, num_workers=workers, collate_fn=_as_fetched,
-                      pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
-                      prefetch_factor=4 if workers else None, worker_init_fn=_worker_setup)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=_as_fetched,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_worker_setup,
+    )
 
 
 def _as_fetched(batch: Sample) -> Sample:

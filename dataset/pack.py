@@ -53,8 +53,15 @@ from utils.hand import MASK_THRESHOLD
 FORMAT = 'dir-packed-1'  # raised when older readers would misread it
 MANIFEST, LABELS, SAMPLES = 'manifest.json', 'labels.npy', 'samples.bin'
 HEAD = 'head.json'  # of an unfinished split: what its manifest will begin with
-LABEL_FIELDS = (('root', (2, 3, 3)), ('pose', (2, 45)), ('shape', (2, 10)), ('translation', (2, 3)),
-                ('camera_rotation', (3, 3)), ('camera_translation', (3,)), ('intrinsics', (3, 3)))
+LABEL_FIELDS = (
+    ('root', (2, 3, 3)),
+    ('pose', (2, 45)),
+    ('shape', (2, 10)),
+    ('translation', (2, 3)),
+    ('camera_rotation', (3, 3)),
+    ('camera_translation', (3,)),
+    ('intrinsics', (3, 3)),
+)
 PARTS = ('img', 'mask', 'dense', 'entries')  # of a sample in samples.bin, in this order
 CHUNK = 64  # samples between two writes
 _AGAIN = 'copy it again, or pack the data set again (python dataset/pack.py)'
@@ -62,13 +69,16 @@ _AGAIN = 'copy it again, or pack the data set again (python dataset/pack.py)'
 
 def record_type() -> np.dtype:
     """One sample in labels.npy: float32 labels as in ``dataset.interhand.Sample``, first byte, bytes of each part."""
-    return np.dtype([(name, '<f4', shape) for name, shape in LABEL_FIELDS]
-                    + [('begin', '<u8'), *((f'{part}_bytes', '<u4') for part in PARTS)])
+    return np.dtype(
+        [(name, '<f4', shape) for name, shape in LABEL_FIELDS]
+        + [('begin', '<u8'), *((f'{part}_bytes', '<u4') for part in PARTS)]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 class PackedDataset(PreparedSplit):
     """A packed split. Raises UserError if its files are missing, cut short or of another version, or if it holds no
@@ -80,8 +90,10 @@ class PackedDataset(PreparedSplit):
         super().__init__(folder, self.manifest['samples'], **options)
         for kind, wanted in (('mask', self.with_mask), ('dense', self.with_dense)):
             if wanted and not self.manifest[kind]:
-                raise UserError(f'{folder} was packed without {kind} pictures: set DATASET.TARGETS render, or pack it '
-                                'without --no-targets.')
+                raise UserError(
+                    f'{folder} was packed without {kind} pictures: set DATASET.TARGETS render, or pack it '
+                    'without --no-targets.'
+                )
 
     def __getstate__(self) -> dict:
         """A process that is spawned maps the files itself; a memory map would travel as a copy of the data."""
@@ -113,8 +125,9 @@ class PackedDataset(PreparedSplit):
         return json.loads(bytes(self._bytes('entries', index)))
 
     def picture(self, kind: str, index: int) -> np.ndarray:
-        return checked_crop(decode_image(self._bytes(kind, index)), f'The {kind} picture of {self.name(index)}',
-                            advice=_AGAIN)
+        return checked_crop(
+            decode_image(self._bytes(kind, index)), f'The {kind} picture of {self.name(index)}', advice=_AGAIN
+        )
 
     def mask(self, index: int) -> np.ndarray:
         if self.manifest['mask'] == 'jpeg':
@@ -126,8 +139,8 @@ class PackedDataset(PreparedSplit):
 
     def _bytes(self, part: str, index: int) -> memoryview:
         record = self._records[index]
-        begin = int(record['begin']) + sum(int(record[f'{before}_bytes']) for before in PARTS[:PARTS.index(part)])
-        return self._content[begin:begin + int(record[f'{part}_bytes'])]
+        begin = int(record['begin']) + sum(int(record[f'{before}_bytes']) for before in PARTS[: PARTS.index(part)])
+        return self._content[begin : begin + int(record[f'{part}_bytes'])]
 
 
 def open_split(path: str | Path, split: str, **options) -> PreparedSplit:
@@ -144,8 +157,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(folder / MANIFEST)
     version = manifest.get('format') if isinstance(manifest, dict) else None
     if version != FORMAT:
-        raise UserError(f'{folder / MANIFEST} is of format {version}, this version reads {FORMAT}: pack the data set '
-                        'again (python dataset/pack.py).')
+        raise UserError(
+            f'{folder / MANIFEST} is of format {version}, this version reads {FORMAT}: pack the data set '
+            'again (python dataset/pack.py).'
+        )
     try:
         sizes = {name: manifest['files'][name]['bytes'] for name in (LABELS, SAMPLES)}
         complete = all(key in manifest for key in ('samples', 'mask', 'dense'))
@@ -172,6 +187,7 @@ def verify_split(folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 def pack_bits(mask: np.ndarray) -> bytes:
     """(256, 256, 2) uint8 left, right -> which of them is seen at each pixel, by the rule of ``classify_mask``."""
@@ -215,8 +231,9 @@ def _plain(value: Any) -> Any:
     raise TypeError(f'{type(value).__name__} in an annotation cannot be kept as JSON')
 
 
-def pack_split(source: InterHandDataset, save_path: Path, *, masks: str = 'jpeg', targets: bool = True,
-               workers: int = 0) -> None:
+def pack_split(
+    source: InterHandDataset, save_path: Path, *, masks: str = 'jpeg', targets: bool = True, workers: int = 0
+) -> None:
     """Pack one split, or what is left of it: a killed run goes on after the last sample that is whole.
 
     Raises UserError if a sample cannot be read or the folder holds something else.
@@ -238,8 +255,14 @@ def pack_split(source: InterHandDataset, save_path: Path, *, masks: str = 'jpeg'
     with open(partial / LABELS, 'ab') as labels, open(partial / SAMPLES, 'ab') as samples:
         done = _cut_to_whole_samples(labels, samples, header_bytes=len(_labels_header(len(source))))
         packer = _Packer(source, masks=masks, targets=targets)
-        loader = DataLoader(packer, batch_size=CHUNK, sampler=range(done, len(source)), num_workers=workers,
-                            collate_fn=list, worker_init_fn=_one_thread)
+        loader = DataLoader(
+            packer,
+            batch_size=CHUNK,
+            sampler=range(done, len(source)),
+            num_workers=workers,
+            collate_fn=list,
+            worker_init_fn=_one_thread,
+        )
         with tqdm(total=len(source), initial=done, desc=split, unit='sample') as progress:
             for chunk in loader:
                 _append(labels, samples, chunk)
@@ -251,16 +274,18 @@ def pack_split(source: InterHandDataset, save_path: Path, *, masks: str = 'jpeg'
 
 def _refuse_other(folder: Path, found: dict, wanted: dict) -> None:
     if found != wanted:
-        what = '; '.join(f'{key} is {found.get(key)}, wanted {wanted[key]}' for key in wanted
-                         if found.get(key) != wanted[key])
+        what = '; '.join(
+            f'{key} is {found.get(key)}, wanted {wanted[key]}' for key in wanted if found.get(key) != wanted[key]
+        )
         raise UserError(f'{folder} was packed differently ({what}); give another --save_path, or remove it first.')
 
 
 def _labels_header(total: int) -> bytes:
     """What stands before the records of labels.npy."""
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {'descr': np.lib.format.dtype_to_descr(record_type()),
-                                                  'fortran_order': False, 'shape': (total,)})
+    np.lib.format.write_array_header_1_0(
+        header, {'descr': np.lib.format.dtype_to_descr(record_type()), 'fortran_order': False, 'shape': (total,)}
+    )
     return header.getvalue()
 
 
@@ -270,7 +295,7 @@ def _cut_to_whole_samples(labels: BinaryIO, samples: BinaryIO, *, header_bytes: 
     with open(labels.name, 'rb') as file:
         file.seek(header_bytes)
         content = file.read()
-    records = np.frombuffer(content[:len(content) // kind.itemsize * kind.itemsize], kind)
+    records = np.frombuffer(content[: len(content) // kind.itemsize * kind.itemsize], kind)
     ends = records['begin'] + sum(records[f'{part}_bytes'].astype(np.uint64) for part in PARTS)
     whole = (records['img_bytes'] > 0) & (ends <= samples.tell())
     done = len(whole) if whole.all() else int(whole.argmin())
@@ -295,8 +320,10 @@ def _append(labels: BinaryIO, samples: BinaryIO, chunk: list[tuple]) -> None:
 
 
 def _finish(source: InterHandDataset, partial: Path, folder: Path, head: dict) -> None:
-    files = {name: {'bytes': (partial / name).stat().st_size, 'sha256': _sha256(partial / name)}
-             for name in (LABELS, SAMPLES)}
+    files = {
+        name: {'bytes': (partial / name).stat().st_size, 'sha256': _sha256(partial / name)}
+        for name in (LABELS, SAMPLES)
+    }
     if (source.folder / RECORD).exists():
         shutil.copyfile(source.folder / RECORD, partial / RECORD)
     write_json(partial / MANIFEST, head | {'files': files})
@@ -341,8 +368,13 @@ def main(argv: list[str] | None = None) -> None:
     if (record := Path(args.data_path) / HAND_MODEL_RECORD).exists():
         shutil.copyfile(record, save_path / HAND_MODEL_RECORD)
     for source in sources:
-        pack_split(source, save_path, masks=args.masks, targets=not args.no_targets,
-                   workers=args.workers if args.workers > 1 else 0)
+        pack_split(
+            source,
+            save_path,
+            masks=args.masks,
+            targets=not args.no_targets,
+            workers=args.workers if args.workers > 1 else 0,
+        )
 
 
 def _splits_in(path: str, asked_for: list[str] | None) -> list[Path]:

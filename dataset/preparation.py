@@ -105,6 +105,7 @@ class Sample(NamedTuple):
 # One frame
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def canonical_colours(models: tuple[HandModel, HandModel]) -> np.ndarray:
     """(778, 3) in [0, 1], for both hands: where a vertex lies in the box of the right hand at rest."""
     template = models[1].template
@@ -154,8 +155,12 @@ class FramePreparer:
         pictures = [self._bright_picture(job) for job in jobs]
         kept = [(job, picture) for job, picture in zip(jobs, pictures) if not isinstance(picture, Skip)]
         parameters = [{side: self._parameters(side, job.fits[side]) for side in SIDES} for job, _ in kept]
-        samples = iter([self._prepare(job, picture, one, vertices) for (job, picture), one, vertices
-                        in zip(kept, parameters, self._world_vertices(parameters))])
+        samples = iter(
+            [
+                self._prepare(job, picture, one, vertices)
+                for (job, picture), one, vertices in zip(kept, parameters, self._world_vertices(parameters))
+            ]
+        )
         return [picture if isinstance(picture, Skip) else next(samples) for picture in pictures]
 
     def _bright_picture(self, job: Job) -> np.ndarray | Skip:
@@ -175,7 +180,8 @@ class FramePreparer:
             return torch.empty(0)
         root, pose, shape, trans = (
             torch.from_numpy(np.stack([np.concatenate([one[side][name] for side in SIDES]) for one in parameters]))
-            for name in ('R', 'pose', 'shape', 'trans'))
+            for name in ('R', 'pose', 'shape', 'trans')
+        )
         return self.layer(root, pose, shape).vertices + trans[:, :, None]
 
     def _prepare(self, job: Job, picture: np.ndarray, parameters: dict, world: Tensor) -> Sample | Skip:
@@ -188,8 +194,9 @@ class FramePreparer:
         intrinsics = to_crop @ job.camera.intrinsics
         crop = cv2.warpAffine(picture, to_crop[:2], (CROP_SIZE, CROP_SIZE))
 
-        fragments = self.rasterize(vertices[None], self.faces, torch.from_numpy(intrinsics)[None].float(),
-                                   (CROP_SIZE, CROP_SIZE))
+        fragments = self.rasterize(
+            vertices[None], self.faces, torch.from_numpy(intrinsics)[None].float(), (CROP_SIZE, CROP_SIZE)
+        )
         face = fragments.face[0].numpy()
         mask = np.zeros((CROP_SIZE, CROP_SIZE, 3), np.uint8)
         mask[..., MASK_CHANNEL['left']] = 255 * ((face >= 0) & (face < NUM_FACES))
@@ -198,8 +205,13 @@ class FramePreparer:
         image_entry, annotation_entry = job.entries
         return Sample(
             {'img': _jpeg(crop), 'mask': _jpeg(mask, LABEL_JPEG), 'dense': _jpeg(dense, LABEL_JPEG)},
-            {'image': image_entry, 'annotation': annotation_entry, 'mano_params': parameters,
-             'camera': {'R': rotation.numpy(), 't': translation.numpy(), 'camera': intrinsics}})
+            {
+                'image': image_entry,
+                'annotation': annotation_entry,
+                'mano_params': parameters,
+                'camera': {'R': rotation.numpy(), 't': translation.numpy(), 'camera': intrinsics},
+            },
+        )
 
 
 def _jpeg(image: np.ndarray, options: tuple[int, ...] = ()) -> bytes:
@@ -209,6 +221,7 @@ def _jpeg(image: np.ndarray, options: tuple[int, ...] = ()) -> bytes:
 # ---------------------------------------------------------------------------------------------------------------------
 # One split
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 def select(split: RawSplit, skipped: Skipped) -> list[Frame]:
     """The frames whose annotations qualify; pictures are not looked at yet."""
@@ -256,8 +269,13 @@ def _camera_problem(split: RawSplit, capture: str, camera: str) -> Skip | None:
     return None
 
 
-def prepare_split(split: RawSplit, save_path: Path, settings: dict, run: Callable[[Iterable[list[Job]]], Iterator],
-                  shard: Shard | None = None) -> None:
+def prepare_split(
+    split: RawSplit,
+    save_path: Path,
+    settings: dict,
+    run: Callable[[Iterable[list[Job]]], Iterator],
+    shard: Shard | None = None,
+) -> None:
     """Prepare one split or a shard of it, or the rest of it. ``run`` maps chunks of jobs to their results, in order.
 
     Raises UserError if the folder holds something else, too many frames are damaged, or none can be kept.
@@ -282,11 +300,13 @@ def prepare_split(split: RawSplit, save_path: Path, settings: dict, run: Callabl
     refuse_other_settings(partial, journal.lines[0], settings)
 
     frames, total, skipped, more = _select_part(split, shard, partial)
-    chunks = [frames[begin:begin + CHUNK] for begin in range(0, len(frames), CHUNK)]
+    chunks = [frames[begin : begin + CHUNK] for begin in range(0, len(frames), CHUNK)]
     done, index = journal.replay(chunks, skipped)
     todo = chunks[done:]
-    missing = {frame.file_name: str(split.image_path(frame))
-               for frame in split.missing_pictures(frame for chunk in todo for frame in chunk)}
+    missing = {
+        frame.file_name: str(split.image_path(frame))
+        for frame in split.missing_pictures(frame for chunk in todo for frame in chunk)
+    }
     refuse_heavy_damage(split, what, skipped.damage | missing, total, partial)
 
     for folder in FOLDERS:
@@ -301,8 +321,10 @@ def prepare_split(split: RawSplit, save_path: Path, settings: dict, run: Callabl
                     index += 1
                     continue
                 if outcome.reason == MISSING and frame.file_name not in missing:
-                    raise UserError(f'{outcome.detail} was there when the run began and is gone: is the disk still '
-                                    'there? The same command goes on from here.')
+                    raise UserError(
+                        f'{outcome.detail} was there when the run began and is gone: is the disk still '
+                        'there? The same command goes on from here.'
+                    )
                 skipped.add(frame, outcome)
                 noted.append([number, outcome])
             refuse_heavy_damage(split, what, skipped.damage, total, partial)
@@ -352,8 +374,13 @@ def merge_splits(splits: list[tuple[RawSplit, dict]], save_path: Path) -> None:
 
 
 def _job(split: RawSplit, frame: Frame) -> Job:
-    return Job(str(split.image_path(frame)), (frame.width, frame.height), raw.full_entries(frame),
-               split.camera(frame.capture, frame.camera), split.mano(frame.capture, frame.frame_idx))
+    return Job(
+        str(split.image_path(frame)),
+        (frame.width, frame.height),
+        raw.full_entries(frame),
+        split.camera(frame.capture, frame.camera),
+        split.mano(frame.capture, frame.frame_idx),
+    )
 
 
 def _write(folder: Path, index: int, sample: Sample) -> None:
@@ -406,15 +433,16 @@ def ordered_map(executor: Executor, function: Callable, items: Iterable, ahead: 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Prepare InterHand2.6M: crops, masks, dense maps, annotations.')
-    parser.add_argument('--data_path', required=True, help='folder with InterHand2.6M\'s images/ and annotations/')
+    parser.add_argument('--data_path', required=True, help="folder with InterHand2.6M's images/ and annotations/")
     parser.add_argument('--save_path', required=True, help='where the prepared data set goes')
     parser.add_argument('--splits', nargs='+', metavar='SPLIT', help='train, val, test (default: those that are there)')
-    parser.add_argument('--shard', metavar='I/N', help='prepare only part I (1 to N) of N of each split: a task of a '
-                        'job array')
-    parser.add_argument('--merge', action='store_true', help='put the finished shards together; other options as they '
-                        'were')
-    parser.add_argument('--workers', type=int,
-                        help=f'processes (default: one per core, at most {MOST_WORKERS})')
+    parser.add_argument(
+        '--shard', metavar='I/N', help='prepare only part I (1 to N) of N of each split: a task of a job array'
+    )
+    parser.add_argument(
+        '--merge', action='store_true', help='put the finished shards together; other options as they were'
+    )
+    parser.add_argument('--workers', type=int, help=f'processes (default: one per core, at most {MOST_WORKERS})')
     parser.add_argument('--renderer', choices=sorted(RENDERERS), default='torch')
     parser.add_argument('--colours', metavar='FILE', help='v_color.pkl (default: colours by position on the hand)')
     add_config_arguments(parser)
@@ -444,8 +472,12 @@ def main(argv: list[str] | None = None) -> None:
     save_path = Path(arguments.save_path)
     raw.check_hand_model_record(arguments.data_path, models)
     raw.check_hand_model_record(save_path, models)
-    common = {'format': FORMAT, 'hand_model': describe(models), 'renderer': arguments.renderer,
-              'vertex_colours': hashlib.sha256(colours.tobytes()).hexdigest()[:12]}
+    common = {
+        'format': FORMAT,
+        'hand_model': describe(models),
+        'renderer': arguments.renderer,
+        'vertex_colours': hashlib.sha256(colours.tobytes()).hexdigest()[:12],
+    }
     todo = [(split, settings_of(split, common)) for split in splits]
     if arguments.merge:
         merge_splits(todo, save_path)
@@ -464,11 +496,18 @@ def main(argv: list[str] | None = None) -> None:
     executor = ProcessPoolExecutor(workers, get_context('spawn'), _start_worker, (mano, colours, arguments.renderer))
     try:
         for split, settings in todo:
-            prepare_split(split, save_path, settings, lambda chunks: ordered_map(executor, _work, chunks, 2 * workers),
-                          arguments.shard)
+            prepare_split(
+                split,
+                save_path,
+                settings,
+                lambda chunks: ordered_map(executor, _work, chunks, 2 * workers),
+                arguments.shard,
+            )
     except BrokenProcessPool:
-        raise UserError(f'A worker process was killed, perhaps for want of memory; use fewer than --workers {workers}. '
-                        'What was finished is kept, the same command goes on from there.') from None
+        raise UserError(
+            f'A worker process was killed, perhaps for want of memory; use fewer than --workers {workers}. '
+            'What was finished is kept, the same command goes on from there.'
+        ) from None
     finally:
         executor.shutdown(cancel_futures=True)
 

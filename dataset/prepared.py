@@ -137,17 +137,20 @@ def refuse_other_settings(folder: Path, found: dict, wanted: dict) -> None:
         return
     different = [key for key in wanted if found.get(key) != wanted[key]]
     what = '; '.join(f'{key} was {found.get(key)}, now {wanted[key]}' for key in different)
-    raise UserError(f'{folder} was prepared with other settings ({what}); give another --save_path, or remove the '
-                    'folder first.')
+    raise UserError(
+        f'{folder} was prepared with other settings ({what}); give another --save_path, or remove the folder first.'
+    )
 
 
 def refuse_heavy_damage(split: RawSplit, what: str, damage: dict[str, str], total: int, leftover: Path) -> None:
     """Single damaged frames (what is wrong, by file name) are listed; many of them are an incomplete data set."""
     if len(damage) > max(TOLERATED_FRAMES, TOLERATED_SHARE * total):
         some = '; '.join(list(dict.fromkeys(damage.values()))[:3])
-        raise UserError(f'{len(damage):,} of {total:,} frames of {what} in {split.root} are missing or damaged '
-                        f'({some}; ...): complete the data set, remove {leftover} if it is there, and prepare it '
-                        'again.')
+        raise UserError(
+            f'{len(damage):,} of {total:,} frames of {what} in {split.root} are missing or damaged '
+            f'({some}; ...): complete the data set, remove {leftover} if it is there, and prepare it '
+            'again.'
+        )
 
 
 def refuse_nothing_kept(split: RawSplit, kept: int, summary: str) -> None:
@@ -168,8 +171,16 @@ def finish(partial: Path, target: Path, settings: dict, kept: int, total: int, s
             path.unlink()
         index += 1
     os.sync()  # or a power cut could leave the finished name on files that never reached the disk
-    write_json(partial / RECORD, {
-        'settings': settings, 'frames': total, 'kept': kept,
-        'skipped': {reason: len(ids) for reason, ids in skipped.image_ids.items()},
-        'damaged': skipped.damage, 'skipped_image_ids': skipped.image_ids, **more})
+    write_json(
+        partial / RECORD,
+        {
+            'settings': settings,
+            'frames': total,
+            'kept': kept,
+            'skipped': {reason: len(ids) for reason, ids in skipped.image_ids.items()},
+            'damaged': skipped.damage,
+            'skipped_image_ids': skipped.image_ids,
+            **more,
+        },
+    )
     os.rename(partial, target)

@@ -123,11 +123,13 @@ def find_splits(data_path: str | Path) -> list[str]:
     """The splits that are there, in the order train, val, test. Raises UserError if there is none."""
     root = Path(data_path)
     if not root.is_dir():
-        raise UserError(f'{root} does not exist; give the folder with InterHand2.6M\'s images/ and annotations/.')
+        raise UserError(f"{root} does not exist; give the folder with InterHand2.6M's images/ and annotations/.")
     found = [split for split in SPLITS if (root / 'annotations' / split).is_dir()]
     if not found:
-        raise UserError(f'{root} has no annotations/train, annotations/val or annotations/test; give the folder with '
-                        "InterHand2.6M's images/ and annotations/.")
+        raise UserError(
+            f'{root} has no annotations/train, annotations/val or annotations/test; give the folder with '
+            "InterHand2.6M's images/ and annotations/."
+        )
     return found
 
 
@@ -172,16 +174,32 @@ class RawSplit:
         content = _decode(path, _DataFile)
         annotations, words = {}, {}
         for raw, entry in _decode_each(path, content.annotations, _Annotation):
-            annotations[entry.image_id] = (words.setdefault(entry.hand_type, entry.hand_type),
-                                           bool(entry.hand_type_valid), raw)
+            annotations[entry.image_id] = (
+                words.setdefault(entry.hand_type, entry.hand_type),
+                bool(entry.hand_type_valid),
+                raw,
+            )
         for raw, image in _decode_each(path, content.images, _Image):
             hand_type, valid, *annotation = annotations.get(image.id, ('', False))
             # Few different words, a million times: keep one of each.
             capture, subject, seq_name, camera = (
                 words.setdefault(word, word)
-                for word in (str(image.capture), str(image.subject), image.seq_name, str(image.camera)))
-            yield Frame(image.id, image.file_name, image.width, image.height, capture, subject, seq_name, camera,
-                        image.frame_idx, hand_type, valid, (raw, *annotation))
+                for word in (str(image.capture), str(image.subject), image.seq_name, str(image.camera))
+            )
+            yield Frame(
+                image.id,
+                image.file_name,
+                image.width,
+                image.height,
+                capture,
+                subject,
+                seq_name,
+                camera,
+                image.frame_idx,
+                hand_type,
+                valid,
+                (raw, *annotation),
+            )
 
     @cached_property
     def _cameras(self) -> dict[str, _Cameras]:
@@ -200,14 +218,17 @@ class RawSplit:
         path, capture, camera_id = self.file('camera'), str(capture), str(camera_id)
         try:
             found = self._cameras[capture]
-            numbers = [np.array(table[camera_id], dtype=np.float64)
-                       for table in (found.camrot, found.campos, found.focal, found.princpt)]
+            numbers = [
+                np.array(table[camera_id], dtype=np.float64)
+                for table in (found.camrot, found.campos, found.focal, found.princpt)
+            ]
         except (KeyError, ValueError):
             raise RecordError(f'{path} has no complete camera {camera_id} of capture {capture}; {_GET_IT}.') from None
         rotation, position, focal, centre = numbers
         if [n.shape for n in numbers] != [(3, 3), (3,), (2,), (2,)] or not all(np.isfinite(n).all() for n in numbers):
-            raise RecordError(f'{path}: camera {camera_id} of capture {capture} is not made of finite numbers; '
-                              f'{_GET_IT}.')
+            raise RecordError(
+                f'{path}: camera {camera_id} of capture {capture} is not made of finite numbers; {_GET_IT}.'
+            )
         intrinsics = np.array([[focal[0], 0, centre[0]], [0, focal[1], centre[1]], [0, 0, 1]])
         return Camera(rotation, -rotation @ position * MILLIMETRE, intrinsics)
 
@@ -267,8 +288,10 @@ def check_hand_model_record(root: str | Path, models: tuple[HandModel, HandModel
     content = read_json(path)
     recorded = content.get('hand_model') if isinstance(content, dict) else None
     if recorded != describe(models):
-        raise UserError(f'{root} was made with the hand model {recorded}, but {describe(models)} is set; set '
-                        'MANO.SOURCE and MANO.PATH to the same hand, or use another folder.')
+        raise UserError(
+            f'{root} was made with the hand model {recorded}, but {describe(models)} is set; set '
+            'MANO.SOURCE and MANO.PATH to the same hand, or use another folder.'
+        )
 
 
 def _file_names(folder: Path) -> set[str]:

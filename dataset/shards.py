@@ -106,28 +106,34 @@ def refuse_other_counts(split_folder: Path, wanted: Shard | None = None) -> None
     found = {shard.of for shard in find_shards(split_folder)} | ({wanted.of} if wanted else set())
     if len(found) > 1:
         counts = ' and into '.join(map(str, sorted(found)))
-        raise UserError(f'{split_folder.name} is split in different ways, into {counts} shards: keep to one of them '
-                        f'and remove the other {split_folder}.shard-* folders.')
+        raise UserError(
+            f'{split_folder.name} is split in different ways, into {counts} shards: keep to one of them '
+            f'and remove the other {split_folder}.shard-* folders.'
+        )
 
 
 def refuse_shards(split_folder: Path) -> None:
     """Raises UserError if there are any: a run without shards would do their work again."""
     if find_shards(split_folder):
-        raise UserError(f'{split_folder.parent} holds shards of {split_folder.name}: put them together with --merge, '
-                        f'or remove {split_folder}.shard-* first.')
+        raise UserError(
+            f'{split_folder.parent} holds shards of {split_folder.name}: put them together with --merge, '
+            f'or remove {split_folder}.shard-* first.'
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Before the merge: are they all there, and do they fit together?
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def check_shards(split_folder: Path, settings: dict) -> list[FinishedShard]:
     """All shards of a split in order. Raises UserError unless each is finished and together they are the split."""
     refuse_other_counts(split_folder)
     found = find_shards(split_folder)
     if not found:
-        raise UserError(f'{split_folder.parent} has no shards of {split_folder.name}; prepare them first, each with '
-                        '--shard i/n.')
+        raise UserError(
+            f'{split_folder.parent} has no shards of {split_folder.name}; prepare them first, each with --shard i/n.'
+        )
     of = next(iter(found)).of
     wanted = [Shard(number, of) for number in range(1, of + 1)]
     _refuse_gaps(split_folder, wanted, found)
@@ -137,8 +143,10 @@ def check_shards(split_folder: Path, settings: dict) -> list[FinishedShard]:
         span = one.record.shard
         # Every range follows from the number of frames, so where all are as expected there is no gap and no overlap.
         if (span.begin, span.end, span.selected) != (*shard.bounds(selected, settings['chunk']), selected):
-            raise UserError(f'{one.folder} holds the frames {span.begin} to {span.end} of {span.selected}, which does '
-                            f'not fit the other shards; remove it and prepare it again (--shard {shard}).')
+            raise UserError(
+                f'{one.folder} holds the frames {span.begin} to {span.end} of {span.selected}, which does '
+                f'not fit the other shards; remove it and prepare it again (--shard {shard}).'
+            )
     return shards
 
 
@@ -150,8 +158,10 @@ def _refuse_gaps(split_folder: Path, wanted: list[Shard], found: dict[Shard, boo
             more = ', ...' if len(numbers) > MOST_NAMED else ''
             problems.append(f'{problem}: {", ".join(numbers[:MOST_NAMED])}{more}')
     if problems:
-        raise UserError(f'{split_folder}.shard-*: of {wanted[0].of} shards, {"; ".join(problems)}; run these again '
-                        f'(--shard i/{wanted[0].of}), then merge.')
+        raise UserError(
+            f'{split_folder}.shard-*: of {wanted[0].of} shards, {"; ".join(problems)}; run these again '
+            f'(--shard i/{wanted[0].of}), then merge.'
+        )
 
 
 def _read_shard(shard: Shard, folder: Path, settings: dict) -> FinishedShard:
@@ -164,14 +174,18 @@ def _read_shard(shard: Shard, folder: Path, settings: dict) -> FinishedShard:
     refuse_other_settings(folder, record.settings, settings)
     span, skipped = record.shard, sum(map(len, record.skipped_image_ids.values()))
     if (span.number, span.of) != shard or record.kept + skipped != span.end - span.begin:
-        raise UserError(f'{path} tells of shard {span.number}/{span.of}, of {record.kept} frames kept and {skipped} '
-                        f'skipped from {span.begin} to {span.end}: that is not this shard; {again}.')
+        raise UserError(
+            f'{path} tells of shard {span.number}/{span.of}, of {record.kept} frames kept and {skipped} '
+            f'skipped from {span.begin} to {span.end}: that is not this shard; {again}.'
+        )
     for name, suffix in FOLDERS.items():
         expected = {f'{index}.{suffix}' for index in range(record.kept)}
         found = set(os.listdir(folder / name)) if (folder / name).is_dir() else set()
         if found != expected:
-            raise UserError(f'{folder / name} does not hold the {record.kept} files that {RECORD} tells of: '
-                            f'{len(expected - found)} missing, {len(found - expected)} too many; {again}.')
+            raise UserError(
+                f'{folder / name} does not hold the {record.kept} files that {RECORD} tells of: '
+                f'{len(expected - found)} missing, {len(found - expected)} too many; {again}.'
+            )
     return FinishedShard(folder, record, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
@@ -179,8 +193,10 @@ def _read_shard(shard: Shard, folder: Path, settings: dict) -> FinishedShard:
 # The merge
 # ---------------------------------------------------------------------------------------------------------------------
 
-def merge(split: RawSplit, split_folder: Path, settings: dict, shards: list[FinishedShard], selected: int,
-          skipped: Skipped) -> None:
+
+def merge(
+    split: RawSplit, split_folder: Path, settings: dict, shards: list[FinishedShard], selected: int, skipped: Skipped
+) -> None:
     """Number the samples of all shards on and make them one split; ``skipped`` is what the selection left out.
 
     A kill at any moment loses nothing: shards are only read until the whole has its name. Pictures come into
@@ -191,9 +207,11 @@ def merge(split: RawSplit, split_folder: Path, settings: dict, shards: list[Fini
     partial = partial_folder(split_folder)
     found = shards[0].record.shard.selected
     if found != selected:
-        raise UserError(f'{split.root}: {selected} frames of {split.split} can be prepared, the shards in '
-                        f'{split_folder.parent} were made from {found}: the annotation files have changed, remove the '
-                        'shards and prepare them again.')
+        raise UserError(
+            f'{split.root}: {selected} frames of {split.split} can be prepared, the shards in '
+            f'{split_folder.parent} were made from {found}: the annotation files have changed, remove the '
+            'shards and prepare them again.'
+        )
     for one in shards:
         skipped.extend(one.record.skipped_image_ids, one.record.damaged)
     kept = sum(one.record.kept for one in shards)
@@ -222,8 +240,10 @@ def merge(split: RawSplit, split_folder: Path, settings: dict, shards: list[Fini
 def _open_journal(partial: Path, merge_of: dict) -> Journal:
     journal = Journal(partial / JOURNAL)
     if journal.lines and not journal.is_of_merge:
-        raise UserError(f'{partial} is what a command without --shard has begun; finish it with that command, or '
-                        'remove it and merge.')
+        raise UserError(
+            f'{partial} is what a command without --shard has begun; finish it with that command, or '
+            'remove it and merge.'
+        )
     if journal.lines[:1] != [{'merge': merge_of}]:
         if journal.lines:  # of shards that have been prepared anew since: here are only links to what they were
             shutil.rmtree(partial)
@@ -237,8 +257,9 @@ def _take_over(folder: Path, number: int, partial: Path, index: int) -> None:
         target[name].unlink(missing_ok=True)  # never write through a name that may be a shard's file too
     annotation = safe_pickle.load(source['anno'])
     if not isinstance(annotation, dict) or annotation.get('inter_idx') != number:
-        raise UserError(f'{source["anno"]} is not the annotation of sample {number}; remove {folder} and prepare it '
-                        'again.')
+        raise UserError(
+            f'{source["anno"]} is not the annotation of sample {number}; remove {folder} and prepare it again.'
+        )
     target['anno'].write_bytes(pickle_annotation(annotation | {'inter_idx': index}))
     for name in FOLDERS.keys() - {'anno'}:
         _link(source[name], target[name])

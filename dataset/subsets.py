@@ -23,8 +23,14 @@ class Subset(NamedTuple):
     description: str | None = None
 
 
-def choose(dataset: PreparedSplit, *, image_ids: str | Path | None = None, annotation_ids: str | Path | None = None,
-           captures: Iterable[str] = (), first: int | None = None) -> Subset:
+def choose(
+    dataset: PreparedSplit,
+    *,
+    image_ids: str | Path | None = None,
+    annotation_ids: str | Path | None = None,
+    captures: Iterable[str] = (),
+    first: int | None = None,
+) -> Subset:
     """The samples that pass every filter, in the order of the split; ``first`` takes the first N of them.
 
     image_ids, annotation_ids: files of ids as in InterHand2.6M's data.json (see ``read_ids``). Raises UserError if a
@@ -35,16 +41,20 @@ def choose(dataset: PreparedSplit, *, image_ids: str | Path | None = None, annot
     files = {'image': image_ids, 'annotation': annotation_ids}
     lists = [(kind, path, read_ids(path)) for kind, path in files.items() if path]
     if lists or captures:
-        table = [_identity(dataset.entries(index)) for index in
-                 tqdm(indices, desc='choose', unit='sample', leave=False, disable=None)]
+        table = [
+            _identity(dataset.entries(index))
+            for index in tqdm(indices, desc='choose', unit='sample', leave=False, disable=None)
+        ]
         for kind, path, ids in lists:
             indices = [index for index in indices if table[index][kind] in ids]
             said.append(f'{kind} ids of {path} ({len(ids):,} listed)')
         if captures:
             known = {row['capture'] for row in table}
             if unknown := captures - known:
-                raise UserError(f'{dataset.folder} has no capture {", ".join(sorted(unknown))}; it has '
-                                f'{", ".join(sorted(known, key=lambda name: (len(name), name)))}.')
+                raise UserError(
+                    f'{dataset.folder} has no capture {", ".join(sorted(unknown))}; it has '
+                    f'{", ".join(sorted(known, key=lambda name: (len(name), name)))}.'
+                )
             indices = [index for index in indices if table[index]['capture'] in captures]
             said.append(f'capture {", ".join(sorted(captures))}')
     if not indices:
@@ -92,8 +102,10 @@ class AnnotatedJoints:
         try:
             capture, camera, frame = image['capture'], image['camera'], image['frame_idx']
         except KeyError as error:
-            raise UserError(f'The annotation of {self.dataset.name(index)} does not say its {error.args[0]}: annotated '
-                            'joints cannot be found for it; prepare the data set again.') from None
+            raise UserError(
+                f'The annotation of {self.dataset.name(index)} does not say its {error.args[0]}: annotated '
+                'joints cannot be found for it; prepare the data set again.'
+            ) from None
         try:
             points, valid = self.split.joints(capture, frame)
             rotation, translation, _ = self.split.camera(capture, camera)

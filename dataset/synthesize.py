@@ -98,21 +98,27 @@ def plan(settings: Settings) -> list[Sequence]:
         if not pictures:
             continue
         rng = np.random.default_rng([settings.seed, SPLITS.index(split)])
-        odd = {kind: max(1, round(share * pictures)) if pictures >= FEWEST_WITH_ODD else 0
-               for kind, share in ODD_SHARES.items()}
+        odd = {
+            kind: max(1, round(share * pictures)) if pictures >= FEWEST_WITH_ODD else 0
+            for kind, share in ODD_SHARES.items()
+        }
         runs = []  # (kind, views of each step)
-        for kind, count in (('interacting', pictures - odd['single'] - odd['invalid']), ('single', odd['single']),
-                            ('invalid', odd['invalid'])):
+        for kind, count in (
+            ('interacting', pictures - odd['single'] - odd['invalid']),
+            ('single', odd['single']),
+            ('invalid', odd['invalid']),
+        ):
             steps = [min(VIEWS, count - begin) for begin in range(0, count, VIEWS)]
-            runs += [(kind, tuple(steps[begin:begin + STEPS])) for begin in range(0, len(steps), STEPS)]
+            runs += [(kind, tuple(steps[begin : begin + STEPS])) for begin in range(0, len(steps), STEPS)]
         captures = min(len(runs), MOST_CAPTURES[split], max(2, pictures // PICTURES_PER_CAPTURE[split]))
-        black = set(rng.permutation(sum(sum(views) for kind, views in runs if kind == 'interacting'))[:odd['black']])
+        black = set(rng.permutation(sum(sum(views) for kind, views in runs if kind == 'interacting'))[: odd['black']])
         frames, first_id = dict.fromkeys(range(captures), 100), 0
         for number, (kind, views) in enumerate(runs):
             capture = number % captures
             dark = tuple(i for i in range(sum(views)) if first_id + i in black)
-            sequences.append(Sequence(split, number, next_capture + capture, kind, frames[capture], first_id, views,
-                                      dark))
+            sequences.append(
+                Sequence(split, number, next_capture + capture, kind, frames[capture], first_id, views, dark)
+            )
             frames[capture] += 6 * len(views)  # every sixth of 30 frames a second
             first_id += sum(views)
         next_capture += captures
@@ -166,8 +172,16 @@ def sample_camera(rng: np.random.Generator, spread: float, taken: set[str]) -> C
     while name is None or name in taken:
         name = f'{41 if grey else 40}{rng.integers(10000):04d}'
     taken.add(name)
-    return Camera(name, np.stack([right, down, forward]), position, focal + rng.uniform(-1, 1, 2),
-                  np.array(size[::-1]) / 2 + rng.uniform(-12, 12, 2), size, grey, rng.uniform(0.9, 1.1))
+    return Camera(
+        name,
+        np.stack([right, down, forward]),
+        position,
+        focal + rng.uniform(-1, 1, 2),
+        np.array(size[::-1]) / 2 + rng.uniform(-12, 12, 2),
+        size,
+        grey,
+        rng.uniform(0.9, 1.1),
+    )
 
 
 @lru_cache(maxsize=64)
@@ -204,8 +218,9 @@ class Actors(NamedTuple):
 @lru_cache(maxsize=1)
 def _actors(source: str, path: str) -> Actors:
     models = load_hand_models(source, path)
-    return Actors(TwoHandLayer(models), tuple(map(chart_skin, models)), tuple(map(wrist_loop, models)),
-                  arm_faces(models))
+    return Actors(
+        TwoHandLayer(models), tuple(map(chart_skin, models)), tuple(map(wrist_loop, models)), arm_faces(models)
+    )
 
 
 @lru_cache(maxsize=32)
@@ -265,18 +280,29 @@ def set_scene(settings: Settings, sequence: Sequence, rng: np.random.Generator) 
     mesh, faces, skin = arms, actors.faces, person.skin
     if single:
         mesh, half = both[:, shown[0]], len(faces) // 2
-        faces, skin = faces.unflatten(0, (2, half))[shown[0]] - shown[0] * mesh.shape[1], skin[shown[0] * half:][:half]
+        faces, skin = faces.unflatten(0, (2, half))[shown[0]] - shown[0] * mesh.shape[1], skin[shown[0] * half :][:half]
     name = f'{sequence.number:04d}_' + (f'{hand_type}_gesture' if single else f'dh_{placement}')
-    return Scene(name, hand_type, shown, path, mesh, faces, skin, sample_light(rng), both[:, :, -1].double().numpy(),
-                 bool(rng.random() < TORSO_SHOWN))
+    return Scene(
+        name,
+        hand_type,
+        shown,
+        path,
+        mesh,
+        faces,
+        skin,
+        sample_light(rng),
+        both[:, :, -1].double().numpy(),
+        bool(rng.random() < TORSO_SHOWN),
+    )
 
 
 def paint_backdrop(scene: Scene, step: int, camera: Camera, person: Person, rng: np.random.Generator) -> np.ndarray:
     """What a camera sees behind the hands, display values (H, W, 3)."""
     picture = sample_background(camera.size, rng)
     if scene.torso and camera.rotation[2, 2] > 0.2:  # from behind, the chest would hide the hands
-        draw_torso(picture, lambda points: camera.project(HANDS_AT + points), scene.elbows[step] - HANDS_AT, person,
-                   rng)
+        draw_torso(
+            picture, lambda points: camera.project(HANDS_AT + points), scene.elbows[step] - HANDS_AT, person, rng
+        )
     return picture
 
 
@@ -284,8 +310,9 @@ def photograph(scene: Scene, step: int, camera: Camera, backdrop: np.ndarray) ->
     """The hands before their backdrop, display values (H, W, 3)."""
     rotation, position = torch.from_numpy(camera.rotation).float(), torch.from_numpy(camera.position).float()
     light = scene.light._replace(direction=camera.rotation @ scene.light.direction)
-    return draw_hands(backdrop.copy(), (scene.mesh[step] - position) @ rotation.T, scene.faces, camera.intrinsics,
-                      scene.skin, light)
+    return draw_hands(
+        backdrop.copy(), (scene.mesh[step] - position) @ rotation.T, scene.faces, camera.intrinsics, scene.skin, light
+    )
 
 
 @one_thread()
@@ -297,16 +324,27 @@ def make_sequence(settings: Settings, sequence: Sequence, root: Path) -> dict:
     layer, (person, betas) = _actors(settings.source, settings.path).layer, _person(settings, sequence.capture)
     cameras, backdrops = capture_cameras(settings, sequence.capture), {}
     type_valid = sequence.kind != 'invalid'
-    record = {'capture': sequence.capture, 'images': [], 'annotations': [], 'joint_3d': {}, 'mano': {},
-              'penetration_mm': [round(1000 * float(depth), 3) for depth in scene.path.penetration]}
+    record = {
+        'capture': sequence.capture,
+        'images': [],
+        'annotations': [],
+        'joint_3d': {},
+        'mano': {},
+        'penetration_mm': [round(1000 * float(depth), 3) for depth in scene.path.penetration],
+    }
     for step, views in enumerate(sequence.views):
         frame = sequence.first_frame + 6 * step
         joints, joint_valid = world_joints(scene.path, step, scene.shown)
-        record['joint_3d'][str(frame)] = {'world_coord': joints.tolist(), 'joint_valid': joint_valid.tolist(),
-                                          'hand_type': scene.hand_type, 'hand_type_valid': type_valid}
+        record['joint_3d'][str(frame)] = {
+            'world_coord': joints.tolist(),
+            'joint_valid': joint_valid.tolist(),
+            'hand_type': scene.hand_type,
+            'hand_type_valid': type_valid,
+        }
         record['mano'][str(frame)] = {
             SIDES[side]: mano_annotation(scene.path, step, side, betas, layer) if side in scene.shown else None
-            for side in (RIGHT, LEFT)}
+            for side in (RIGHT, LEFT)
+        }
         points = scene.path.vertices[step, list(scene.shown)].flatten(0, 1).numpy()
         for index in choose_cameras(cameras, points, views, rng):
             camera, number = cameras[index], len(record['images'])
@@ -314,16 +352,33 @@ def make_sequence(settings: Settings, sequence: Sequence, root: Path) -> dict:
                 backdrops[index] = paint_backdrop(scene, step, camera, person, rng)
             picture = photograph(scene, step, camera, backdrops[index])
             file_name = f'Capture{sequence.capture}/{scene.name}/cam{camera.name}/image{frame}.jpg'
-            write_picture(root / 'images' / sequence.split / file_name,
-                          develop(picture, camera, black=number in sequence.black, rng=rng))
-            record['images'].append({
-                'id': sequence.first_id + number, 'file_name': file_name, 'width': camera.size[1],
-                'height': camera.size[0], 'capture': sequence.capture, 'subject': sequence.capture,
-                'seq_name': scene.name, 'camera': camera.name, 'frame_idx': frame})
-            record['annotations'].append({
-                'id': sequence.first_id + number, 'image_id': sequence.first_id + number,
-                'bbox': box_of(camera.project(points), camera.size), 'joint_valid': joint_valid.astype(int).tolist(),
-                'hand_type': scene.hand_type, 'hand_type_valid': int(type_valid)})
+            write_picture(
+                root / 'images' / sequence.split / file_name,
+                develop(picture, camera, black=number in sequence.black, rng=rng),
+            )
+            record['images'].append(
+                {
+                    'id': sequence.first_id + number,
+                    'file_name': file_name,
+                    'width': camera.size[1],
+                    'height': camera.size[0],
+                    'capture': sequence.capture,
+                    'subject': sequence.capture,
+                    'seq_name': scene.name,
+                    'camera': camera.name,
+                    'frame_idx': frame,
+                }
+            )
+            record['annotations'].append(
+                {
+                    'id': sequence.first_id + number,
+                    'image_id': sequence.first_id + number,
+                    'bbox': box_of(camera.project(points), camera.size),
+                    'joint_valid': joint_valid.astype(int).tolist(),
+                    'hand_type': scene.hand_type,
+                    'hand_type_valid': int(type_valid),
+                }
+            )
     return record
 
 
@@ -349,8 +404,11 @@ def mano_annotation(path: HandPath, step: int, side: int, betas: torch.Tensor, l
     relative = path.pose[step, side] - layer.pose_mean[side]
     rest_wrist = layer.rest_joints[side, 0] + betas[side] @ layer.joint_shape_dirs[side, :, :3]
     trans = path.joints[step, side, 0] - rest_wrist
-    return {'pose': torch.cat([path.root[step, side], relative]).double().numpy().round(7).tolist(),
-            'shape': betas[side].double().numpy().round(4).tolist(), 'trans': trans.double().numpy().round(7).tolist()}
+    return {
+        'pose': torch.cat([path.root[step, side], relative]).double().numpy().round(7).tolist(),
+        'shape': betas[side].double().numpy().round(4).tolist(),
+        'trans': trans.double().numpy().round(7).tolist(),
+    }
 
 
 def box_of(pixels: np.ndarray, size: tuple[int, int]) -> list[float]:
@@ -369,7 +427,7 @@ def develop(picture: np.ndarray, camera: Camera, *, black: bool, rng: np.random.
     """Display values (H, W, 3) -> uint8 BGR as this camera stores it."""
     values = np.float32(255 * camera.gain) * picture
     top, left = rng.integers(0, 640 - max(picture.shape[:2]), 2)
-    values += _grain()[top:top + picture.shape[0], left:left + picture.shape[1]]
+    values += _grain()[top : top + picture.shape[0], left : left + picture.shape[1]]
     grey = cv2.cvtColor(values, cv2.COLOR_BGR2GRAY)
     if camera.grey:
         values = cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR)
@@ -489,13 +547,23 @@ def claim_folder(folder: Path, settings: Settings, models: tuple[HandModel, Hand
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--save_path', required=True, type=Path, help='folder to make; must not hold anything yet')
-    parser.add_argument('--frames', nargs='+', metavar='N', default=['2000', '100', '200'],
-                        help='pictures to make: N altogether, eight tenths of them to train on, or TRAIN VAL TEST of '
-                             'each split, where 0 leaves one out (default: 2000 100 200)')
+    parser.add_argument(
+        '--frames',
+        nargs='+',
+        metavar='N',
+        default=['2000', '100', '200'],
+        help='pictures to make: N altogether, eight tenths of them to train on, or TRAIN VAL TEST of '
+        'each split, where 0 leaves one out (default: 2000 100 200)',
+    )
     parser.add_argument('--seed', type=int, default=0, help='equal seeds make equal data (default: 0)')
-    parser.add_argument('--camera_spread', type=float, default=60.0, metavar='DEGREES',
-                        help='how far the cameras stand round the person: azimuth within +-DEGREES of the front, 0 to '
-                             '180; larger is harder to learn (default: 60)')
+    parser.add_argument(
+        '--camera_spread',
+        type=float,
+        default=60.0,
+        metavar='DEGREES',
+        help='how far the cameras stand round the person: azimuth within +-DEGREES of the front, 0 to '
+        '180; larger is harder to learn (default: 60)',
+    )
     parser.add_argument('--workers', type=int, default=usable_cores(), help='processes (default: one for each core)')
     add_config_arguments(parser)
     args = parser.parse_intermixed_args(arguments)
@@ -508,8 +576,9 @@ def frames_of_splits(words: list[str]) -> tuple[int, int, int]:
     """'N' or 'TRAIN VAL TEST' as typed -> pictures of each split; raises UserError for anything else."""
     counts = [int(word) for word in words if re.fullmatch(r'-?\d+', word)]
     if len(counts) != len(words) or len(counts) not in (1, 3) or min(counts) < 0 or not sum(counts):
-        raise UserError(f'--frames is {" ".join(words)}; give one count, or three for train, val and test, at least '
-                        'one above 0.')
+        raise UserError(
+            f'--frames is {" ".join(words)}; give one count, or three for train, val and test, at least one above 0.'
+        )
     if len(counts) == 3:
         return tuple(counts)
     tenth = counts[0] // 10
@@ -529,8 +598,10 @@ def main(arguments: list[str] | None = None) -> None:
     settings = Settings(args.frames, args.seed, args.camera_spread, cfg.MANO.SOURCE, cfg.MANO.PATH)
     records = synthesize(args.save_path, settings, workers=args.workers)
     depths = [depth for record in records for depth in record['penetration_mm']]
-    print(f'{sum(args.frames)} pictures in {args.save_path}; hands intersect by {np.mean(depths):.1f} mm on average, '
-          f'{max(depths):.1f} mm at most.')
+    print(
+        f'{sum(args.frames)} pictures in {args.save_path}; hands intersect by {np.mean(depths):.1f} mm on average, '
+        f'{max(depths):.1f} mm at most.'
+    )
 
 
 if __name__ == '__main__':

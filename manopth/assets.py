@@ -15,8 +15,10 @@ from utils import safe_pickle
 from utils.errors import UserError
 from utils.hand import NUM_CHAIN_JOINTS, NUM_FACES, NUM_VERTICES, SIDES
 
-WHERE_TO_GET = ('register at https://mano.is.tue.mpg.de, download "Models & Code" and put its MANO_LEFT.pkl and '
-                'MANO_RIGHT.pkl there (misc/README.md), or set MANO.SOURCE standin to run without them')
+WHERE_TO_GET = (
+    'register at https://mano.is.tue.mpg.de, download "Models & Code" and put its MANO_LEFT.pkl and '
+    'MANO_RIGHT.pkl there (misc/README.md), or set MANO.SOURCE standin to run without them'
+)
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,14 @@ class HandModel:
     name: str
 
     SHAPES = {
-        'template': (NUM_VERTICES, 3), 'faces': (NUM_FACES, 3), 'shape_dirs': (NUM_VERTICES, 3, 10),
-        'pose_dirs': (NUM_VERTICES, 3, 135), 'joint_regressor': (NUM_CHAIN_JOINTS, NUM_VERTICES),
-        'skinning_weights': (NUM_VERTICES, NUM_CHAIN_JOINTS), 'pose_mean': (45,), 'pose_components': (45, 45),
+        'template': (NUM_VERTICES, 3),
+        'faces': (NUM_FACES, 3),
+        'shape_dirs': (NUM_VERTICES, 3, 10),
+        'pose_dirs': (NUM_VERTICES, 3, 135),
+        'joint_regressor': (NUM_CHAIN_JOINTS, NUM_VERTICES),
+        'skinning_weights': (NUM_VERTICES, NUM_CHAIN_JOINTS),
+        'pose_mean': (45,),
+        'pose_components': (45, 45),
     }
 
     @cached_property
@@ -64,35 +71,49 @@ def load_mano_pkl(path: str | Path, *, side: str) -> HandModel:
     if not path.is_file():
         raise UserError(f'{path} is missing: {WHERE_TO_GET}.')
     raw = safe_pickle.load(path)
-    names = {'template': 'v_template', 'faces': 'f', 'shape_dirs': 'shapedirs', 'pose_dirs': 'posedirs',
-             'joint_regressor': 'J_regressor', 'skinning_weights': 'weights', 'pose_mean': 'hands_mean',
-             'pose_components': 'hands_components'}
+    names = {
+        'template': 'v_template',
+        'faces': 'f',
+        'shape_dirs': 'shapedirs',
+        'pose_dirs': 'posedirs',
+        'joint_regressor': 'J_regressor',
+        'skinning_weights': 'weights',
+        'pose_mean': 'hands_mean',
+        'pose_components': 'hands_components',
+    }
     if not isinstance(raw, dict) or not set(names.values()) <= raw.keys():
         missing = sorted(set(names.values()) - set(raw)) if isinstance(raw, dict) else sorted(names.values())
-        raise UserError(f'{path} is not a MANO file: {", ".join(missing)} missing; get it again from its official '
-                        'source.')
+        raise UserError(
+            f'{path} is not a MANO file: {", ".join(missing)} missing; get it again from its official source.'
+        )
     arrays = {}
     for name, key in names.items():
         try:
             array = np.asarray(safe_pickle.as_array(raw[key]), dtype=np.float64)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f'{path}: {key} is not an array of numbers ({type(error).__name__}: {error}); the file is '
-                            'damaged, get it again.') from None
+            raise UserError(
+                f'{path}: {key} is not an array of numbers ({type(error).__name__}: {error}); the file is '
+                'damaged, get it again.'
+            ) from None
         if array.shape != HandModel.SHAPES[name]:
-            raise UserError(f'{path}: {key} has shape {array.shape}, MANO has {HandModel.SHAPES[name]}; '
-                            'this is a file of another model.')
+            raise UserError(
+                f'{path}: {key} has shape {array.shape}, MANO has {HandModel.SHAPES[name]}; '
+                'this is a file of another model.'
+            )
         if not np.isfinite(array).all():
             raise UserError(f'{path}: {key} holds NaN or infinity; the file is damaged, get it again.')
         if name == 'faces' and not ((array >= 0) & (array < NUM_VERTICES)).all():
-            raise UserError(f'{path}: {key} names vertices outside 0 .. {NUM_VERTICES - 1}; the file is damaged, get '
-                            'it again.')
+            raise UserError(
+                f'{path}: {key} names vertices outside 0 .. {NUM_VERTICES - 1}; the file is damaged, get it again.'
+            )
         arrays[name] = array.astype(np.int64) if name == 'faces' else array
     model = HandModel(side=side, name='mano', **arrays)
     # Both rest poses point their fingers away from the wrist along x: towards -x on the right hand, +x on the left.
     wrist_to_mesh = model.template[:, 0].mean() - (model.joint_regressor[0] @ model.template)[0]
     if (wrist_to_mesh > 0) != (side == 'left'):
-        raise UserError(f'{path} holds a {SIDES[side == "left"]} hand: MANO_LEFT.pkl and MANO_RIGHT.pkl are swapped, '
-                        'rename them.')
+        raise UserError(
+            f'{path} holds a {SIDES[side == "left"]} hand: MANO_LEFT.pkl and MANO_RIGHT.pkl are swapped, rename them.'
+        )
     return model
 
 

@@ -141,8 +141,11 @@ class _Linearised:
         self.rest = model.joints + torch.einsum('hjck,bhk->bhjc', model.joint_shape, betas)
         self.turned, chain = forward_kinematics(self.rotations, self.rest)
         corrective = (self.rotations[:, :, 1:] - torch.eye(3).to(betas)).flatten(2)
-        tips = (model.tips + torch.einsum('htck,bhk->bhtc', model.tip_shape, betas)
-                + torch.einsum('htck,bhk->bhtc', model.tip_pose, corrective))
+        tips = (
+            model.tips
+            + torch.einsum('htck,bhk->bhtc', model.tip_shape, betas)
+            + torch.einsum('htck,bhk->bhtc', model.tip_pose, corrective)
+        )
         # Where each bone alone would carry each tip: (B, 2, 5 tips, 16, 3).
         carried = torch.einsum('bhjcd,bhtjd->bhtjc', self.turned, tips[:, :, :, None] - self.rest[:, :, None])
         self.carried = (carried + chain[:, :, None]) * model.tip_weights[..., None]
@@ -156,16 +159,19 @@ class _Linearised:
         # Share of each point that hangs on joint j, and that share's lever arm about j.
         hangs = model.below.T - torch.eye(16).to(chain)  # [point, j]; a joint does not move about itself
         chain_lever = hangs[..., None] * (chain[:, :, :, None] - chain[:, :, None])
-        tip_lever = (torch.einsum('bhtkc,jk->bhtjc', self.carried, model.below)
-                     - torch.einsum('htk,jk->htj', model.tip_weights, model.below)[..., None] * chain[:, :, None])
+        tip_lever = (
+            torch.einsum('bhtkc,jk->bhtjc', self.carried, model.below)
+            - torch.einsum('htk,jk->htj', model.tip_weights, model.below)[..., None] * chain[:, :, None]
+        )
         lever = torch.cat([chain_lever, tip_lever], 2)  # (B, 2, 21, 16, 3)
         # A small change da of an axis-angle a turns the joint by right_jacobian(a) da in its own axes.
         inner = torch.cat([torch.eye(3).to(chain).expand(batch, 2, 1, 3, 3), right_jacobian(self.pose)], 2)
         jacobian = -cross_product_matrix(lever) @ (self.turned @ inner)[:, :, None]  # (B, 2, 21, 16, 3, 3)
 
         # The fingertips' own corrective shapes move with the pose, too.
-        change = torch.einsum('nhjab,nhjebc->nhjace', self.rotations[:, :, 1:],
-                              cross_product_matrix(inner[:, :, 1:].mT))  # dR_j / da_e
+        change = torch.einsum(
+            'nhjab,nhjebc->nhjace', self.rotations[:, :, 1:], cross_product_matrix(inner[:, :, 1:].mT)
+        )  # dR_j / da_e
         corrective = torch.einsum('htcjk,bhjke->bhtcje', model.tip_pose.unflatten(-1, (15, 9)), change.flatten(3, 4))
         skin = torch.einsum('htj,bhjcd->bhtcd', model.tip_weights, self.turned)
         jacobian[:, :, 16:, 1:] += torch.einsum('bhtcd,bhtdje->bhtjce', skin, corrective)
@@ -229,8 +235,9 @@ def initial_hands(model: PointModel, joints: Tensor, valid: Tensor, betas: Tenso
         start = HandParameters(root, pose, betas, trans)
         turned = _Linearised(model, start).turned[:, :, [CHAIN_PARENTS[int(j) + 1] for j in here]]
         mean = axis_angle_to_matrix(model.pose_mean[:, here])
-        swing = shortest_rotation((mean @ bones[:, :, here, :, None]).squeeze(-1),
-                                  (turned.mT @ goal[:, :, here, :, None]).squeeze(-1))
+        swing = shortest_rotation(
+            (mean @ bones[:, :, here, :, None]).squeeze(-1), (turned.mT @ goal[:, :, here, :, None]).squeeze(-1)
+        )
         pose[:, :, here] = torch.where(both[:, :, here, None], matrix_to_axis_angle(swing @ mean), pose[:, :, here])
     return HandParameters(root, pose, betas, trans)
 
@@ -276,15 +283,16 @@ def _beyond_limits(model: PointModel, pose: Tensor) -> Tensor:
     return (flexion - high).clamp_min(0) + (flexion - low).clamp_max(0)
 
 
-def _normal_equations(model: PointModel, hands: HandParameters, state: _Linearised, error: Tensor, valid: Tensor, *,
-                      with_shape: bool) -> tuple[Tensor, Tensor]:
+def _normal_equations(
+    model: PointModel, hands: HandParameters, state: _Linearised, error: Tensor, valid: Tensor, *, with_shape: bool
+) -> tuple[Tensor, Tensor]:
     """Gauss-Newton matrix (B, 2, P, P) and gradient (B, 2, P) of half the objective; P = 51, or 61 with the shape."""
     jacobian = state.by_pose()
     if with_shape:
         jacobian = torch.cat([jacobian, state.by_shape()], -1)
     jacobian = jacobian.flatten(2, 3)  # (B, 2, 63, P)
     scaled = error.norm(dim=-1) / JOINT_SIGMA
-    weight = valid / scaled.clamp_min(HUBER_SIGMAS) * HUBER_SIGMAS / JOINT_SIGMA ** 2
+    weight = valid / scaled.clamp_min(HUBER_SIGMAS) * HUBER_SIGMAS / JOINT_SIGMA**2
     weight = weight.repeat_interleave(3, -1)[..., None]  # (B, 2, 63, 1)
     weighted = weight * jacobian
     matrix, gradient = jacobian.mT @ weighted, (weighted * error.flatten(2)[..., None]).sum(2)
@@ -294,8 +302,10 @@ def _normal_equations(model: PointModel, hands: HandParameters, state: _Linearis
     axis = model.flexion_axis
     outer = (beyond != 0)[..., None, None] * stiffness * (axis[..., None] * axis[..., None, :])
     prior = model.pose_precision + outer  # (B, 2, 15, 3, 3)
-    slope = (torch.einsum('hjcd,bhjd->bhjc', model.pose_precision, hands.pose - model.pose_mean)
-             + stiffness * beyond[..., None] * axis)
+    slope = (
+        torch.einsum('hjcd,bhjd->bhjc', model.pose_precision, hands.pose - model.pose_mean)
+        + stiffness * beyond[..., None] * axis
+    )
     for joint in range(15):
         at = slice(3 + 3 * joint, 6 + 3 * joint)
         matrix[..., at, at] += prior[:, :, joint]
@@ -303,8 +313,9 @@ def _normal_equations(model: PointModel, hands: HandParameters, state: _Linearis
     return matrix, gradient
 
 
-def fit_hands(model: PointModel, joints: Tensor, valid: Tensor, *, subject: Tensor | None = None,
-              betas: Tensor | None = None) -> HandParameters:
+def fit_hands(
+    model: PointModel, joints: Tensor, valid: Tensor, *, subject: Tensor | None = None, betas: Tensor | None = None
+) -> HandParameters:
     """Levenberg-Marquardt on root, pose, trans and, without given ``betas``, on one shape per subject.
 
     joints (B, 2, 21, 3) m, valid (B, 2, 21) bool, both in the project's order. subject (B,) int64 numbers from 0: time
@@ -340,17 +351,20 @@ def fit_hands(model: PointModel, joints: Tensor, valid: Tensor, *, subject: Tens
         diagonal = torch.diagonal(matrix, dim1=-2, dim2=-1)
         diagonal += damping[group, None, None] * diagonal + 1e-9
         step = _solve_grouped(matrix, gradient, group, groups, hands.betas) if with_shape else _solve(matrix, gradient)
-        candidate = HandParameters(hands.root @ axis_angle_to_matrix(step[..., :3]),
-                                   hands.pose + step[..., 3:48].unflatten(-1, (15, 3)),
-                                   hands.betas + step[..., 51:] if with_shape else hands.betas,
-                                   hands.trans + step[..., 48:51])
+        candidate = HandParameters(
+            hands.root @ axis_angle_to_matrix(step[..., :3]),
+            hands.pose + step[..., 3:48].unflatten(-1, (15, 3)),
+            hands.betas + step[..., 51:] if with_shape else hands.betas,
+            hands.trans + step[..., 48:51],
+        )
         new_state, new_error, new_cost = evaluate(candidate)
         better = (new_cost < cost) & ~settled
         settled |= (cost - new_cost).abs() <= TOLERANCE * cost
         damping = torch.where(better, damping * 0.2, damping * 5).clamp(1e-7, 1e7)
         keep = better[group]
-        hands = HandParameters(*(torch.where(keep.view(-1, *[1] * (old.ndim - 1)), new, old)
-                                 for new, old in zip(candidate, hands)))
+        hands = HandParameters(
+            *(torch.where(keep.view(-1, *[1] * (old.ndim - 1)), new, old) for new, old in zip(candidate, hands))
+        )
         cost = torch.where(better, new_cost, cost)
 
         working = ~settled[group]
@@ -380,7 +394,7 @@ def _solve_grouped(matrix: Tensor, gradient: Tensor, group: Tensor, groups: int,
     solved = torch.cholesky_solve(mixed, factor)  # (B, 2, 51, 11)
     shape = torch.cat([matrix[..., 51:, 51:], gradient[..., 51:, None]], -1) - matrix[..., 51:, :51] @ solved
     total = shape.new_zeros(groups, 10, 11).index_add(0, group, shape.sum(1))
-    prior = 1 / SHAPE_SIGMA ** 2
+    prior = 1 / SHAPE_SIGMA**2
     total[:, :, :10] += prior * torch.eye(10).to(total)
     total[:, :, 10].index_copy_(0, group, total[group, :, 10] + prior * betas[:, 0])
     by_shape = -torch.linalg.solve(total[..., :10], total[..., 10:])[group][:, None]  # (B, 1, 10, 1)

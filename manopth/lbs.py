@@ -54,10 +54,10 @@ def forward_kinematics(rotations: Tensor, rest_joints: Tensor) -> tuple[Tensor, 
     turned, placed = [rotations[..., :1, :, :]], [rest_joints[..., :1, :]]
     parents = rest_joints[..., :1, :]
     for segment in range(SEGMENTS):
-        joints = rest_joints[..., 1 + segment::SEGMENTS, :]  # (..., 5, 3)
+        joints = rest_joints[..., 1 + segment :: SEGMENTS, :]  # (..., 5, 3)
         bone = (joints - parents)[..., None]
         placed.append(placed[-1] + (turned[-1] @ bone).squeeze(-1))
-        turned.append(turned[-1] @ rotations[..., 1 + segment::SEGMENTS, :, :])
+        turned.append(turned[-1] @ rotations[..., 1 + segment :: SEGMENTS, :, :])
         parents = joints
     fingers, places = torch.stack(turned[1:], -3).flatten(-4, -3), torch.stack(placed[1:], -2).flatten(-3, -2)
     return torch.cat([turned[0], fingers], -3), torch.cat([placed[0], places], -2)

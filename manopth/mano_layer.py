@@ -51,8 +51,9 @@ class TwoHandLayer(_HandLayer):
     models: (left, right). tip_vertices: five vertex numbers, or a row of five per hand.
     """
 
-    def __init__(self, models: tuple[HandModel, HandModel], *, tip_vertices=TIP_VERTICES,
-                 dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, models: tuple[HandModel, HandModel], *, tip_vertices=TIP_VERTICES, dtype: torch.dtype = torch.float32
+    ):
         if [m.side for m in models] != list(SIDES):
             raise ValueError('TwoHandLayer takes the models in the order (left, right)')
         super().__init__(models, tip_vertices=tip_vertices, dtype=dtype)
@@ -61,8 +62,9 @@ class TwoHandLayer(_HandLayer):
         """PCA coefficients (B, 2, 45) -> axis-angle (B, 2, 45) rad: mean + coefficients @ components."""
         return self.pose_mean + torch.einsum('bhk,hkn->bhn', coefficients, self.pose_components)
 
-    def forward(self, root: Tensor, pose: Tensor, betas: Tensor, *, use_pca: bool = True,
-                root_joint: int | None = None) -> Hands:
+    def forward(
+        self, root: Tensor, pose: Tensor, betas: Tensor, *, use_pca: bool = True, root_joint: int | None = None
+    ) -> Hands:
         """Pose both hands.
 
         root: (B, 2, 3) axis-angle, (B, 2, 6) symmetric 6D or (B, 2, 3, 3) matrix, about the wrist.
@@ -79,7 +81,7 @@ class TwoHandLayer(_HandLayer):
 
 def recentre(hands: Hands, joint: int) -> Hands:
     """Move each hand so that its own ``joint`` lies at the origin."""
-    origin = hands.joints[:, :, joint:joint + 1]
+    origin = hands.joints[:, :, joint : joint + 1]
     return Hands(hands.vertices - origin, hands.joints - origin)
 
 
@@ -99,14 +101,28 @@ class ManoLayer(_HandLayer):
     files; ``model`` takes a HandModel instead.
     """
 
-    def __init__(self, center_idx: int | None = None, flat_hand_mean: bool = True, ncomps: int = 6, side: str = 'right',
-                 mano_root: str = 'misc/mano', use_pca: bool = True, root_rot_mode: str = 'axisang',
-                 joint_rot_mode: str = 'axisang', robust_rot: bool = False, *, model: HandModel | None = None,
-                 dtype: torch.dtype = torch.float32):
-        for word, value, allowed in (('side', side, SIDES), ('root_rot_mode', root_rot_mode, ('axisang', 'rot6d')),
-                                     ('joint_rot_mode', joint_rot_mode, ('axisang', 'rotmat'))):
+    def __init__(
+        self,
+        center_idx: int | None = None,
+        flat_hand_mean: bool = True,
+        ncomps: int = 6,
+        side: str = 'right',
+        mano_root: str = 'misc/mano',
+        use_pca: bool = True,
+        root_rot_mode: str = 'axisang',
+        joint_rot_mode: str = 'axisang',
+        robust_rot: bool = False,
+        *,
+        model: HandModel | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
+        for word, value, allowed in (
+            ('side', side, SIDES),
+            ('root_rot_mode', root_rot_mode, ('axisang', 'rot6d')),
+            ('joint_rot_mode', joint_rot_mode, ('axisang', 'rotmat')),
+        ):
             if value not in allowed:
-                raise UserError(f"ManoLayer: {word} is {value!r}; it must be one of {', '.join(allowed)}.")
+                raise UserError(f'ManoLayer: {word} is {value!r}; it must be one of {", ".join(allowed)}.')
         if not 1 <= ncomps <= 45:
             raise UserError(f'ManoLayer: ncomps is {ncomps}; a hand has 1 to 45 pose components.')
         if model is not None and model.side != side:
@@ -142,7 +158,7 @@ class ManoLayer(_HandLayer):
         else:
             root = symmetric_6d_to_matrix(root) if self.robust_rot else gram_schmidt_6d_to_matrix(root)
         if self.use_pca:
-            fingers = fingers @ self.pose_components[0, :self.ncomps]
+            fingers = fingers @ self.pose_components[0, : self.ncomps]
         if not self.flat_hand_mean:
             fingers = fingers + self.pose_mean
         return torch.cat([root[:, None], axis_angle_to_matrix(fingers.unflatten(-1, (15, 3)))], 1)

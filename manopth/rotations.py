@@ -15,8 +15,9 @@ def axis_angle_to_matrix(axis_angle: Tensor) -> Tensor:
     angle = safe.sqrt()
     sinc = torch.where(small, 1 - squared / 6 * (1 - squared / 20 * (1 - squared / 42)), angle.sin() / angle)
     # (1 - cos t) / t^2 loses half its digits in float32; 2 sin^2(t / 2) / t^2 does not.
-    versine = torch.where(small, 0.5 - squared / 24 * (1 - squared / 30 * (1 - squared / 56)),
-                          2 * (angle / 2).sin() ** 2 / safe)
+    versine = torch.where(
+        small, 0.5 - squared / 24 * (1 - squared / 30 * (1 - squared / 56)), 2 * (angle / 2).sin() ** 2 / safe
+    )
     cross = cross_product_matrix(axis_angle)
     return torch.eye(3, dtype=axis_angle.dtype, device=axis_angle.device) + sinc * cross + versine * (cross @ cross)
 
@@ -35,23 +36,42 @@ def matrix_to_axis_angle(matrix: Tensor) -> Tensor:
     real, vector = quaternion[..., :1], quaternion[..., 1:]
     length = vector.norm(dim=-1, keepdim=True)
     small = length < 1e-6
-    factor = torch.where(small, 2 / real.clamp_min(0.5),
-                         2 * torch.atan2(length, real) / torch.where(small, torch.ones_like(length), length))
+    factor = torch.where(
+        small,
+        2 / real.clamp_min(0.5),
+        2 * torch.atan2(length, real) / torch.where(small, torch.ones_like(length), length),
+    )
     return vector * factor
 
 
 def matrix_to_quaternion(matrix: Tensor) -> Tensor:
     """(..., 3, 3) -> (..., 4) unit quaternion, real part first."""
     m = matrix.flatten(-2).unbind(-1)
-    diagonal = torch.stack([1 + m[0] + m[4] + m[8], 1 + m[0] - m[4] - m[8],
-                            1 - m[0] + m[4] - m[8], 1 - m[0] - m[4] + m[8]], -1)  # 4 * q_i^2
+    diagonal = torch.stack(
+        [1 + m[0] + m[4] + m[8], 1 + m[0] - m[4] - m[8], 1 - m[0] + m[4] - m[8], 1 - m[0] - m[4] + m[8]], -1
+    )  # 4 * q_i^2
     # Row i is q * 4 * q_i: each is right, the one with the largest q_i is well-conditioned.
-    rows = torch.stack([
-        diagonal[..., 0], m[7] - m[5], m[2] - m[6], m[3] - m[1],
-        m[7] - m[5], diagonal[..., 1], m[3] + m[1], m[2] + m[6],
-        m[2] - m[6], m[3] + m[1], diagonal[..., 2], m[7] + m[5],
-        m[3] - m[1], m[2] + m[6], m[7] + m[5], diagonal[..., 3],
-    ], -1).unflatten(-1, (4, 4))
+    rows = torch.stack(
+        [
+            diagonal[..., 0],
+            m[7] - m[5],
+            m[2] - m[6],
+            m[3] - m[1],
+            m[7] - m[5],
+            diagonal[..., 1],
+            m[3] + m[1],
+            m[2] + m[6],
+            m[2] - m[6],
+            m[3] + m[1],
+            diagonal[..., 2],
+            m[7] + m[5],
+            m[3] - m[1],
+            m[2] + m[6],
+            m[7] + m[5],
+            diagonal[..., 3],
+        ],
+        -1,
+    ).unflatten(-1, (4, 4))
     best = diagonal.argmax(-1)[..., None, None].expand(*diagonal.shape[:-1], 1, 4)
     return F.normalize(rows.gather(-2, best).squeeze(-2), dim=-1)
 

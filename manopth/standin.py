@@ -21,8 +21,13 @@ from utils.hand import CHAIN_PARENTS, FINGERS, NUM_CHAIN_JOINTS, PUBLISHED_LEFT_
 
 NAME = 'standin-v1'  # to be changed with every change of the arrays
 LONG_FINGERS = FINGERS[1:]
-FINGER_CHAINS = {'thumb': (13, 14, 15), 'index': (1, 2, 3), 'middle': (4, 5, 6), 'ring': (10, 11, 12),
-                 'little': (7, 8, 9)}
+FINGER_CHAINS = {
+    'thumb': (13, 14, 15),
+    'index': (1, 2, 3),
+    'middle': (4, 5, 6),
+    'ring': (10, 11, 12),
+    'little': (7, 8, 9),
+}
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:
@@ -79,8 +84,14 @@ def _long_finger(base, degrees_to_thumb: float, lengths, half_widths) -> _Finger
 
 
 ANATOMY = {
-    'thumb': _Finger((74.0, -4.0, 27.0), ((-0.62, -0.36, 0.70), (-0.76, -0.20, 0.62), (-0.82, -0.14, 0.55)),
-                     (-0.30, -0.62, -0.72), (43.0, 33.0, 28.0), (13.0, 11.0, 10.4, 8.4), 0.92),
+    'thumb': _Finger(
+        (74.0, -4.0, 27.0),
+        ((-0.62, -0.36, 0.70), (-0.76, -0.20, 0.62), (-0.82, -0.14, 0.55)),
+        (-0.30, -0.62, -0.72),
+        (43.0, 33.0, 28.0),
+        (13.0, 11.0, 10.4, 8.4),
+        0.92,
+    ),
     'index': _long_finger((6.0, 4.0, 26.0), 8.5, (41.0, 25.0, 22.5), (9.6, 8.9, 8.0, 6.7)),
     'middle': _long_finger((1.0, 5.0, 3.0), 1.0, (44.5, 28.0, 23.5), (9.8, 9.1, 8.2, 6.9)),
     'ring': _long_finger((10.0, 4.0, -18.5), -7.5, (41.0, 26.5, 23.5), (9.2, 8.5, 7.7, 6.5)),
@@ -144,8 +155,14 @@ def _flesh() -> _Capsules:
         ball = finger.half_widths[3]
         ends[2] -= ball * along
         for bone in range(3):
-            add(part, finger.joints[bone], ends[bone], *finger.half_widths[bone:bone + 2],
-                normal=finger.frames[bone, 1], flatness=finger.flatness)
+            add(
+                part,
+                finger.joints[bone],
+                ends[bone],
+                *finger.half_widths[bone : bone + 2],
+                normal=finger.frames[bone, 1],
+                flatness=finger.flatness,
+            )
         pad = finger.joints[3] - 1.55 * ball * along + 0.16 * ball * palmar
         add(part, pad + along, pad - 5 * along, 0.98 * ball, 0.98 * ball, normal=palmar, flatness=finger.flatness)
     for bone in METACARPALS:
@@ -174,7 +191,7 @@ def _distance(points: np.ndarray, flesh: _Capsules) -> tuple[np.ndarray, np.ndar
     squared = _dot(points, points)[:, None] - 2 * points @ flesh.start.T + _dot(flesh.start, flesh.start)
     squared += along * (along * squared_length - 2 * projection)
     height = points @ flesh.normal.T - _dot(flesh.start, flesh.normal)
-    stretch = flesh.flatness ** -2 - 1
+    stretch = flesh.flatness**-2 - 1
     length = np.sqrt(np.maximum(squared + stretch * height * height, 1e-12))
     distance = length - (flesh.radii[:, 0] + along * (flesh.radii[:, 1] - flesh.radii[:, 0]))
 
@@ -199,7 +216,8 @@ def _distance(points: np.ndarray, flesh: _Capsules) -> tuple[np.ndarray, np.ndar
 # 1-4 back, 5 other side, 6-9 palm. Where two fingers meet, corner 5 of the one faces corner 0 of the other.
 FINGER_ANGLES = np.radians([0, 38, 72, 108, 142, 180, 218, 252, 288, 322])
 FINGER_RINGS = {'thumb': (13, 12, 12, 11, 10, 10, 10)} | {
-    name: (10,) * count for name, count in zip(LONG_FINGERS, (8, 9, 8, 7), strict=True)}
+    name: (10,) * count for name, count in zip(LONG_FINGERS, (8, 9, 8, 7), strict=True)
+}
 FINGER_STARTS = {'thumb': 22.0, 'index': 23.0, 'middle': 25.0, 'ring': 23.0, 'little': 18.0}  # mm from the base joint
 TIP_RING = 6
 # From the opening of the wrist to the fingers, counted like the rings of the fingers. The counts (and those above) make
@@ -277,7 +295,7 @@ def _grow_finger(draft: _Draft, number: int, root: list[int]) -> tuple[list[int]
     angles = 2 * np.pi * (np.arange(TIP_RING) + 0.25) / TIP_RING
     cap = draft.add(_finger_ring(finger, sum(finger.lengths) - 0.28 * ball, angles), number)
     draft.strip(ring, cap)
-    tip, = draft.add(finger.joints[3:], number)
+    (tip,) = draft.add(finger.joints[3:], number)
     draft.faces += [(cap[i], cap[(i + 1) % TIP_RING], tip) for i in range(TIP_RING)]
     return cap, tip
 
@@ -285,8 +303,10 @@ def _grow_finger(draft: _Draft, number: int, root: list[int]) -> tuple[list[int]
 def _layout() -> _Mesh:
     """The mesh before relaxation: right in its connections, rough in its shape."""
     draft = _Draft()
-    roots = {name: draft.add(_finger_ring(ANATOMY[name], FINGER_STARTS[name], FINGER_ANGLES), FINGERS.index(name))
-             for name in LONG_FINGERS}
+    roots = {
+        name: draft.add(_finger_ring(ANATOMY[name], FINGER_STARTS[name], FINGER_ANGLES), FINGERS.index(name))
+        for name in LONG_FINGERS
+    }
     outline = [roots['index'][0]] + [i for name in LONG_FINGERS for i in roots[name][1:5]]
     outline += [roots['little'][5]] + [i for name in reversed(LONG_FINGERS) for i in roots[name][6:]]
     for first, second in pairwise(LONG_FINGERS):
@@ -300,8 +320,14 @@ def _layout() -> _Mesh:
         phase = np.arange(count) / count
         turn = 2 * np.pi * phase
         _, y, z = FOREARM[0]
-        opening = np.stack([np.full(count, OPENING_X), y + FOREARM_FLATNESS * FOREARM[3] * np.sin(turn),
-                            z + FOREARM[3] * np.cos(turn)], 1)
+        opening = np.stack(
+            [
+                np.full(count, OPENING_X),
+                y + FOREARM_FLATNESS * FOREARM[3] * np.sin(turn),
+                z + FOREARM[3] * np.cos(turn),
+            ],
+            1,
+        )
         towards = np.stack([np.interp(phase, np.linspace(0, 1, len(distal)), distal[:, k]) for k in range(3)], 1)
         rings.append(draft.add((1 - place) * opening + place * towards))
     (first, last), (low, high) = HOLE_RINGS, HOLE_CORNERS
@@ -322,8 +348,13 @@ def _layout() -> _Mesh:
     used = np.isin(np.arange(len(draft.points)), faces)  # the corners within the hole are not
     number = used.cumsum() - 1
     beside = grown[FINGERS.index('middle')][0][1]
-    return _Mesh(np.array(draft.points)[used], number[faces], np.array(draft.finger)[used],
-                 [int(number[tip]) for _, tip in grown], int(number[beside]))
+    return _Mesh(
+        np.array(draft.points)[used],
+        number[faces],
+        np.array(draft.finger)[used],
+        [int(number[tip]) for _, tip in grown],
+        int(number[beside]),
+    )
 
 
 def _flip_edges(points: np.ndarray, faces: np.ndarray) -> np.ndarray:
@@ -478,8 +509,11 @@ def _shape_directions(points: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """(V, 3, 10) m per unit of beta: bones grow in length and girth and carry along what hangs on them."""
     joints, frames = _skeleton()
 
-    def grow(length: dict[int, float] | None = None, girth: dict[int, float] | None = None,
-             palm: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> np.ndarray:
+    def grow(
+        length: dict[int, float] | None = None,
+        girth: dict[int, float] | None = None,
+        palm: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    ) -> np.ndarray:
         """Relative growth along and around bones; the palm grows along x (length), y (thickness), z (width)."""
         shift, stretch = np.zeros((NUM_CHAIN_JOINTS, 3)), np.zeros((NUM_CHAIN_JOINTS, 3, 3))
         stretch[0] = np.diag(palm)
@@ -496,18 +530,21 @@ def _shape_directions(points: np.ndarray, weights: np.ndarray) -> np.ndarray:
     thumb, index, _, ring, little = (FINGER_CHAINS[name] for name in FINGERS)
     long = sum((FINGER_CHAINS[name] for name in LONG_FINGERS), ())
     ends = tuple(chain[2] for chain in FINGER_CHAINS.values())
-    return np.stack([
-        0.045 * points,  # size
-        grow(each(long + thumb, 0.012), each(long + thumb, -0.055), (0.012, -0.05, -0.03)),  # slender
-        grow(each(long, 0.045)),  # long fingers
-        grow(palm=(-0.005, 0.0, 0.045)),  # broad palm
-        grow(each(thumb, 0.05), each(thumb, 0.04)),  # large thumb
-        grow(girth=each(long + thumb, 0.03), palm=(0.0, 0.07, 0.0)),  # fleshy
-        grow(each(index, 0.03) | each(ring, -0.03)),  # index longer than ring
-        grow(each(little, 0.06), each(little, 0.02)),  # large little finger
-        grow(each(ends, -0.02), each(ends, -0.08)),  # fine tips
-        grow(palm=(0.035, 0.0, 0.0)),  # long palm
-    ], -1)
+    return np.stack(
+        [
+            0.045 * points,  # size
+            grow(each(long + thumb, 0.012), each(long + thumb, -0.055), (0.012, -0.05, -0.03)),  # slender
+            grow(each(long, 0.045)),  # long fingers
+            grow(palm=(-0.005, 0.0, 0.045)),  # broad palm
+            grow(each(thumb, 0.05), each(thumb, 0.04)),  # large thumb
+            grow(girth=each(long + thumb, 0.03), palm=(0.0, 0.07, 0.0)),  # fleshy
+            grow(each(index, 0.03) | each(ring, -0.03)),  # index longer than ring
+            grow(each(little, 0.06), each(little, 0.02)),  # large little finger
+            grow(each(ends, -0.02), each(ends, -0.08)),  # fine tips
+            grow(palm=(0.035, 0.0, 0.0)),  # long palm
+        ],
+        -1,
+    )
 
 
 def _pose_directions(points: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -528,8 +565,9 @@ def _pose_directions(points: np.ndarray, weights: np.ndarray) -> np.ndarray:
             swell = seam * np.clip(0.29 * share * height, -0.003, 0.003)
             bulge = seam * np.clip(0.08 * side, -0.001, 0.001) * _smooth_step(0.5 + height / 0.012)
             cross = np.cross(np.eye(3), axis)
-            directions[:, :, joint - 1] = (np.multiply.outer(np.outer(swell, palmar), cross @ cross / 2)
-                                           + np.multiply.outer(np.outer(bulge, axis), cross / 2))
+            directions[:, :, joint - 1] = np.multiply.outer(
+                np.outer(swell, palmar), cross @ cross / 2
+            ) + np.multiply.outer(np.outer(bulge, axis), cross / 2)
     return directions.reshape(len(points), 3, 135)
 
 
@@ -538,8 +576,9 @@ def _pose_directions(points: np.ndarray, weights: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Plausible ranges (low, high) of the angles that `pose_from_angles` takes, rad.
-FLEXION_LIMITS = np.radians([[[-15, 35], [-5, 55], [-15, 75]]] + 3 * [[[-20, 90], [0, 105], [0, 70]]]
-                            + [[[-20, 90], [0, 100], [0, 70]]])
+FLEXION_LIMITS = np.radians(
+    [[[-15, 35], [-5, 55], [-15, 75]]] + 3 * [[[-20, 90], [0, 105], [0, 70]]] + [[[-20, 90], [0, 100], [0, 70]]]
+)
 SPREAD_LIMITS = np.radians([[-20, 35], [-8, 18], [-10, 10], [-8, 15], [-8, 25]])
 TWIST_LIMITS = np.radians([[-10, 35], [-5, 5], [-5, 5], [-5, 5], [-8, 8]])
 
@@ -547,8 +586,9 @@ RELAXED_FLEXION = ((5, 12, 18), (22, 30, 14), (28, 34, 16), (32, 36, 17), (34, 3
 RELAXED_SPREAD, RELAXED_TWIST = (6, -2, 0, -1, 0), (10, 0, 0, 0, 0)
 
 
-def pose_from_angles(flexion: np.ndarray, spread: np.ndarray, *, side: str,
-                     twist: np.ndarray | None = None) -> np.ndarray:
+def pose_from_angles(
+    flexion: np.ndarray, spread: np.ndarray, *, side: str, twist: np.ndarray | None = None
+) -> np.ndarray:
     """Anatomical angles -> pose (..., 45) of the 15 finger joints of this side: axis-angle in the order of the chain.
 
     flexion (..., 5, 3) rad, thumb to little, base to tip: positive curls towards the palm.
@@ -635,8 +675,12 @@ def _pose_components() -> np.ndarray:
     ]
     rows += [movement(flexion=[(number, part, 1)]) for part in (1, 0, 2) for number in (1, 2, 3, 4, 0)]
     rows += [movement(**{kind: [(number, 0, 1)]}) for kind in ('spread', 'twist') for number in (0, 1, 4, 3, 2)]
-    rows += [movement(**{kind: [(number, part, 1)]})
-             for kind in ('spread', 'twist') for part in (1, 2) for number in range(5)]
+    rows += [
+        movement(**{kind: [(number, part, 1)]})
+        for kind in ('spread', 'twist')
+        for part in (1, 2)
+        for number in range(5)
+    ]
     basis = np.zeros((0, 45))
     for row in rows:
         for _ in range(2):  # once leaves rounding errors behind
@@ -658,7 +702,7 @@ def _on_grid(array: np.ndarray, step: float) -> np.ndarray:
 
 def _rows_on_grid(array: np.ndarray) -> np.ndarray:
     """The same for rows that sum to one; a power of two keeps the sums exact, the largest entry takes the rest."""
-    array = _on_grid(array, 2.0 ** -20)
+    array = _on_grid(array, 2.0**-20)
     largest = array.argmax(1)[:, None]
     rest = np.take_along_axis(array, largest, 1) + 1 - array.sum(1, keepdims=True)
     np.put_along_axis(array, largest, rest, 1)
@@ -682,14 +726,18 @@ def _right_hand() -> dict[str, np.ndarray]:
     faces = np.take_along_axis(faces, (faces.argmin(1)[:, None] + np.arange(3)) % 3, 1)
     faces = faces[np.lexsort(faces.T[::-1])].astype(np.int64)
     weights = _rows_on_grid(_skinning_weights(points, faces, finger))
-    relaxed = pose_from_angles(np.radians(RELAXED_FLEXION), np.radians(RELAXED_SPREAD), side='right',
-                               twist=np.radians(RELAXED_TWIST))
+    relaxed = pose_from_angles(
+        np.radians(RELAXED_FLEXION), np.radians(RELAXED_SPREAD), side='right', twist=np.radians(RELAXED_TWIST)
+    )
     return {
-        'template': points, 'faces': faces, 'skinning_weights': weights,
+        'template': points,
+        'faces': faces,
+        'skinning_weights': weights,
         'joint_regressor': _rows_on_grid(_joint_regressor(points, finger)),
         'shape_dirs': _on_grid(_shape_directions(points, weights), 1e-9),
         'pose_dirs': _on_grid(_pose_directions(points, weights), 1e-9),
-        'pose_mean': _on_grid(relaxed, 1e-9), 'pose_components': _on_grid(_pose_components(), 1e-12),
+        'pose_mean': _on_grid(relaxed, 1e-9),
+        'pose_components': _on_grid(_pose_components(), 1e-12),
     }
 
 

@@ -28,10 +28,16 @@ def build_model(cfg: CfgNode, hand_models: tuple[HandModel, HandModel], *, pretr
     tips[LEFT][2] = m.LEFT_MIDDLE_TIP
     c1, c2, c3, c4 = backbone.channels
     stages = [
-        RefinementStage(c4 if index == 0 else m.MAP_CHANNELS, skip, channels=m.MAP_CHANNELS,
-                        radius=m.BONE_RADIUS[index], projection=m.PROJECTION,
-                        graph=m.INTERACTION in ('both', 'graph'), transformer=m.INTERACTION in ('both', 'transformer'))
-        for index, skip in enumerate((c3, c2, c1)[:m.STAGES])
+        RefinementStage(
+            c4 if index == 0 else m.MAP_CHANNELS,
+            skip,
+            channels=m.MAP_CHANNELS,
+            radius=m.BONE_RADIUS[index],
+            projection=m.PROJECTION,
+            graph=m.INTERACTION in ('both', 'graph'),
+            transformer=m.INTERACTION in ('both', 'transformer'),
+        )
+        for index, skip in enumerate((c3, c2, c1)[: m.STAGES])
     ]
     model = DIR(
         backbone=backbone,
@@ -50,6 +56,10 @@ def build_model(cfg: CfgNode, hand_models: tuple[HandModel, HandModel], *, pretr
 def build_criterion(cfg: CfgNode, hand_models: tuple[HandModel, HandModel]) -> nn.Module:
     """The training objective as ``cfg`` describes it."""
     weights = {name.lower(): value for name, value in cfg.LOSS.items() if isinstance(value, float)}
-    return DIRCriterion(hand_models, weights=weights, root_joint=cfg.ROOT_JOINT,
-                        lovasz_on_probabilities=cfg.LOSS.LOVASZ_INPUT == 'probabilities',
-                        scale_to_truth=cfg.LOSS.SCALE_TO_TRUTH)
+    return DIRCriterion(
+        hand_models,
+        weights=weights,
+        root_joint=cfg.ROOT_JOINT,
+        lovasz_on_probabilities=cfg.LOSS.LOVASZ_INPUT == 'probabilities',
+        scale_to_truth=cfg.LOSS.SCALE_TO_TRUTH,
+    )

@@ -52,8 +52,10 @@ def load_imagenet(backbone: ResNetBackbone, name: str, weights_file: str = '') -
     try:
         backbone.load_torchvision(imagenet_state(name, weights_file))
     except (RuntimeError, ValueError, AttributeError):
-        raise UserError(f'{weights_file or "The ImageNet weights"} do not fit {name}: MODEL.WEIGHTS takes a '
-                        'torchvision state_dict of that very network.') from None
+        raise UserError(
+            f'{weights_file or "The ImageNet weights"} do not fit {name}: MODEL.WEIGHTS takes a '
+            'torchvision state_dict of that very network.'
+        ) from None
 
 
 def imagenet_state(name: str, weights_file: str = '') -> dict[str, Tensor]:

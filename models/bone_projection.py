@@ -99,8 +99,10 @@ class ProjectedConvolution(nn.Module):
         weights, features = self.factors(joints_uv, tokens, size=size)
         batch, hands, drawn, ends, _ = features.shape
         out = self.weight.shape[3]
-        kernels = torch.bmm(features.permute(1, 2, 0, 3, 4).reshape(hands * drawn, batch * ends, -1),
-                            self.weight.flatten(0, 1).flatten(2))  # (2 N, B E, b 9)
+        kernels = torch.bmm(
+            features.permute(1, 2, 0, 3, 4).reshape(hands * drawn, batch * ends, -1),
+            self.weight.flatten(0, 1).flatten(2),
+        )  # (2 N, B E, b 9)
         kernels = kernels.view(hands * drawn, batch, ends, out, 9).permute(1, 3, 0, 2, 4).reshape(batch, out, -1)
         patches = F.unfold(weights.flatten(1, 3), 3, padding=1)  # (B, 2 N E 9, S S)
         return torch.baddbmm(self.bias[:, None], kernels, patches).view(batch, out, size, size)

@@ -36,8 +36,15 @@ class DIRCriterion(nn.Module):
     predicted hand is scaled by true / predicted length of bone 0-9, with gradient through the scale.
     """
 
-    def __init__(self, hand_models: tuple[HandModel, HandModel], *, weights: dict[str, float], root_joint: int,
-                 lovasz_on_probabilities: bool = False, scale_to_truth: bool = False):
+    def __init__(
+        self,
+        hand_models: tuple[HandModel, HandModel],
+        *,
+        weights: dict[str, float],
+        root_joint: int,
+        lovasz_on_probabilities: bool = False,
+        scale_to_truth: bool = False,
+    ):
         super().__init__()
         self.weights, self.root_joint = weights, root_joint
         self.lovasz_on_probabilities, self.scale_to_truth = lovasz_on_probabilities, scale_to_truth
@@ -64,17 +71,23 @@ class DIRCriterion(nn.Module):
         # Neither is a mean over samples: under several processes each takes the whole batch's.
         logits, labels = whole_batch(logits), whole_batch(labels)
         scores = logits.softmax(1) if self.lovasz_on_probabilities else logits
-        return self._weighted({
-            'segmentation': F.cross_entropy(logits, labels, weight=self.class_weights),
-            'lovasz': losses.lovasz_softmax(scores, labels),
-            'dense': losses.huber(dense, colour),
-        })
+        return self._weighted(
+            {
+                'segmentation': F.cross_entropy(logits, labels, weight=self.class_weights),
+                'lovasz': losses.lovasz_softmax(scores, labels),
+                'dense': losses.huber(dense, colour),
+            }
+        )
 
     def _centred_truth(self, target: Target) -> '_CentredTruth':
-        roots = target.joints[:, :, self.root_joint:self.root_joint + 1]
+        roots = target.joints[:, :, self.root_joint : self.root_joint + 1]
         joints, vertices = ((points - roots) / HAND_SCALE for points in (target.joints, target.vertices))
-        return _CentredTruth(joints, vertices, losses.face_edges(vertices, self.faces),
-                             (roots[:, RIGHT, 0] - roots[:, LEFT, 0]) / HAND_SCALE)
+        return _CentredTruth(
+            joints,
+            vertices,
+            losses.face_edges(vertices, self.faces),
+            (roots[:, RIGHT, 0] - roots[:, LEFT, 0]) / HAND_SCALE,
+        )
 
     def _hand_terms(self, hands: HandPrediction, target: Target, truth: '_CentredTruth') -> dict[str, Tensor]:
         joints, vertices = hands.joints / HAND_SCALE, hands.vertices / HAND_SCALE
@@ -82,15 +95,17 @@ class DIRCriterion(nn.Module):
             scale = bone_length(truth.joints) / bone_length(joints)
             joints, vertices = joints * scale, vertices * scale
         edges = losses.face_edges(vertices, self.faces)
-        return self._weighted({
-            'joint_uv': losses.huber_per_hand(hands.joints_uv, target.joints_uv),
-            'vertex_uv': losses.huber_per_hand(hands.vertices_uv, target.vertices_uv),
-            'joint_xyz': losses.huber_per_hand(joints, truth.joints),
-            'vertex_xyz': losses.huber_per_hand(vertices, truth.vertices),
-            'edge': losses.edge_length_loss(edges, truth.edges),
-            'normal': losses.normal_loss(edges, truth.edges),
-            'offset': losses.huber(hands.offset, truth.offset),
-        })
+        return self._weighted(
+            {
+                'joint_uv': losses.huber_per_hand(hands.joints_uv, target.joints_uv),
+                'vertex_uv': losses.huber_per_hand(hands.vertices_uv, target.vertices_uv),
+                'joint_xyz': losses.huber_per_hand(joints, truth.joints),
+                'vertex_xyz': losses.huber_per_hand(vertices, truth.vertices),
+                'edge': losses.edge_length_loss(edges, truth.edges),
+                'normal': losses.normal_loss(edges, truth.edges),
+                'offset': losses.huber(hands.offset, truth.offset),
+            }
+        )
 
     def _weighted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: self.weights[name] * value for name, value in terms.items() if self.weights[name]}

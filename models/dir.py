@@ -35,8 +35,16 @@ class NoDenseHeads(nn.Module):
 class DIR(nn.Module):
     """Image (B, 3, H, W), RGB, ImageNet-normalised, H = W a multiple of 32 -> DIROutput."""
 
-    def __init__(self, *, backbone: ResNetBackbone, initial_regressor: InitialRegressor, hand_head: HandHead,
-                 stages: list[RefinementStage], dense_heads: nn.Module, detach: bool = True):
+    def __init__(
+        self,
+        *,
+        backbone: ResNetBackbone,
+        initial_regressor: InitialRegressor,
+        hand_head: HandHead,
+        stages: list[RefinementStage],
+        dense_heads: nn.Module,
+        detach: bool = True,
+    ):
         super().__init__()
         self.backbone, self.initial_regressor, self.hand_head = backbone, initial_regressor, hand_head
         self.stages, self.dense_heads, self.detach = nn.ModuleList(stages), dense_heads, detach

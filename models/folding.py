@@ -36,7 +36,8 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
             conv, bn = children[convolution], children[norm]
             if isinstance(conv, (nn.Conv1d, nn.Conv2d)) and isinstance(bn, nn.modules.batchnorm._BatchNorm):
                 conv.weight, conv.bias = fuse_conv_bn_weights(
-                    conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
+                    conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+                )
                 setattr(parent, norm, nn.Identity())
     return model
 

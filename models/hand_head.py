@@ -27,8 +27,12 @@ class HandHead(nn.Module):
         """parameters (B, 2, 64), offset (B, 3) -> HandPrediction. Always in the hand layer's own precision."""
         parameters, offset = (x.to(self.hand_layer.template.dtype) for x in (parameters, offset))
         with full_precision(parameters.device.type):
-            hands = self.hand_layer(parameters[..., ROOT_ROTATION], parameters[..., POSE], parameters[..., SHAPE],
-                                    root_joint=self.root_joint)
+            hands = self.hand_layer(
+                parameters[..., ROOT_ROTATION],
+                parameters[..., POSE],
+                parameters[..., SHAPE],
+                root_joint=self.root_joint,
+            )
             camera = parameters[..., None, CAMERA]
             vertices_uv, joints_uv = (camera[..., :1] * xyz[..., :2] + camera[..., 1:] for xyz in hands)
         return HandPrediction(parameters, offset, hands.vertices, hands.joints, vertices_uv, joints_uv)

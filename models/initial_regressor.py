@@ -16,8 +16,11 @@ class InitialRegressor(nn.Module):
         hidden = channels // 2
         # Both hands in one convolution: the first half of the hidden channels is the left hand's.
         self.attention = nn.Sequential(
-            Conv2dFewProducts(channels, 2 * hidden), nn.BatchNorm2d(2 * hidden), nn.ReLU(inplace=True),
-            nn.Conv2d(2 * hidden, 2, 1, groups=2), nn.Sigmoid(),
+            Conv2dFewProducts(channels, 2 * hidden),
+            nn.BatchNorm2d(2 * hidden),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(2 * hidden, 2, 1, groups=2),
+            nn.Sigmoid(),
         )
         self.parameters_head = PerHandLinear(channels, NUM_PARAMETERS)
         self.offset_head = nn.Linear(channels, 3)

@@ -11,9 +11,15 @@ class Residual(nn.Sequential):
 
     def __init__(self, a: int, b: int):
         super().__init__(
-            nn.BatchNorm2d(a), nn.ReLU(inplace=True), nn.Conv2d(a, b // 2, 1),
-            nn.BatchNorm2d(b // 2), nn.ReLU(inplace=True), nn.Conv2d(b // 2, b // 2, 3, padding=1),
-            nn.BatchNorm2d(b // 2), nn.ReLU(inplace=True), nn.Conv2d(b // 2, b, 1),
+            nn.BatchNorm2d(a),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(a, b // 2, 1),
+            nn.BatchNorm2d(b // 2),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(b // 2, b // 2, 3, padding=1),
+            nn.BatchNorm2d(b // 2),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(b // 2, b, 1),
         )
         self.skip = nn.Conv2d(a, b, 1) if a != b else nn.Identity()
 
@@ -27,8 +33,12 @@ class Residual(nn.Sequential):
 
 def conv_head(a: int, hidden: int, b: int, *, bias: bool = True) -> nn.Sequential:
     """Conv3x3(a -> hidden) BN ReLU Conv1x1(hidden -> b)."""
-    return nn.Sequential(nn.Conv2d(a, hidden, 3, padding=1, bias=bias), nn.BatchNorm2d(hidden), nn.ReLU(inplace=True),
-                         nn.Conv2d(hidden, b, 1))
+    return nn.Sequential(
+        nn.Conv2d(a, hidden, 3, padding=1, bias=bias),
+        nn.BatchNorm2d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(hidden, b, 1),
+    )
 
 
 class PerHandLinear(nn.Module):
@@ -53,8 +63,12 @@ class PerHandMLP(nn.Sequential):
     """
 
     def __init__(self, a: int, hidden: int, b: int):
-        super().__init__(nn.Conv1d(2 * a, 2 * hidden, 1, groups=2), nn.BatchNorm1d(2 * hidden), nn.ReLU(inplace=True),
-                         nn.Conv1d(2 * hidden, 2 * b, 1, groups=2))
+        super().__init__(
+            nn.Conv1d(2 * a, 2 * hidden, 1, groups=2),
+            nn.BatchNorm1d(2 * hidden),
+            nn.ReLU(inplace=True),
+            nn.Conv1d(2 * hidden, 2 * b, 1, groups=2),
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         return unfold_hands(super().forward(fold_hands(tokens)))
@@ -68,12 +82,14 @@ class SharedMLP(nn.Sequential):
     """
 
     def __init__(self, a: int, hidden: int, b: int):
-        super().__init__(nn.Conv1d(a, hidden, 1), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
-                         nn.Conv1d(hidden, b, 1))
+        super().__init__(
+            nn.Conv1d(a, hidden, 1), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Conv1d(hidden, b, 1)
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return torch.stack([super(SharedMLP, self).forward(hand.transpose(1, 2)).transpose(1, 2)
-                            for hand in tokens.unbind(1)], 1)
+        return torch.stack(
+            [super(SharedMLP, self).forward(hand.transpose(1, 2)).transpose(1, 2) for hand in tokens.unbind(1)], 1
+        )
 
 
 def fold_hands(tokens: Tensor) -> Tensor:

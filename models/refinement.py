@@ -17,8 +17,17 @@ JOINT_FEATURES = 64
 class RefinementStage(nn.Module):
     """The parts of a stage; DIR.forward puts them in order. Maps are (B, C, S, S), tokens (B, 2, 21, C)."""
 
-    def __init__(self, previous_channels: int, skip_channels: int, *, channels: int, radius: float, graph: bool = True,
-                 transformer: bool = True, projection: str = 'bones'):
+    def __init__(
+        self,
+        previous_channels: int,
+        skip_channels: int,
+        *,
+        channels: int,
+        radius: float,
+        graph: bool = True,
+        transformer: bool = True,
+        projection: str = 'bones',
+    ):
         super().__init__()
         self.skip = Residual(skip_channels, channels)
         self.fuse_skip = Residual(previous_channels + channels, channels)

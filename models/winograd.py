@@ -34,8 +34,14 @@ class Conv2dFewProducts(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
         kept = None if torch.is_grad_enabled() else self.kept
-        plain = (torch.compiler.is_compiling() or x.device.type != 'cpu' or torch.is_autocast_enabled('cpu')
-                 or height % 2 or width % 2 or (kept is None and batch * height * width < WORTH_IT))
+        plain = (
+            torch.compiler.is_compiling()
+            or x.device.type != 'cpu'
+            or torch.is_autocast_enabled('cpu')
+            or height % 2
+            or width % 2
+            or (kept is None and batch * height * width < WORTH_IT)
+        )
         if plain:
             return super().forward(x)
         if kept is not None:

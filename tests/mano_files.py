@@ -40,8 +40,13 @@ def sparse(dense: np.ndarray, kind: type[Foreign] = OldSparse) -> Foreign:
     """Compressed columns, as scipy pickles them."""
     columns, rows = np.nonzero(dense.T)
     starts = np.searchsorted(columns, np.arange(dense.shape[1] + 1))
-    return kind(_shape=dense.shape, maxprint=50, data=dense[rows, columns], indices=rows.astype(np.int32),
-                indptr=starts.astype(np.int32))
+    return kind(
+        _shape=dense.shape,
+        maxprint=50,
+        data=dense[rows, columns],
+        indices=rows.astype(np.int32),
+        indptr=starts.astype(np.int32),
+    )
 
 
 class Python2Pickler(pickle._Pickler):
@@ -68,12 +73,19 @@ def official_content(model: HandModel, *, sparse_kind: type[Foreign] = OldSparse
     directions = np.concatenate([model.shape_dirs, np.ones((*model.shape_dirs.shape[:2], 2))], -1)
     chosen = np.arange(directions.size).reshape(directions.shape)[..., :10]
     return {
-        'v_template': Ch(x=model.template), 'f': model.faces.astype(np.uint32),
+        'v_template': Ch(x=model.template),
+        'f': model.faces.astype(np.uint32),
         'shapedirs': Select(a=Ch(x=directions), idxs=chosen.ravel(), preferred_shape=chosen.shape),
-        'posedirs': Ch(x=model.pose_dirs, is_valid=True), 'J_regressor': sparse(model.joint_regressor, sparse_kind),
-        'weights': model.skinning_weights, 'hands_mean': model.pose_mean, 'hands_components': model.pose_components,
-        'J': model.joint_regressor @ model.template, 'bs_type': 'lrotmin', 'bs_style': 'lbs',
-        'kintree_table': np.array([CHAIN_PARENTS, range(16)]).astype(np.uint32), 'hands_coeffs': np.zeros((4, 45)),
+        'posedirs': Ch(x=model.pose_dirs, is_valid=True),
+        'J_regressor': sparse(model.joint_regressor, sparse_kind),
+        'weights': model.skinning_weights,
+        'hands_mean': model.pose_mean,
+        'hands_components': model.pose_components,
+        'J': model.joint_regressor @ model.template,
+        'bs_type': 'lrotmin',
+        'bs_style': 'lbs',
+        'kintree_table': np.array([CHAIN_PARENTS, range(16)]).astype(np.uint32),
+        'hands_coeffs': np.zeros((4, 45)),
     }
 
 

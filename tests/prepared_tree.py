@@ -33,17 +33,21 @@ def make_annotations(count: int, *, seed: int = 0) -> list[dict]:
                 'trans': (camera_rotation.T @ (place - camera_translation) - rest)[None].astype(np.float32),
             }
         intrinsics = np.array([[FOCAL, 0, 127 + index % 3], [0, FOCAL * 1.01, 128], [0, 0, 1]])
-        annotations.append({
-            'inter_idx': index, 'mano_params': hands,
-            'camera': {'R': camera_rotation, 't': camera_translation, 'camera': intrinsics},
-            'image': {'id': 1000 + index, 'file_name': f'Capture0/made/cam400262/image{index}.jpg', 'capture': 0},
-            'annotation': {'id': 5000 + index, 'image_id': 1000 + index, 'hand_type': 'interacting'},
-        })
+        annotations.append(
+            {
+                'inter_idx': index,
+                'mano_params': hands,
+                'camera': {'R': camera_rotation, 't': camera_translation, 'camera': intrinsics},
+                'image': {'id': 1000 + index, 'file_name': f'Capture0/made/cam400262/image{index}.jpg', 'capture': 0},
+                'annotation': {'id': 5000 + index, 'image_id': 1000 + index, 'hand_type': 'interacting'},
+            }
+        )
     return annotations
 
 
 def hand_outlines(annotations: list[dict]) -> np.ndarray:
     """(N, 2, 778, 2) pixels of the vertices, left hand first."""
+
     def stack(key: str) -> torch.Tensor:
         return torch.from_numpy(np.stack([[a['mano_params'][side][key][0] for side in SIDES] for a in annotations]))
 

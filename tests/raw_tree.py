@@ -28,12 +28,19 @@ def make_raw_tree(root: Path, *, steps: int = 4, split: str = 'train', seed: int
     for step in range(steps):
         frame = 100 + 3 * step
         fits[str(frame)] = {
-            side: {'pose': np.concatenate([random.normal(0, 0.3, 3), random.normal(0, 0.1, 45)]).tolist(),
-                   'shape': random.normal(0, 0.3, 10).tolist(),
-                   'trans': (np.array([shift, 0, 0]) + random.normal(0, 0.01, 3)).tolist()}
-            for side, shift in (('left', 0.02), ('right', -0.02))}
-        joints[str(frame)] = {'world_coord': random.normal(0, 80, (42, 3)).tolist(), 'joint_valid': [[True]] * 42,
-                              'hand_type': 'interacting', 'hand_type_valid': True}
+            side: {
+                'pose': np.concatenate([random.normal(0, 0.3, 3), random.normal(0, 0.1, 45)]).tolist(),
+                'shape': random.normal(0, 0.3, 10).tolist(),
+                'trans': (np.array([shift, 0, 0]) + random.normal(0, 0.01, 3)).tolist(),
+            }
+            for side, shift in (('left', 0.02), ('right', -0.02))
+        }
+        joints[str(frame)] = {
+            'world_coord': random.normal(0, 80, (42, 3)).tolist(),
+            'joint_valid': [[True]] * 42,
+            'hand_type': 'interacting',
+            'hand_type_valid': True,
+        }
         for camera in CAMERAS:
             name = f'Capture0/0390_dh_touchROM/cam{camera}/image{frame}.jpg'
             width, height = SIZES[camera]
@@ -41,12 +48,35 @@ def make_raw_tree(root: Path, *, steps: int = 4, split: str = 'train', seed: int
             path.parent.mkdir(parents=True, exist_ok=True)
             noise = cv2.resize(random.integers(0, 255, (height // 16, width // 16, 3), np.uint8), (width, height))
             cv2.imwrite(str(path), noise)
-            images.append({'id': 1000 + len(images), 'file_name': name, 'width': width, 'height': height, 'capture': 0,
-                           'subject': 0, 'seq_name': '0390_dh_touchROM', 'camera': camera, 'frame_idx': frame})
-            annotations.append({'id': 5000 + len(images), 'image_id': images[-1]['id'], 'bbox': [1.5, 2.5, 30.0, 40.0],
-                                'joint_valid': [[1]] * 42, 'hand_type': 'interacting', 'hand_type_valid': 1})
-    content = {'data': {'images': images, 'annotations': annotations[::-1]}, 'camera': {'0': cameras},
-               'joint_3d': {'0': joints}, 'MANO_NeuralAnnot': {'0': fits}}
+            images.append(
+                {
+                    'id': 1000 + len(images),
+                    'file_name': name,
+                    'width': width,
+                    'height': height,
+                    'capture': 0,
+                    'subject': 0,
+                    'seq_name': '0390_dh_touchROM',
+                    'camera': camera,
+                    'frame_idx': frame,
+                }
+            )
+            annotations.append(
+                {
+                    'id': 5000 + len(images),
+                    'image_id': images[-1]['id'],
+                    'bbox': [1.5, 2.5, 30.0, 40.0],
+                    'joint_valid': [[1]] * 42,
+                    'hand_type': 'interacting',
+                    'hand_type_valid': 1,
+                }
+            )
+    content = {
+        'data': {'images': images, 'annotations': annotations[::-1]},
+        'camera': {'0': cameras},
+        'joint_3d': {'0': joints},
+        'MANO_NeuralAnnot': {'0': fits},
+    }
     for kind in content:
         write_kind(root, kind, content, split=split)
     return content

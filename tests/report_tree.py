@@ -1,6 +1,6 @@
 """Evaluated runs as apps/eval_interhand.py --out and train.py leave them, with made errors and stand-in hands.
 
-    python tests/report_tree.py FOLDER [FRAMES]     # a run folder for a look at the report, or for timing it
+python tests/report_tree.py FOLDER [FRAMES]     # a run folder for a look at the report, or for timing it
 """
 
 import csv
@@ -28,40 +28,63 @@ INTRINSICS = torch.tensor([[560.0, 0.0, 128.0], [0.0, 560.0, 128.0], [0.0, 0.0, 
 SKIN_BGR = ((120, 150, 205), (130, 160, 215))
 
 
-def write_run(folder: Path, *, frames: int = 120, samples: int = 6, error: float = 10.0, seed: int = 0, overrides=(),
-              name: str = 'published', **more) -> Path:
+def write_run(
+    folder: Path,
+    *,
+    frames: int = 120,
+    samples: int = 6,
+    error: float = 10.0,
+    seed: int = 0,
+    overrides=(),
+    name: str = 'published',
+    **more,
+) -> Path:
     """A run folder with eval/ (metrics.json, per_sample.csv, samples.npz) and log.jsonl; ``more`` goes over metrics."""
     random, protocol = np.random.default_rng(seed), PROTOCOLS[name]
     distance = random.gamma(1.2, 14, frames)  # mm
-    stages = [make_errors(random, distance, error * (1 + 0.4 * left), protocol.root_joint)
-              for left in reversed(range(STAGES))]
+    stages = [
+        make_errors(random, distance, error * (1 + 0.4 * left), protocol.root_joint) for left in reversed(range(STAGES))
+    ]
     errors, folder = stages[-1], Path(folder)
     iou, depth = np.exp(-distance / 20) * random.uniform(0.2, 0.9, frames), random.gamma(0.4, 6, frames)
     depth[distance > 8] = 0
     joints, fingers = by_joint(errors.joints_mm)
     metrics = {
-        'version': METRICS_VERSION, 'model': str(folder), 'data': 'data/interhand2.6m/test',
-        **summarise(errors, protocol), 'subset': None, 'interval_95': intervals(errors, resamples=100),
-        'pa_joint_mm': sides(0.45 * error, 0.43 * error), 'pa_vert_mm': sides(0.44 * error, 0.42 * error),
-        'pck': pck(errors.joints_mm), 'per_joint_mm': joints, 'per_finger_mm': fingers,
+        'version': METRICS_VERSION,
+        'model': str(folder),
+        'data': 'data/interhand2.6m/test',
+        **summarise(errors, protocol),
+        'subset': None,
+        'interval_95': intervals(errors, resamples=100),
+        'pa_joint_mm': sides(0.45 * error, 0.43 * error),
+        'pa_vert_mm': sides(0.44 * error, 0.42 * error),
+        'pck': pck(errors.joints_mm),
+        'per_joint_mm': joints,
+        'per_finger_mm': fingers,
         'by_box_iou': binned(errors, torch.from_numpy(iou), BOX_IOU_EDGES),
         'by_distance_mm': binned(errors, torch.from_numpy(distance), DISTANCE_EDGES),
-        'by_visibility': [{'from': low, 'to': low + 0.25, 'hands': hands} | (
-            {'joint_mm': error * (1.6 - 0.7 * low), 'vert_mm': error * (1.5 - 0.7 * low)} if hands else {})
-            for low, hands in zip((0.0, 0.25, 0.5, 0.75), (0, frames // 8, frames // 2, 11 * frames // 8))],
+        'by_visibility': [
+            {'from': low, 'to': low + 0.25, 'hands': hands}
+            | ({'joint_mm': error * (1.6 - 0.7 * low), 'vert_mm': error * (1.5 - 0.7 * low)} if hands else {})
+            for low, hands in zip((0.0, 0.25, 0.5, 0.75), (0, frames // 8, frames // 2, 11 * frames // 8))
+        ],
         'penetration': penetration(torch.from_numpy(depth)),
         'true_penetration': penetration(torch.from_numpy(depth / 2)),
         'segmentation_iou': {'background': 0.985, 'left': 0.871, 'right': 0.884, 'hands': 0.8775},
         'placement_mm': {'left': 41.2, 'right': 39.5, 'all': 40.35, 'depth': 36.7},
         'stages': [summarise(stage, protocol) for stage in stages],
-        'config': flatten(load_config(None, list(overrides))), 'training': {'epoch': 3, 'seconds': 5400.0},
+        'config': flatten(load_config(None, list(overrides))),
+        'training': {'epoch': 3, 'seconds': 5400.0},
     }
     metrics['protocol'] |= {'name': name, 'split': 'test'}
     evaluation = folder / 'eval'
     evaluation.mkdir(parents=True, exist_ok=True)
     (evaluation / 'metrics.json').write_text(json.dumps(metrics | more))
-    write_per_sample(evaluation / 'per_sample.csv', errors, {
-        'box_iou': iou, 'distance_mm': distance, 'penetration_mm': depth, 'true_penetration_mm': depth / 2})
+    write_per_sample(
+        evaluation / 'per_sample.csv',
+        errors,
+        {'box_iou': iou, 'distance_mm': distance, 'penetration_mm': depth, 'true_penetration_mm': depth / 2},
+    )
     np.savez_compressed(evaluation / 'samples.npz', **make_samples(errors, samples, seed=seed))
     write_log(folder / 'log.jsonl', random, error)
     return folder
@@ -83,8 +106,11 @@ def make_errors(random: np.random.Generator, distance: np.ndarray, error: float,
 
 
 def write_per_sample(path: Path, errors: SampleErrors, more: dict[str, np.ndarray]) -> None:
-    columns = {f'{name}_{side}': getattr(errors, name)[:, hand].numpy()
-               for name in ('joint_mm', 'vert_mm', 'joint_px', 'vert_px') for hand, side in enumerate(SIDES)}
+    columns = {
+        f'{name}_{side}': getattr(errors, name)[:, hand].numpy()
+        for name in ('joint_mm', 'vert_mm', 'joint_px', 'vert_px')
+        for hand, side in enumerate(SIDES)
+    }
     columns |= {'root_mm': errors.root_mm.numpy(), **more}
     with open(path, 'w', newline='') as file:
         table = csv.writer(file)
@@ -98,32 +124,48 @@ def make_samples(errors: SampleErrors, count: int, *, seed: int) -> dict[str, np
     order = errors.joint_mm.mean(1).argsort(descending=True).tolist()
     third = count // 3
     middle = (len(order) - third) // 2
-    chosen = [('worst', i) for i in order[:count - 2 * third]] + [('median', i) for i in order[middle:middle + third]]
+    chosen = [('worst', i) for i in order[: count - 2 * third]] + [
+        ('median', i) for i in order[middle : middle + third]
+    ]
     chosen += [('best', i) for i in order[::-1][:third]]
     index = torch.tensor([i for _, i in chosen])
     models = load_hand_models('standin')
     generator = torch.Generator().manual_seed(seed)
     layer, true_pose, wrong_pose = TwoHandLayer(models), random_pose(generator, count), random_pose(generator, count)
     truth = posed(layer, true_pose)
-    stages = [hands_with_error(layer, true_pose, wrong_pose, more * errors.joint_mm[index].float() / 1000)
-              for more in torch.linspace(1.8, 1.0, STAGES)]
+    stages = [
+        hands_with_error(layer, true_pose, wrong_pose, more * errors.joint_mm[index].float() / 1000)
+        for more in torch.linspace(1.8, 1.0, STAGES)
+    ]
     vertices = torch.stack([stage.vertices for stage in stages], 1)
     roots = torch.tensor([[-0.055, 0.075, 0.62], [0.055, 0.075, 0.62]]) + 0.008 * torch.randn(
-        count, 2, 3, generator=generator)
+        count, 2, 3, generator=generator
+    )
     wander = 0.02 * torch.randn(count, 1, 3, generator=generator)
     offset = (roots[:, 1] - roots[:, 0])[:, None] + torch.linspace(1.8, 1.0, STAGES)[:, None] * wander
     placed = truth.vertices + roots[:, :, None]
     faces = two_hand_faces(models)
     backgrounds = np.random.default_rng(seed).integers(30, 170, (count, 2, 2, 3), dtype=np.uint8)
-    images = [overlay(cv2.resize(corners, (256, 256)), hands, INTRINSICS, faces, alpha=1.0, colours_bgr=SKIN_BGR,
-                      smooth_edges=1) for corners, hands in zip(backgrounds, placed)]
+    images = [
+        overlay(
+            cv2.resize(corners, (256, 256)), hands, INTRINSICS, faces, alpha=1.0, colours_bgr=SKIN_BGR, smooth_edges=1
+        )
+        for corners, hands in zip(backgrounds, placed)
+    ]
     return {
-        'version': np.array(1), 'index': index.numpy(), 'kind': np.array([kind for kind, _ in chosen]),
-        'name': np.array([file_name(i) for _, i in chosen]), 'image': np.stack(images),
-        'vertices': vertices.numpy(), 'offset': offset.numpy(), 'true_vertices': placed.numpy(),
-        'true_roots': roots.numpy(), 'intrinsics': INTRINSICS.expand(count, 3, 3).numpy(),
+        'version': np.array(1),
+        'index': index.numpy(),
+        'kind': np.array([kind for kind, _ in chosen]),
+        'name': np.array([file_name(i) for _, i in chosen]),
+        'image': np.stack(images),
+        'vertices': vertices.numpy(),
+        'offset': offset.numpy(),
+        'true_vertices': placed.numpy(),
+        'true_roots': roots.numpy(),
+        'intrinsics': INTRINSICS.expand(count, 3, 3).numpy(),
         'faces': np.stack([model.faces for model in models]).astype(np.int32),
-        'joint_mm': errors.joint_mm[index].numpy(), 'root_mm': errors.root_mm[index].numpy(),
+        'joint_mm': errors.joint_mm[index].numpy(),
+        'root_mm': errors.root_mm[index].numpy(),
     }
 
 
@@ -142,8 +184,9 @@ def posed(layer: TwoHandLayer, numbers: torch.Tensor) -> Hands:
     return layer(axis_angle_to_matrix(root + lean) @ upright, pose, betas, root_joint=0)
 
 
-def hands_with_error(layer: TwoHandLayer, true_pose: torch.Tensor, wrong_pose: torch.Tensor, wanted: torch.Tensor
-                     ) -> Hands:
+def hands_with_error(
+    layer: TwoHandLayer, true_pose: torch.Tensor, wrong_pose: torch.Tensor, wanted: torch.Tensor
+) -> Hands:
     """Hands on the way from the true to a wrong pose whose mean joint errors are ``wanted`` (K, 2) m."""
     true_joints, share = posed(layer, true_pose).joints, torch.ones_like(wanted)
     for _ in range(6):
@@ -153,20 +196,40 @@ def hands_with_error(layer: TwoHandLayer, true_pose: torch.Tensor, wrong_pose: t
 
 
 def write_log(path: Path, random: np.random.Generator, error: float, steps: int = 4000) -> None:
-    terms = [f'{name}_{stage}' for stage in range(STAGES) for name in
-             ('joint_uv_left', 'joint_uv_right', 'vertex_xyz_left', 'vertex_xyz_right', 'offset')] + ['lovasz']
+    terms = [
+        f'{name}_{stage}'
+        for stage in range(STAGES)
+        for name in ('joint_uv_left', 'joint_uv_right', 'vertex_xyz_left', 'vertex_xyz_right', 'offset')
+    ] + ['lovasz']
     lines = []
     for step in range(20, steps + 1, 20):
         values = {name: 0.3 * (0.1 + np.exp(-step / 700)) * random.uniform(0.8, 1.2) for name in terms}
         rate = 2.5e-4 * (1 + np.cos(step / steps * 3))
-        lines.append({'kind': 'train', 'step': step, 'epoch': step // 1000, 'lr': rate,
-                      'samples_per_second': 410 * random.uniform(0.9, 1.05), 'waiting_for_data': 0.02,
-                      'total': sum(values.values()), **values})
+        lines.append(
+            {
+                'kind': 'train',
+                'step': step,
+                'epoch': step // 1000,
+                'lr': rate,
+                'samples_per_second': 410 * random.uniform(0.9, 1.05),
+                'waiting_for_data': 0.02,
+                'total': sum(values.values()),
+                **values,
+            }
+        )
         if step % 1000 == 0:
             for stage in range(STAGES):
                 figure = error * (1 + 0.3 * (STAGES - 1 - stage)) * (1 + np.exp(-step / 1500))
-                lines.append({'kind': f'val_stage{stage}', 'step': step, 'epoch': step // 1000 - 1,
-                              'root_mm': 3 * figure, 'joint_mm_all': figure, 'vert_mm_all': 0.97 * figure})
+                lines.append(
+                    {
+                        'kind': f'val_stage{stage}',
+                        'step': step,
+                        'epoch': step // 1000 - 1,
+                        'root_mm': 3 * figure,
+                        'joint_mm_all': figure,
+                        'vert_mm_all': 0.97 * figure,
+                    }
+                )
     path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
 
 

@@ -68,10 +68,13 @@ def test_digest_names_the_hand(standin, tmp_path):
     assert rounded.digest == right.digest
 
 
-@pytest.mark.parametrize('source, path, message', [
-    ('files', '{}/nowhere', r'nowhere/MANO_LEFT\.pkl is missing: register at https://mano\.is\.tue\.mpg\.de'),
-    ('disk', '{}', "MANO.SOURCE is 'disk'; it must be 'files' or 'standin'"),
-])
+@pytest.mark.parametrize(
+    'source, path, message',
+    [
+        ('files', '{}/nowhere', r'nowhere/MANO_LEFT\.pkl is missing: register at https://mano\.is\.tue\.mpg\.de'),
+        ('disk', '{}', "MANO.SOURCE is 'disk'; it must be 'files' or 'standin'"),
+    ],
+)
 def test_no_hands(tmp_path, source, path, message):
     with pytest.raises(UserError, match=message):
         load_hand_models(source, path.format(tmp_path))
@@ -93,28 +96,35 @@ def nan_in(array):
     return array
 
 
-@pytest.mark.parametrize('change, message', [
-    (lambda m: {'v_template': np.zeros((6890, 3))}, r'v_template has shape \(6890, 3\), MANO has \(778, 3\)'),
-    (lambda m: {'posedirs': m.pose_dirs[..., :10]}, r'posedirs has shape'),
-    (lambda m: {'J_regressor': sparse(m.joint_regressor.T)}, r'J_regressor has shape \(778, 16\)'),
-    (lambda m: {'v_template': Ch(x=nan_in(m.template))}, 'v_template holds NaN or infinity'),
-    (lambda m: {'hands_components': nan_in(m.pose_components)}, 'hands_components holds NaN or infinity'),
-    (lambda m: {'f': m.faces + 1}, r'f names vertices outside 0 \.\. 777'),
-    (lambda m: {'posedirs': Ch(y=1)}, 'posedirs is not an array of numbers'),
-    (lambda m: {'shapedirs': Select(a=Ch(x=np.zeros(3)), idxs=np.array([7]))}, 'shapedirs is not an array of numbers'),
-    (lambda m: {'J_regressor': OldSparse(data=np.ones(2))}, 'J_regressor is not an array of numbers'),
-    (lambda m: {'weights': 'many'}, 'weights is not an array of numbers'),
-    (lambda m: {'hands_mean': None}, 'hands_mean'),
-])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (lambda m: {'v_template': np.zeros((6890, 3))}, r'v_template has shape \(6890, 3\), MANO has \(778, 3\)'),
+        (lambda m: {'posedirs': m.pose_dirs[..., :10]}, r'posedirs has shape'),
+        (lambda m: {'J_regressor': sparse(m.joint_regressor.T)}, r'J_regressor has shape \(778, 16\)'),
+        (lambda m: {'v_template': Ch(x=nan_in(m.template))}, 'v_template holds NaN or infinity'),
+        (lambda m: {'hands_components': nan_in(m.pose_components)}, 'hands_components holds NaN or infinity'),
+        (lambda m: {'f': m.faces + 1}, r'f names vertices outside 0 \.\. 777'),
+        (lambda m: {'posedirs': Ch(y=1)}, 'posedirs is not an array of numbers'),
+        (
+            lambda m: {'shapedirs': Select(a=Ch(x=np.zeros(3)), idxs=np.array([7]))},
+            'shapedirs is not an array of numbers',
+        ),
+        (lambda m: {'J_regressor': OldSparse(data=np.ones(2))}, 'J_regressor is not an array of numbers'),
+        (lambda m: {'weights': 'many'}, 'weights is not an array of numbers'),
+        (lambda m: {'hands_mean': None}, 'hands_mean'),
+    ],
+)
 def test_content_that_is_not_a_hand(standin, tmp_path, change, message):
     path = write_pickle(tmp_path / 'MANO_RIGHT.pkl', official_content(standin[1]) | change(standin[1]))
     with pytest.raises(UserError, match=rf'MANO_RIGHT\.pkl.*{message}'):
         load_mano_pkl(path, side='right')
 
 
-@pytest.mark.parametrize('content, message', [
-    ([1, 2], 'is not a MANO file: J_regressor, f,'), ({'f': 1}, 'is not a MANO file: J_regressor, hands_components,'),
-])
+@pytest.mark.parametrize(
+    'content, message',
+    [([1, 2], 'is not a MANO file: J_regressor, f,'), ({'f': 1}, 'is not a MANO file: J_regressor, hands_components,')],
+)
 def test_not_a_mano_file(tmp_path, content, message):
     path = write_pickle(tmp_path / 'MANO_RIGHT.pkl', content)
     with pytest.raises(UserError, match=rf'MANO_RIGHT\.pkl {message}'):
@@ -124,7 +134,7 @@ def test_not_a_mano_file(tmp_path, content, message):
 @pytest.mark.parametrize('share', [0, 0.001, 0.5, 0.999999])
 def test_truncated_file(standin, tmp_path, share):
     path = write_pickle(tmp_path / 'MANO_RIGHT.pkl', official_content(standin[1]))
-    path.write_bytes(path.read_bytes()[:int(share * path.stat().st_size)])
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(UserError, match=r'MANO_RIGHT\.pkl'):
         load_mano_pkl(path, side='right')
 
@@ -137,8 +147,19 @@ def test_a_file_that_is_no_pickle(tmp_path, content):
         load_mano_pkl(path, side='left')
 
 
-@pytest.mark.parametrize('named', ['os.system', 'posix.system', 'builtins.eval', 'numpy.load', 'builtins.getattr',
-                                   'chumpy.ch.Other', 'numpy.core.multiarray.fromfile', 'builtins.exec'])
+@pytest.mark.parametrize(
+    'named',
+    [
+        'os.system',
+        'posix.system',
+        'builtins.eval',
+        'numpy.load',
+        'builtins.getattr',
+        'chumpy.ch.Other',
+        'numpy.core.multiarray.fromfile',
+        'builtins.exec',
+    ],
+)
 def test_foreign_code_is_named_and_never_run(tmp_path, named):
     module, _, function = named.rpartition('.')
     marker = tmp_path / 'ran'
@@ -158,7 +179,7 @@ def test_the_refused_file_would_have_run(tmp_path):
 
 def test_reconstructor_builds_plain_objects_only(tmp_path):
     path = tmp_path / 'file.pkl'
-    path.write_bytes(b"ccopy_reg\n_reconstructor\n(cchumpy.ch\nCh\ncnumpy\nndarray\nNtR.")
+    path.write_bytes(b'ccopy_reg\n_reconstructor\n(cchumpy.ch\nCh\ncnumpy\nndarray\nNtR.')
     with pytest.raises(UserError, match='a base class of its own'):
         safe_pickle.load(path)
 
@@ -166,10 +187,15 @@ def test_reconstructor_builds_plain_objects_only(tmp_path):
 @pytest.mark.parametrize('protocol', range(pickle.HIGHEST_PROTOCOL + 1))
 def test_todays_pickles_of_plain_content_come_back(tmp_path, protocol):
     content = {
-        'text': 'é', 'numbers': [1, 2.5, True, None, -(2**70)], 'pair': (b'\x00\xff', ()),
-        'scalar': np.float64(0.1), 'float32': np.float32(0.1),
-        'C': np.arange(6.0).reshape(2, 3), 'Fortran': np.asfortranarray(np.arange(6.0).reshape(2, 3)),
-        'slice': np.arange(10, dtype=np.uint8)[::3], 'bool': np.array([True]),
+        'text': 'é',
+        'numbers': [1, 2.5, True, None, -(2**70)],
+        'pair': (b'\x00\xff', ()),
+        'scalar': np.float64(0.1),
+        'float32': np.float32(0.1),
+        'C': np.arange(6.0).reshape(2, 3),
+        'Fortran': np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        'slice': np.arange(10, dtype=np.uint8)[::3],
+        'bool': np.array([True]),
     }
     (tmp_path / 'file.pkl').write_bytes(pickle.dumps(content, protocol))
     loaded = safe_pickle.load(tmp_path / 'file.pkl')
@@ -185,7 +211,8 @@ def test_missing_pickle(tmp_path):
 
 
 def test_sparse_columns_add_up_repeated_entries(tmp_path):
-    content = OldSparse(_shape=(2, 3), data=np.array([1.0, 2.0, 4.0]), indices=np.array([0, 0, 1]),
-                        indptr=np.array([0, 2, 2, 3]))
+    content = OldSparse(
+        _shape=(2, 3), data=np.array([1.0, 2.0, 4.0]), indices=np.array([0, 0, 1]), indptr=np.array([0, 2, 2, 3])
+    )
     loaded = safe_pickle.as_array(safe_pickle.load(write_pickle(tmp_path / 'file.pkl', content)))
     np.testing.assert_array_equal(loaded, [[3, 0, 0], [0, 0, 4]])

@@ -17,12 +17,20 @@ from utils.geometry import from_uv, project
 from utils.hand import LEFT, NUM_FACES, RIGHT
 from utils.render import interpolate
 
-WIDE = AugmentationRanges(rotation=180.0, scale=0.1, shift=10.0, flip=0.5, blur=0.3, gain=0.3, brightness=0.05,
-                          noise=0.01)
+WIDE = AugmentationRanges(
+    rotation=180.0, scale=0.1, shift=10.0, flip=0.5, blur=0.3, gain=0.3, brightness=0.05, noise=0.01
+)
 STILL = AugmentationRanges(*[0.0] * 8)
-MOVES = [{}, {'angle': 0.7}, {'scale': 1.1}, {'shift': (7.5, -3.25)}, {'flip': True},
-         {'angle': -2.5, 'scale': 0.9, 'shift': (-9.0, 4.5)},
-         {'angle': 1.3, 'scale': 1.07, 'shift': (3.0, 8.0), 'flip': True}, {'angle': math.pi, 'flip': True}]
+MOVES = [
+    {},
+    {'angle': 0.7},
+    {'scale': 1.1},
+    {'shift': (7.5, -3.25)},
+    {'flip': True},
+    {'angle': -2.5, 'scale': 0.9, 'shift': (-9.0, 4.5)},
+    {'angle': 1.3, 'scale': 1.07, 'shift': (3.0, 8.0), 'flip': True},
+    {'angle': math.pi, 'flip': True},
+]
 
 
 @pytest.fixture(scope='module')
@@ -55,13 +63,13 @@ def image_map(*, flip=False, scale=1.0, angle=0.0, shift=(0.0, 0.0)):
 def blob(centre, size=256, width=3.0):
     """A round dot of height 200 at pixel ``centre`` (u, v)."""
     v, u = np.mgrid[:size, :size]
-    return 200 * np.exp(-((u - centre[0])**2 + (v - centre[1])**2) / (2 * width**2))
+    return 200 * np.exp(-((u - centre[0]) ** 2 + (v - centre[1]) ** 2) / (2 * width**2))
 
 
 def moments(picture):
     """Centroid (u, v) and 2 x 2 second moments of what is bright in (H, W)."""
     picture = np.asarray(picture, np.float64)
-    v, u = np.mgrid[:picture.shape[0], :picture.shape[1]]
+    v, u = np.mgrid[: picture.shape[0], : picture.shape[1]]
     points = np.stack([u, v], -1)
     centre = (points * picture[..., None]).sum((0, 1)) / picture.sum()
     spread = points - centre
@@ -69,6 +77,7 @@ def moments(picture):
 
 
 # Labels.
+
 
 def test_labels_are_the_annotations_projected(samples, maker):
     batch = maker(samples)
@@ -100,6 +109,7 @@ def test_labels_move_exactly_as_the_image_does(samples, maker):
 
 def test_a_flip_keeps_each_hand_a_hand_of_its_side(samples, maker, standin):
     """Surfaces stay right side out: the signed volume under the mesh keeps its sign."""
+
     def signed_volume(vertices, faces):
         a, b, c = vertices[faces].double().unbind(1)
         middle = vertices.double().mean(0)
@@ -120,8 +130,9 @@ def test_a_dot_painted_on_a_joint_is_where_its_label_says(samples, standin, size
         dots = torch.from_numpy(np.stack([blob(centre) for centre in where])).round().to(torch.uint8)
         mask = torch.zeros_like(samples.mask)
         mask[..., hand] = dots
-        painted = samples._replace(image=dots[..., None].repeat(1, 1, 1, 3), dense=dots[..., None].repeat(1, 1, 1, 3),
-                                   mask=mask)
+        painted = samples._replace(
+            image=dots[..., None].repeat(1, 1, 1, 3), dense=dots[..., None].repeat(1, 1, 1, 3), mask=mask
+        )
         batch = maker(planned(painted, MOVES))
         assert batch.image.shape == (8, 3, size, size) and batch.target.segmentation.shape == (8, size, size)
         for i, plan in enumerate(MOVES):
@@ -135,6 +146,7 @@ def test_a_dot_painted_on_a_joint_is_where_its_label_says(samples, standin, size
 
 
 # Pictures.
+
 
 def test_identity_leaves_every_pixel_as_the_file_has_it(samples, maker):
     batch = maker(samples)
@@ -179,8 +191,9 @@ def test_warp_is_opencvs(plan, size):
     by = torch.from_numpy(image_map(**plan)).float()[None]
     warped = warp(torch.from_numpy(picture)[None, None], by, size=size)[0, 0].numpy()
     # OpenCV rounds positions to 1/32 pixel, which shows at the edge of the picture: there black meets grey.
-    inside = cv2.erode((expected > 0).astype(np.uint8), np.ones((5, 5)), borderType=cv2.BORDER_CONSTANT,
-                       borderValue=0) > 0
+    inside = (
+        cv2.erode((expected > 0).astype(np.uint8), np.ones((5, 5)), borderType=cv2.BORDER_CONSTANT, borderValue=0) > 0
+    )
     assert inside.mean() > 0.5
     np.testing.assert_allclose(warped[inside], expected[inside], atol=0.5)
     np.testing.assert_allclose(warped[~inside], expected[~inside], atol=10)
@@ -205,10 +218,20 @@ def test_without_dense_pictures(tiny_prepared, maker):
         assert maker(planned(samples, plans)).target.dense.shape == (3, 3, 0, 0)
 
 
-@pytest.mark.parametrize('left, right, expected', [
-    (0, 0, 0), (50, 0, 0), (0, 50, 0), (50, 50, 0), (51, 0, 1), (0, 51, 2), (50.01, 50, 1), (120, 200, 2),
-    (200, 120, 1),
-])
+@pytest.mark.parametrize(
+    'left, right, expected',
+    [
+        (0, 0, 0),
+        (50, 0, 0),
+        (0, 50, 0),
+        (50, 50, 0),
+        (51, 0, 1),
+        (0, 51, 2),
+        (50.01, 50, 1),
+        (120, 200, 2),
+        (200, 120, 1),
+    ],
+)
 def test_mask_classes(left, right, expected):
     mask = torch.tensor([left, right], dtype=torch.float32).view(1, 2, 1, 1).expand(3, 2, 4, 5)
     classes = classify_mask(mask)
@@ -216,6 +239,7 @@ def test_mask_classes(left, right, expected):
 
 
 # Blur, colour, noise.
+
 
 def dot_picture(samples, maker, **plan):
     """What a dot in the middle of a dark picture becomes."""
@@ -262,14 +286,17 @@ def test_blurred_samples_keep_their_own_length_and_angle(samples, maker):
     plans = [{'blur_length': 3, 'blur_angle': 0.0}, {}, {'blur_length': 9, 'blur_angle': 2.0}]
     together = maker(planned(samples, plans)).picture
     for i, plan in enumerate(plans):
-        one = type(samples)(*(x[i:i + 1] for x in samples[:-1]), default_collate([parameters(**plan)]))
+        one = type(samples)(*(x[i : i + 1] for x in samples[:-1]), default_collate([parameters(**plan)]))
         torch.testing.assert_close(together[i], maker(one).picture[0], atol=1e-4, rtol=0)
 
 
 def test_gain_and_brightness_act_on_the_files_channels(samples, maker):
     grey = samples._replace(image=torch.full_like(samples.image, 100))
-    batch = maker(planned(grey, [{'gain': (0.5, 1.0, 1.2), 'brightness': 10.0}, {'gain': (3.0, 1.0, 1.0)},
-                                 {'brightness': -120.0}]))
+    batch = maker(
+        planned(
+            grey, [{'gain': (0.5, 1.0, 1.2), 'brightness': 10.0}, {'gain': (3.0, 1.0, 1.0)}, {'brightness': -120.0}]
+        )
+    )
     torch.testing.assert_close(batch.picture[:, :, 0, 0], torch.tensor([[60.0, 110, 130], [255, 100, 100], [0, 0, 0]]))
     blue = batch.image[0, 2, 0, 0].item()  # the network's last channel, the file's first
     assert blue == pytest.approx((60 / 255 - 0.406) / 0.225)
@@ -277,12 +304,13 @@ def test_gain_and_brightness_act_on_the_files_channels(samples, maker):
 
 def test_noise_has_its_strength_and_follows_its_seed(samples, maker):
     grey = samples._replace(image=torch.full_like(samples.image, 128))
-    noisy = [maker(planned(grey, [{'noise': 4.0, 'noise_seed': seed + n} for n in range(2)])).picture
-             for seed in (5, 5, 6)]
+    noisy = [
+        maker(planned(grey, [{'noise': 4.0, 'noise_seed': seed + n} for n in range(2)])).picture for seed in (5, 5, 6)
+    ]
     assert torch.equal(noisy[0], noisy[1]) and not torch.equal(noisy[0], noisy[2])
     assert not torch.equal(noisy[0][0], noisy[0][1])  # each sample its own, whatever batch it is in
     assert torch.equal(noisy[0][1], noisy[2][0])
-    assert noisy[0].std().item() == pytest.approx((4**2 + 1 / 12)**0.5, rel=0.02)
+    assert noisy[0].std().item() == pytest.approx((4**2 + 1 / 12) ** 0.5, rel=0.02)
     assert noisy[0].mean().item() == pytest.approx(128, abs=0.1)
     torch.testing.assert_close(noisy[0], noisy[0].round(), atol=1e-3, rtol=0)  # 8 bits, as a camera gives them
 
@@ -293,6 +321,7 @@ def test_pictures_stay_within_8_bits(samples, maker):
 
 
 # Draws.
+
 
 def test_draws_depend_on_the_key_alone():
     first = draw_augmentation(WIDE, (3, 1, 4))
@@ -306,8 +335,13 @@ def test_draws_depend_on_the_key_alone():
 
 def test_draws_fill_their_ranges():
     plan = default_collate([draw_augmentation(WIDE, (0, 0, i)) for i in range(400)])
-    for values, low, high in ((plan.angle, -math.pi, math.pi), (plan.scale, 0.9, 1.1), (plan.shift, -10, 10),
-                              (plan.gain, 0.7, 1.3), (plan.brightness, -0.05 * 255, 0.05 * 255)):
+    for values, low, high in (
+        (plan.angle, -math.pi, math.pi),
+        (plan.scale, 0.9, 1.1),
+        (plan.shift, -10, 10),
+        (plan.gain, 0.7, 1.3),
+        (plan.brightness, -0.05 * 255, 0.05 * 255),
+    ):
         assert low <= values.min() < low + 0.05 * (high - low) and high - 0.05 * (high - low) < values.max() <= high
         assert values.double().mean() == pytest.approx((low + high) / 2, abs=0.1 * (high - low))
     assert plan.flip.float().mean() == pytest.approx(0.5, abs=0.1)
@@ -348,6 +382,7 @@ def test_drawn_augmentations_run_as_they_are_collated(tiny_prepared, maker):
 
 # Targets without files.
 
+
 @pytest.fixture(scope='module')
 def rendered(standin):
     return TargetRenderer(standin, canonical_colours(standin))
@@ -356,8 +391,9 @@ def rendered(standin):
 def true_pictures(samples, maker, renderer):
     """The samples with masks and dense maps as a preparation without JPEG would have them."""
     plain = maker(samples)
-    classes, dense = renderer(plain.target.vertices, plain.intrinsics, torch.eye(3).expand(len(samples.index), 3, 3),
-                              size=256)
+    classes, dense = renderer(
+        plain.target.vertices, plain.intrinsics, torch.eye(3).expand(len(samples.index), 3, 3), size=256
+    )
     mask = torch.stack([classes == 1, classes == 2], -1).byte() * 255
     return samples._replace(mask=mask, dense=(dense * 255).round().byte().permute(0, 2, 3, 1))
 

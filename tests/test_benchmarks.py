@@ -6,8 +6,20 @@ import pytest
 
 from benchmarks import run, scaling
 
-TINY = ['MODEL.BACKBONE', 'resnet18', 'MODEL.IMAGE_SIZE', '64', 'MODEL.MAP_CHANNELS', '16', 'MODEL.STAGES', '1',
-        'TRAIN.BATCH_SIZE', '4', 'DEVICE', 'cpu']
+TINY = [
+    'MODEL.BACKBONE',
+    'resnet18',
+    'MODEL.IMAGE_SIZE',
+    '64',
+    'MODEL.MAP_CHANNELS',
+    '16',
+    'MODEL.STAGES',
+    '1',
+    'TRAIN.BATCH_SIZE',
+    '4',
+    'DEVICE',
+    'cpu',
+]
 
 
 def test_measurements_are_written_with_the_machine_and_ratios(tmp_path, monkeypatch, capsys):
@@ -32,10 +44,10 @@ def test_measurements_are_written_with_the_machine_and_ratios(tmp_path, monkeypa
     assert scaling.measured_rate(tmp_path / 'benchmark.json') > 0
 
 
-@pytest.mark.parametrize(('arguments', 'message'), [
-    (['--only', 'nothing'], "there is no measurement 'nothing'"),
-    (['--repeats', '0'], '--repeats is 0'),
-])
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [(['--only', 'nothing'], "there is no measurement 'nothing'"), (['--repeats', '0'], '--repeats is 0')],
+)
 def test_benchmark_mistakes(capsys, arguments, message):
     assert run.main(arguments) == 2
     assert message in capsys.readouterr().err
@@ -53,14 +65,17 @@ def test_one_device_costs_what_it_computes_and_more_share_the_work():
     assert scaling.cost(base, 8).device_hours > alone.device_hours
 
 
-@pytest.mark.parametrize(('arguments', 'message'), [
-    ([], 'give either --samples_per_second or --benchmark'),
-    (['--samples_per_second', '9', '--benchmark', 'x'], 'give either'),
-    (['--samples_per_second', '9', '--batch', '4', '--devices', '8'], 'cannot be shared out over 8'),
-    (['--samples_per_second', '9', '--devices', '0'], 'must be above 0'),
-    (['--benchmark', 'nowhere.json'], 'nowhere.json does not exist'),
-    (['--benchmark', '{empty}'], 'holds no training throughput'),
-])
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ([], 'give either --samples_per_second or --benchmark'),
+        (['--samples_per_second', '9', '--benchmark', 'x'], 'give either'),
+        (['--samples_per_second', '9', '--batch', '4', '--devices', '8'], 'cannot be shared out over 8'),
+        (['--samples_per_second', '9', '--devices', '0'], 'must be above 0'),
+        (['--benchmark', 'nowhere.json'], 'nowhere.json does not exist'),
+        (['--benchmark', '{empty}'], 'holds no training throughput'),
+    ],
+)
 def test_scaling_mistakes(tmp_path, capsys, arguments, message):
     (tmp_path / 'empty.json').write_text('{"tables": []}')
     assert scaling.main([text.format(empty=tmp_path / 'empty.json') for text in arguments]) == 2

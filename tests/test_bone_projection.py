@@ -27,7 +27,7 @@ def naive_bone_weights(uv: torch.Tensor, *, size: int, radius: float) -> torch.T
                 for row in range(size):
                     for column in range(size):
                         x, y = column + 0.5, row + 0.5
-                        t = ((x - px) * (cx - px) + (y - py) * (cy - py)) / length ** 2
+                        t = ((x - px) * (cx - px) + (y - py) * (cy - py)) / length**2
                         t = min(max(t, 0.0), 1.0)
                         if math.hypot(x - px - t * (cx - px), y - py - t * (cy - py)) < radius:
                             to_parent, to_child = math.hypot(x - px, y - py), math.hypot(x - cx, y - cy)

@@ -82,15 +82,37 @@ def save_resnet18(path: Path) -> Path:
 
 def test_a_bare_machine_is_told_everything_at_once(tmp_path):
     """As a process of its own, with the published recipe: no hands, no data, no weights, no GPU."""
-    keys = ['MANO.PATH', tmp_path / 'mano', 'DATASET.PATH', tmp_path / 'data', 'OUTPUT_DIR', tmp_path / 'run',
-            'DEVICE', 'cpu']
-    done = subprocess.run([sys.executable, SCRIPT, *map(str, keys)], cwd=ROOT, text=True, capture_output=True,
-                          env=os.environ | {'TORCH_HOME': str(tmp_path / 'torch')}, timeout=60, check=False)
+    keys = [
+        'MANO.PATH',
+        tmp_path / 'mano',
+        'DATASET.PATH',
+        tmp_path / 'data',
+        'OUTPUT_DIR',
+        tmp_path / 'run',
+        'DEVICE',
+        'cpu',
+    ]
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *map(str, keys)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env=os.environ | {'TORCH_HOME': str(tmp_path / 'torch')},
+        timeout=60,
+        check=False,
+    )
     assert (done.returncode, done.stderr) == (2, '')
     checks, last = parse(done.stdout)
     assert {what: mark for what, (mark, _) in checks.items()} == {
-        'software': OK, 'device': NOTE, 'hand files': MISSING, 'data: train': MISSING, 'data: val': NOTE,
-        'data: test': NOTE, 'weights': NOTE, 'output': OK}
+        'software': OK,
+        'device': NOTE,
+        'hand files': MISSING,
+        'data: train': MISSING,
+        'data: val': NOTE,
+        'data: test': NOTE,
+        'weights': NOTE,
+        'output': OK,
+    }
     assert all(todo_of(done.stdout, what) for what, (mark, _) in checks.items() if mark != OK)
     assert 'https://mano.is.tue.mpg.de' in checks['hand files'][1] and str(tmp_path / 'mano') in checks['hand files'][1]
     assert 'set DATASET.PATH to a prepared data set' in checks['data: train'][1]
@@ -121,12 +143,18 @@ def test_a_mistake_in_the_configuration_is_one_sentence(capsys):
 # Software, device
 
 
-@pytest.mark.parametrize('said', ["No module named 'torch'", "operator torchvision::nms does not exist"])
+@pytest.mark.parametrize('said', ["No module named 'torch'", 'operator torchvision::nms does not exist'])
 def test_packages_that_cannot_be_imported_are_one_sentence(tmp_path, said):
     kind = 'ImportError' if 'module' in said else 'RuntimeError'
     (tmp_path / 'torch.py').write_text(f'raise {kind}({said!r})')
-    done = subprocess.run([sys.executable, SCRIPT], text=True, capture_output=True, timeout=60, check=False,
-                          env=os.environ | {'PYTHONPATH': str(tmp_path)})
+    done = subprocess.run(
+        [sys.executable, SCRIPT],
+        text=True,
+        capture_output=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {'PYTHONPATH': str(tmp_path)},
+    )
     assert (done.returncode, done.stdout) == (2, '')
     assert said in done.stderr and 'pip install -r' in done.stderr and len(done.stderr.splitlines()) == 1
 
@@ -145,8 +173,10 @@ def test_old_and_missing_packages_are_named(report, tiny_prepared, monkeypatch):
     code, checks, last = report(data=tiny_prepared)
     mark, text = checks['software']
     assert (code, mark, last) == (2, WRONG, 'not ready: 1 thing is missing or wrong')
-    assert ('Python is older than 9.1, torch 2.5.1+cu124 is older than 2.6, tensorboard is not installed '
-            'python -m pip install -r requirements.txt') in text  # cv2 may come from another package: not named
+    assert (
+        'Python is older than 9.1, torch 2.5.1+cu124 is older than 2.6, tensorboard is not installed '
+        'python -m pip install -r requirements.txt'
+    ) in text  # cv2 may come from another package: not named
 
 
 def test_the_gpu_is_named_with_its_memory(report, tiny_prepared, monkeypatch):
@@ -247,8 +277,12 @@ def test_a_batch_larger_than_the_split(report, tiny_prepared):
 
 
 def test_what_the_preparation_noted(report, data):
-    record = {'frames': 1234, 'kept': 8, 'skipped': {'hands not interacting': 1224, 'picture missing': 2},
-              'damaged': {'a.jpg': 'a.jpg', 'b.jpg': 'b.jpg'}}
+    record = {
+        'frames': 1234,
+        'kept': 8,
+        'skipped': {'hands not interacting': 1224, 'picture missing': 2},
+        'damaged': {'a.jpg': 'a.jpg', 'b.jpg': 'b.jpg'},
+    }
     file = data / 'train/preparation.json'
     file.write_text(json.dumps(record))
     mark, text = report(data=data)[1]['data: train']

@@ -18,8 +18,20 @@ from utils.checkpoint import (
 from utils.config import flatten, load_config
 from utils.errors import UserError
 
-TINY = ['MODEL.BACKBONE', 'resnet18', 'MODEL.IMAGE_SIZE', '64', 'MODEL.MAP_CHANNELS', '16', 'MODEL.PRETRAINED', 'false',
-        'MODEL.STAGES', '0', 'MANO.SOURCE', 'standin']
+TINY = [
+    'MODEL.BACKBONE',
+    'resnet18',
+    'MODEL.IMAGE_SIZE',
+    '64',
+    'MODEL.MAP_CHANNELS',
+    '16',
+    'MODEL.PRETRAINED',
+    'false',
+    'MODEL.STAGES',
+    '0',
+    'MANO.SOURCE',
+    'standin',
+]
 
 
 @pytest.fixture(scope='module')
@@ -125,8 +137,20 @@ def missing(path, saved):
     assert not path.exists()
 
 
-@pytest.mark.parametrize('make', [cut_short, cut_at_the_end, foreign_code, foreign_code_in_torchs_own_format, text,
-                                  empty, another_projects, a_list, missing])
+@pytest.mark.parametrize(
+    'make',
+    [
+        cut_short,
+        cut_at_the_end,
+        foreign_code,
+        foreign_code_in_torchs_own_format,
+        text,
+        empty,
+        another_projects,
+        a_list,
+        missing,
+    ],
+)
 def test_other_files_are_refused_by_path(make, saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / 'odd.pth'
@@ -163,9 +187,13 @@ def test_another_hand_model_is_refused(trained, standin, tmp_path):
         check_hand_model({'hand_model': describe(standin)}, standin[::-1], path='a.pth')
 
 
-@pytest.mark.parametrize('error, seen', [
-    (RuntimeError('[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0\nmore'), UserError),
-    (OSError(28, 'No space left on device'), OSError)])
+@pytest.mark.parametrize(
+    'error, seen',
+    [
+        (RuntimeError('[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0\nmore'), UserError),
+        (OSError(28, 'No space left on device'), OSError),
+    ],
+)
 def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(small, tmp_path, monkeypatch, error, seen):
     path = tmp_path / 'latest.pth'
     save_checkpoint(path, **small)

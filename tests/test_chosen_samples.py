@@ -5,8 +5,14 @@ from utils.chosen_samples import choose_samples
 
 def test_worst_median_and_best_are_what_they_are_called():
     error = torch.tensor([5.0, 1, 9, 3, 7, 2, 8, 4, 6, 0])
-    assert choose_samples(error, 2) == [('worst', 2), ('worst', 6), ('median', 0), ('median', 7), ('best', 1),
-                                        ('best', 9)]
+    assert choose_samples(error, 2) == [
+        ('worst', 2),
+        ('worst', 6),
+        ('median', 0),
+        ('median', 7),
+        ('best', 1),
+        ('best', 9),
+    ]
 
 
 def test_few_samples_come_once_each_and_unknown_errors_not_at_all():

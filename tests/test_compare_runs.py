@@ -9,19 +9,32 @@ from utils.config import flatten, load_config
 from utils.evaluated_runs import METRICS_VERSION
 
 
-def write_metrics(folder: Path, *, joint: float, seconds: float | None = None, overrides=(), inside='eval', **more
-                  ) -> Path:
+def write_metrics(
+    folder: Path, *, joint: float, seconds: float | None = None, overrides=(), inside='eval', **more
+) -> Path:
     """A run folder as apps/eval_interhand.py leaves it."""
+
     def sides(value):
         return {'left': value - 1, 'right': value + 1, 'all': value}
 
     metrics = {
-        'version': METRICS_VERSION, 'data': 'data/test', 'frames': 190, 'subset': None,
+        'version': METRICS_VERSION,
+        'data': 'data/test',
+        'frames': 190,
+        'subset': None,
         'protocol': {'name': 'published', 'description': 'root joint 0 (wrist)'},
-        'joint_mm': sides(joint), 'vert_mm': sides(joint - 0.5), 'joint_px': sides(5.0), 'vert_px': sides(4.0),
-        'root_mm': 30.0, 'pa_joint_mm': sides(4.0), 'pa_vert_mm': sides(3.5), 'pck': {'auc': sides(joint / 100)},
+        'joint_mm': sides(joint),
+        'vert_mm': sides(joint - 0.5),
+        'joint_px': sides(5.0),
+        'vert_px': sides(4.0),
+        'root_mm': 30.0,
+        'pa_joint_mm': sides(4.0),
+        'pa_vert_mm': sides(3.5),
+        'pck': {'auc': sides(joint / 100)},
         'config': flatten(load_config(None, list(overrides))),
-        'training': None if seconds is None else {'epoch': 3, 'seconds': seconds}, **more}
+        'training': None if seconds is None else {'epoch': 3, 'seconds': seconds},
+        **more,
+    }
     path = folder / inside / 'metrics.json'
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(metrics))
@@ -30,14 +43,21 @@ def write_metrics(folder: Path, *, joint: float, seconds: float | None = None, o
 
 @pytest.fixture
 def runs(tmp_path):
-    return [write_metrics(tmp_path / 'main', joint=11.0, seconds=100.4),
-            write_metrics(tmp_path / 'one_stage', joint=10.5, seconds=80.0,
-                          overrides=['MODEL.STAGES', '1', 'OUTPUT_DIR', 'elsewhere', 'DEVICE', 'cpu'])]
+    return [
+        write_metrics(tmp_path / 'main', joint=11.0, seconds=100.4),
+        write_metrics(
+            tmp_path / 'one_stage',
+            joint=10.5,
+            seconds=80.0,
+            overrides=['MODEL.STAGES', '1', 'OUTPUT_DIR', 'elsewhere', 'DEVICE', 'cpu'],
+        ),
+    ]
 
 
 def table_rows(markdown: str) -> list[list[str]]:
-    return [[cell.strip() for cell in line.strip('|').split('|')] for line in markdown.splitlines()
-            if line.startswith('| ')]
+    return [
+        [cell.strip() for cell in line.strip('|').split('|')] for line in markdown.splitlines() if line.startswith('| ')
+    ]
 
 
 def test_a_row_a_run_with_what_differs_and_the_best_in_bold(runs, capsys):
@@ -85,9 +105,15 @@ def test_missing_figures_show_as_a_dash(tmp_path, capsys):
     assert row[head.index('PCK area')] == row[head.index('seconds')] == '–'
 
 
-@pytest.mark.parametrize('content, said', [
-    (None, 'holds no metrics.json'), ('{"version": 0}', 'not a metrics.json of version'), ('[1]', 'not a metrics.json'),
-    ('{"version"', 'not valid JSON')])
+@pytest.mark.parametrize(
+    'content, said',
+    [
+        (None, 'holds no metrics.json'),
+        ('{"version": 0}', 'not a metrics.json of version'),
+        ('[1]', 'not a metrics.json'),
+        ('{"version"', 'not valid JSON'),
+    ],
+)
 def test_what_is_no_run_is_one_sentence(tmp_path, capsys, content, said):
     (tmp_path / 'a').mkdir()
     if content is not None:

@@ -21,7 +21,12 @@ def write(path, text):
 def test_defaults_are_the_published_recipe():
     cfg = load_config()
     assert (cfg.ROOT_JOINT, cfg.TRAIN.LR, cfg.TRAIN.EPOCHS, cfg.TRAIN.BATCH_SIZE, cfg.MODEL.IMAGE_SIZE) == (
-        0, 5e-4, 50, 64, 256)
+        0,
+        5e-4,
+        50,
+        64,
+        256,
+    )
     assert cfg.MODEL.INIT == 'published' and cfg.LOSS.LOVASZ_INPUT == 'logits' and cfg.TRAIN.DECAY_ALL
 
 
@@ -99,12 +104,22 @@ def test_configuration_is_frozen_and_defaults_are_copies():
     assert load_config().TRAIN.LR == 5e-4
 
 
-@pytest.mark.parametrize('key, text, value', [
-    ('TRAIN.LR', '5e-4', 5e-4), ('TRAIN.LR', '1', 1.0), ('TRAIN.DECAY_ALL', 'false', False),
-    ('TRAIN.DECAY_ALL', 'True', True), ('MODEL.DETACH', 'FALSE', False), ('TRAIN.EPOCHS', '7', 7),
-    ('OUTPUT_DIR', '2024', '2024'), ('OUTPUT_DIR', './a b', './a b'), ('DEVICE', 'cuda:1', 'cuda:1'),
-    ('MODEL.BONE_RADIUS', '[1, 2]', [1.0, 2.0]), ('MODEL.BONE_RADIUS', '(1,2,3)', [1.0, 2.0, 3.0]),
-])
+@pytest.mark.parametrize(
+    'key, text, value',
+    [
+        ('TRAIN.LR', '5e-4', 5e-4),
+        ('TRAIN.LR', '1', 1.0),
+        ('TRAIN.DECAY_ALL', 'false', False),
+        ('TRAIN.DECAY_ALL', 'True', True),
+        ('MODEL.DETACH', 'FALSE', False),
+        ('TRAIN.EPOCHS', '7', 7),
+        ('OUTPUT_DIR', '2024', '2024'),
+        ('OUTPUT_DIR', './a b', './a b'),
+        ('DEVICE', 'cuda:1', 'cuda:1'),
+        ('MODEL.BONE_RADIUS', '[1, 2]', [1.0, 2.0]),
+        ('MODEL.BONE_RADIUS', '(1,2,3)', [1.0, 2.0, 3.0]),
+    ],
+)
 def test_values_on_the_command_line_take_the_keys_type(key, text, value):
     result = flatten(load_config(None, [key, text]))[key]
     assert result == value and type(result) is type(value)
@@ -116,10 +131,18 @@ def test_yaml_numbers_become_floats(tmp_path, text, value):
     assert value == cfg.TRAIN.LR and type(cfg.TRAIN.LR) is float
 
 
-@pytest.mark.parametrize('key, near', [
-    ('TRAIN.BATCHSIZE', 'TRAIN.BATCH_SIZE'), ('train.lr', 'TRAIN.LR'), ('MODEL.STAGE', 'MODEL.STAGES'),
-    ('SEEDS', 'SEED'), ('LR', 'TRAIN.LR'), ('nonsense', ''), ('TRAIN', ''),
-])
+@pytest.mark.parametrize(
+    'key, near',
+    [
+        ('TRAIN.BATCHSIZE', 'TRAIN.BATCH_SIZE'),
+        ('train.lr', 'TRAIN.LR'),
+        ('MODEL.STAGE', 'MODEL.STAGES'),
+        ('SEEDS', 'SEED'),
+        ('LR', 'TRAIN.LR'),
+        ('nonsense', ''),
+        ('TRAIN', ''),
+    ],
+)
 def test_an_unknown_key_names_the_nearest(tmp_path, key, near):
     with pytest.raises(UserError, match=f"command line: there is no configuration key '{key}'; the nearest is '{near}"):
         load_config(None, [key, '1'])
@@ -133,22 +156,46 @@ def test_an_unknown_key_of_a_checkpoint_says_so():
         load_config(base={'TRAIN': {'OLD': 1}})
 
 
-@pytest.mark.parametrize('key, text', [
-    ('TRAIN.EPOCHS', '1.5'), ('TRAIN.EPOCHS', 'many'), ('TRAIN.EPOCHS', 'true'), ('TRAIN.LR', 'fast'),
-    ('TRAIN.LR', 'true'), ('TRAIN.DECAY_ALL', '1'), ('MODEL.BONE_RADIUS', '3'), ('MODEL.BONE_RADIUS', "['a', 'b']"),
-    ('OUTPUT_DIR', 'true'), ('OUTPUT_DIR', '[1]'),
-])
+@pytest.mark.parametrize(
+    'key, text',
+    [
+        ('TRAIN.EPOCHS', '1.5'),
+        ('TRAIN.EPOCHS', 'many'),
+        ('TRAIN.EPOCHS', 'true'),
+        ('TRAIN.LR', 'fast'),
+        ('TRAIN.LR', 'true'),
+        ('TRAIN.DECAY_ALL', '1'),
+        ('MODEL.BONE_RADIUS', '3'),
+        ('MODEL.BONE_RADIUS', "['a', 'b']"),
+        ('OUTPUT_DIR', 'true'),
+        ('OUTPUT_DIR', '[1]'),
+    ],
+)
 def test_a_value_of_another_type_is_refused(key, text):
     with pytest.raises(UserError, match=f'{key} takes '):
         load_config(None, [key, text])
 
 
-@pytest.mark.parametrize('key, text', [
-    ('ROOT_JOINT', '3'), ('MODEL.STAGES', '4'), ('MODEL.BACKBONE', 'vgg16'), ('MODEL.INTERACTION', 'some'),
-    ('MODEL.PROJECTION', 'lines'), ('MODEL.INIT', 'zero'), ('LOSS.LOVASZ_INPUT', 'scores'), ('MANO.SOURCE', 'smplx'),
-    ('TRAIN.BATCH_SIZE', '0'), ('EVAL.BATCH_SIZE', '-1'), ('TRAIN.EPOCHS', '0'), ('TRAIN.WORKERS', '-1'),
-    ('MODEL.IMAGE_SIZE', '100'), ('MODEL.IMAGE_SIZE', '0'), ('MODEL.BONE_RADIUS', '[1]'),
-])
+@pytest.mark.parametrize(
+    'key, text',
+    [
+        ('ROOT_JOINT', '3'),
+        ('MODEL.STAGES', '4'),
+        ('MODEL.BACKBONE', 'vgg16'),
+        ('MODEL.INTERACTION', 'some'),
+        ('MODEL.PROJECTION', 'lines'),
+        ('MODEL.INIT', 'zero'),
+        ('LOSS.LOVASZ_INPUT', 'scores'),
+        ('MANO.SOURCE', 'smplx'),
+        ('TRAIN.BATCH_SIZE', '0'),
+        ('EVAL.BATCH_SIZE', '-1'),
+        ('TRAIN.EPOCHS', '0'),
+        ('TRAIN.WORKERS', '-1'),
+        ('MODEL.IMAGE_SIZE', '100'),
+        ('MODEL.IMAGE_SIZE', '0'),
+        ('MODEL.BONE_RADIUS', '[1]'),
+    ],
+)
 def test_a_value_out_of_range_is_refused_by_key(key, text):
     with pytest.raises(UserError, match=key):
         load_config(None, [key, text])
@@ -164,10 +211,16 @@ def test_a_key_without_a_value_is_refused():
         load_config(None, ['SEED', '1', 'TRAIN.LR'])
 
 
-@pytest.mark.parametrize('content, said', [
-    ('TRAIN: [1, 2', 'not valid YAML'), ('a: b: c', 'not valid YAML'), ('- 1\n- 2\n', 'must hold KEY: VALUE'),
-    ('just words', 'must hold KEY: VALUE'), ('TRAIN: 5\n', "no configuration key 'TRAIN'"),
-])
+@pytest.mark.parametrize(
+    'content, said',
+    [
+        ('TRAIN: [1, 2', 'not valid YAML'),
+        ('a: b: c', 'not valid YAML'),
+        ('- 1\n- 2\n', 'must hold KEY: VALUE'),
+        ('just words', 'must hold KEY: VALUE'),
+        ('TRAIN: 5\n', "no configuration key 'TRAIN'"),
+    ],
+)
 def test_files_that_are_no_configuration(tmp_path, content, said):
     with pytest.raises(UserError, match=said) as refused:
         load_config(write(tmp_path / 'bad.yaml', content))

@@ -20,8 +20,14 @@ def net(standin) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     net = published.whole_published(build_model(cfg, standin).state_dict(), cfg)
     hands = published.hand_arrays(standin)
-    return {key: value if key in hands else torch.full_like(value, 5) if value.dtype == torch.int64
-            else torch.rand_like(value) + 0.1 for key, value in net.items()}
+    return {
+        key: value
+        if key in hands
+        else torch.full_like(value, 5)
+        if value.dtype == torch.int64
+        else torch.rand_like(value) + 0.1
+        for key, value in net.items()
+    }
 
 
 @pytest.fixture(scope='module')
@@ -74,8 +80,9 @@ def test_two_norms_that_the_published_code_counts_apart_come_back_apart(net, sta
     assert published.whole_published(model.state_dict(), cfg, rest)[key] == 7
 
 
-@pytest.mark.parametrize('key, value', [('MODEL.STAGES', '1'), ('MODEL.BACKBONE', 'resnet18'),
-                                        ('MODEL.DENSE_HEADS', 'false')])
+@pytest.mark.parametrize(
+    'key, value', [('MODEL.STAGES', '1'), ('MODEL.BACKBONE', 'resnet18'), ('MODEL.DENSE_HEADS', 'false')]
+)
 def test_a_network_that_the_published_code_lacks_is_refused(key, value):
     with pytest.raises(UserError, match=f'no such network: {key} is '):
         published.whole_published({}, load_config(None, [*HANDS, key, value]))

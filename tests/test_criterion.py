@@ -24,10 +24,11 @@ def seeded():
 
 # Losses
 
+
 def test_huber_is_quadratic_then_linear():
     a, b = torch.randn(3, 2, 5, 3) * 0.02, torch.randn(3, 2, 5, 3) * 0.02
     z = (a - b).abs().double().numpy()
-    expected = np.where(z < 0.01, 0.5 * z ** 2, 0.01 * (z - 0.005))
+    expected = np.where(z < 0.01, 0.5 * z**2, 0.01 * (z - 0.005))
     assert (z < 0.01).any() and (z > 0.01).any()
     assert losses.huber(a, b).item() == pytest.approx(expected.mean(), rel=1e-5)
     np.testing.assert_allclose(losses.huber_per_hand(a, b), expected.mean((0, 2, 3)), rtol=1e-5)
@@ -43,9 +44,11 @@ def meshes():
 def naive_edges(vertices, faces):
     """[(sample, hand) -> list over faces of three edge vectors]."""
     vertices, faces = vertices.double().numpy(), faces.numpy()
-    return {(b, h): [[vertices[b, h, face[(i + 1) % 3]] - vertices[b, h, face[i]] for i in range(3)]
-                     for face in faces[h]]
-            for b in range(len(vertices)) for h in range(2)}
+    return {
+        (b, h): [[vertices[b, h, face[(i + 1) % 3]] - vertices[b, h, face[i]] for i in range(3)] for face in faces[h]]
+        for b in range(len(vertices))
+        for h in range(2)
+    }
 
 
 def test_edge_length_loss_equals_a_loop(meshes):
@@ -53,8 +56,12 @@ def test_edge_length_loss_equals_a_loop(meshes):
     ours = losses.edge_length_loss(losses.face_edges(prediction, faces), losses.face_edges(truth, faces))
     a, b = naive_edges(prediction, faces), naive_edges(truth, faces)
     for hand in range(2):
-        differences = [abs(np.linalg.norm(e) - np.linalg.norm(t)) for sample in range(2)
-                       for edges, true in zip(a[sample, hand], b[sample, hand]) for e, t in zip(edges, true)]
+        differences = [
+            abs(np.linalg.norm(e) - np.linalg.norm(t))
+            for sample in range(2)
+            for edges, true in zip(a[sample, hand], b[sample, hand])
+            for e, t in zip(edges, true)
+        ]
         assert ours[hand].item() == pytest.approx(np.mean(differences), rel=1e-5)
 
 
@@ -77,8 +84,11 @@ def test_mesh_losses_vanish_on_the_truth_and_see_only_shape(meshes):
     moved = losses.face_edges(truth + torch.randn(2, 2, 1, 3), faces)
     turned = losses.face_edges(truth @ torch.linalg.qr(torch.randn(3, 3))[0], faces)
     assert losses.edge_length_loss(edges, edges).abs().max() == 0
-    for cost in (losses.edge_length_loss(moved, edges), losses.edge_length_loss(turned, edges),
-                 losses.normal_loss(moved, edges)):
+    for cost in (
+        losses.edge_length_loss(moved, edges),
+        losses.edge_length_loss(turned, edges),
+        losses.normal_loss(moved, edges),
+    ):
         assert cost.abs().max() < 1e-6
 
 
@@ -129,14 +139,20 @@ def test_lovasz_equals_its_definition(present, probabilities):
 
 def test_lovasz_of_hard_predictions_is_one_minus_the_mean_iou():
     labels, guess = torch.randint(3, (2, 6, 6)), torch.randint(3, (2, 6, 6))
-    expected = np.mean([1 - ((labels == c) & (guess == c)).sum().item() / ((labels == c) | (guess == c)).sum().item()
-                        for c in range(3)])
+    expected = np.mean(
+        [
+            1 - ((labels == c) & (guess == c)).sum().item() / ((labels == c) | (guess == c)).sum().item()
+            for c in range(3)
+        ]
+    )
     assert losses.lovasz_softmax(F.one_hot(guess, 3).permute(0, 3, 1, 2).float(), labels).item() == pytest.approx(
-        expected, abs=1e-6)
+        expected, abs=1e-6
+    )
     assert losses.lovasz_softmax(F.one_hot(labels, 3).permute(0, 3, 1, 2).float(), labels) == 0
 
 
 # Criterion
+
 
 def made_target(standin, batch: int = 2) -> Target:
     """Plausible shapes: the rest meshes, jittered and somewhere in front of the camera."""
@@ -144,14 +160,26 @@ def made_target(standin, batch: int = 2) -> Target:
     place = torch.randn(batch, 2, 1, 3) * 0.1 + torch.tensor([0, 0, 0.6])
     vertices = template + 0.002 * torch.randn(batch, 2, NUM_VERTICES, 3) + place
     joints = vertices[:, :, ::37][:, :, :NUM_JOINTS].clone()
-    return Target(vertices, joints, torch.randn(batch, 2, NUM_VERTICES, 2), torch.randn(batch, 2, NUM_JOINTS, 2),
-                  torch.randint(3, (batch, 32, 32)), torch.rand(batch, 3, 32, 32))
+    return Target(
+        vertices,
+        joints,
+        torch.randn(batch, 2, NUM_VERTICES, 2),
+        torch.randn(batch, 2, NUM_JOINTS, 2),
+        torch.randint(3, (batch, 32, 32)),
+        torch.rand(batch, 3, 32, 32),
+    )
 
 
 def perfect_hands(target: Target, root: int) -> HandPrediction:
-    roots = target.joints[:, :, root:root + 1]
-    return HandPrediction(torch.zeros(len(roots), 2, 64), (roots[:, 1, 0] - roots[:, 0, 0]) / HAND_SCALE,
-                          target.vertices - roots, target.joints - roots, target.vertices_uv, target.joints_uv)
+    roots = target.joints[:, :, root : root + 1]
+    return HandPrediction(
+        torch.zeros(len(roots), 2, 64),
+        (roots[:, 1, 0] - roots[:, 0, 0]) / HAND_SCALE,
+        target.vertices - roots,
+        target.joints - roots,
+        target.vertices_uv,
+        target.joints_uv,
+    )
 
 
 def noisy(hands: HandPrediction) -> HandPrediction:
@@ -225,17 +253,23 @@ def test_every_geometric_term_equals_its_formula(standin):
     terms = make_criterion(standin)(make_output([hands]), target)
     for side, hand in (('left', 0), ('right', 1)):
         root = target.joints[:, hand, :1]
-        for name, points, truth in (('joint', hands.joints, target.joints),
-                                    ('vertex', hands.vertices, target.vertices)):
+        for name, points, truth in (
+            ('joint', hands.joints, target.joints),
+            ('vertex', hands.vertices, target.vertices),
+        ):
             true = (truth[:, hand] - root) / HAND_SCALE
             expected = F.huber_loss(points[:, hand] / HAND_SCALE, true, delta=0.01)
             torch.testing.assert_close(terms[f'{name}_xyz_{side}_0'], expected)
-        for name, uv, truth in (('joint', hands.joints_uv, target.joints_uv),
-                                ('vertex', hands.vertices_uv, target.vertices_uv)):
+        for name, uv, truth in (
+            ('joint', hands.joints_uv, target.joints_uv),
+            ('vertex', hands.vertices_uv, target.vertices_uv),
+        ):
             expected = F.huber_loss(uv[:, hand], truth[:, hand], delta=0.01)
             torch.testing.assert_close(terms[f'{name}_uv_{side}_0'], expected)
         faces = torch.tensor(standin[hand].faces)[None]
-        edges = [losses.face_edges(v[:, hand:hand + 1] / HAND_SCALE, faces) for v in (hands.vertices, target.vertices)]
+        edges = [
+            losses.face_edges(v[:, hand : hand + 1] / HAND_SCALE, faces) for v in (hands.vertices, target.vertices)
+        ]
         torch.testing.assert_close(terms[f'edge_{side}_0'], losses.edge_length_loss(*edges)[0], rtol=1e-4, atol=0)
         torch.testing.assert_close(terms[f'normal_{side}_0'], losses.normal_loss(*edges)[0], rtol=1e-4, atol=0)
 
@@ -247,7 +281,7 @@ def test_image_terms_equal_their_formulas(standin):
     # 32 -> 8: nearest takes the first of four cells, bilinear the mean of the middle two by two.
     labels = target.segmentation[:, ::4, ::4].numpy()
     colour = target.dense.numpy()
-    colour = torch.from_numpy(sum(colour[:, :, 1 + i::4, 1 + j::4] for i in (0, 1) for j in (0, 1)) / 4)
+    colour = torch.from_numpy(sum(colour[:, :, 1 + i :: 4, 1 + j :: 4] for i in (0, 1) for j in (0, 1)) / 4)
     torch.testing.assert_close(terms['dense'], F.huber_loss(output.dense, colour, delta=0.01), rtol=1e-5, atol=0)
     logits, weights = output.segmentation.double().numpy(), (0.1, 0.45, 0.45)
     cost = share = 0.0
@@ -269,7 +303,9 @@ def test_weights_multiply_and_zero_drops_the_term(standin):
     weights = {name: float(k + 2) for k, name in enumerate(ALL_TERMS)} | {'edge': 0.0, 'lovasz': 0.0}
     weighted = make_criterion(standin, weights=weights)(output, target)
     assert {name for name in plain if name not in weighted} == {
-        'lovasz', *(f'edge_{side}_{stage}' for side in ('left', 'right') for stage in (0, 1))}
+        'lovasz',
+        *(f'edge_{side}_{stage}' for side in ('left', 'right') for stage in (0, 1)),
+    }
     for name, value in weighted.items():
         key = next(k for k in ALL_TERMS if name == k or name.startswith(f'{k}_'))
         torch.testing.assert_close(value, weights[key] * plain[name])
@@ -319,12 +355,23 @@ def test_bone_length_is_wrist_to_middle_mcp():
 
 
 def test_build_criterion_reads_every_weight_and_switch(standin):
-    cfg = load_config(None, ['ROOT_JOINT', '9', 'LOSS.EDGE', '0.25', 'LOSS.LOVASZ_INPUT', 'probabilities',
-                             'LOSS.SCALE_TO_TRUTH', 'true'])
+    cfg = load_config(
+        None,
+        ['ROOT_JOINT', '9', 'LOSS.EDGE', '0.25', 'LOSS.LOVASZ_INPUT', 'probabilities', 'LOSS.SCALE_TO_TRUTH', 'true'],
+    )
     criterion = build_criterion(cfg, standin)
     assert criterion.weights == {
-        'joint_uv': 10, 'vertex_uv': 10, 'joint_xyz': 10, 'vertex_xyz': 10, 'edge': 0.25, 'normal': 0.1, 'offset': 10,
-        'segmentation': 0.1, 'lovasz': 0.1, 'dense': 1}
+        'joint_uv': 10,
+        'vertex_uv': 10,
+        'joint_xyz': 10,
+        'vertex_xyz': 10,
+        'edge': 0.25,
+        'normal': 0.1,
+        'offset': 10,
+        'segmentation': 0.1,
+        'lovasz': 0.1,
+        'dense': 1,
+    }
     assert criterion.root_joint == 9 and criterion.lovasz_on_probabilities and criterion.scale_to_truth
     assert not criterion.state_dict()
     default = build_criterion(load_config(), standin)

@@ -33,8 +33,9 @@ def checkpoint(standin, tmp_path_factory):
 @pytest.fixture
 def run(checkpoint, tmp_path):
     """run(*arguments) -> exit code; outputs go to tmp_path/out."""
-    return lambda *arguments: demo.main([*map(str, arguments), '--model', str(checkpoint), '--out',
-                                         str(tmp_path / 'out'), '--device', 'cpu'])
+    return lambda *arguments: demo.main(
+        [*map(str, arguments), '--model', str(checkpoint), '--out', str(tmp_path / 'out'), '--device', 'cpu']
+    )
 
 
 @pytest.fixture
@@ -94,8 +95,11 @@ def test_the_focal_length_is_given_or_the_pictures_or_assumed(run, tmp_path):
     exif.get_ifd(0x8769)[0xA405] = 43
     image.save(tmp_path / 'phone.jpg', exif=exif)
     image.save(tmp_path / 'plain.png')
-    for name, options, said, focal in (('phone.jpg', (), 'exif', 198.8), ('plain.png', (), 'assumed', 160),
-                                       ('phone.jpg', ('--focal', 99), 'given', 99)):
+    for name, options, said, focal in (
+        ('phone.jpg', (), 'exif', 198.8),
+        ('plain.png', (), 'assumed', 160),
+        ('phone.jpg', ('--focal', 99), 'given', 99),
+    ):
         assert run(tmp_path / name, *options) == 0
         numbers = hands(tmp_path, name[:5])
         assert numbers['focal_from'] == said
@@ -161,6 +165,7 @@ def test_small_hands_in_a_whole_picture_are_warned_of(run, pictures, tmp_path, m
 
 # Videos
 
+
 def test_a_video_gives_an_overlay_and_joints_over_time(run, tmp_path):
     write_frames(tmp_path / 'clip.mp4', 7)
     assert run(tmp_path / 'clip.mp4', '--box', 10, 10, 30, 30, '--batch', 3) == 0
@@ -186,7 +191,7 @@ def test_a_video_gives_an_overlay_and_joints_over_time(run, tmp_path):
 def test_a_video_that_ends_early_says_so(run, tmp_path):
     write_frames(tmp_path / 'clip.avi', 12, 'MJPG', (320, 240))
     content = (tmp_path / 'clip.avi').read_bytes()
-    (tmp_path / 'clip.avi').write_bytes(content[:len(content) // 2])
+    (tmp_path / 'clip.avi').write_bytes(content[: len(content) // 2])
     assert run(tmp_path / 'clip.avi') == 0
     frames = json.loads((tmp_path / 'out' / 'clip' / 'video.json').read_text())['frames']
     assert 0 < frames < 12
@@ -214,11 +219,18 @@ def test_a_stop_keeps_what_is_done_and_the_next_run_does_it_again(run, tmp_path,
 
 # What is asked for
 
-@pytest.mark.parametrize('arguments, words', [
-    ([], 'nothing to look at'), (['none.jpg'], 'no file or folder none.jpg'), (['*.none'], 'fits the pattern'),
-    (['tests', '--focal', '-1'], '--focal is -1'), (['tests', '--batch', '0'], '--batch is 0'),
-    (['tests'], 'holds no picture or video'),
-])
+
+@pytest.mark.parametrize(
+    'arguments, words',
+    [
+        ([], 'nothing to look at'),
+        (['none.jpg'], 'no file or folder none.jpg'),
+        (['*.none'], 'fits the pattern'),
+        (['tests', '--focal', '-1'], '--focal is -1'),
+        (['tests', '--batch', '0'], '--batch is 0'),
+        (['tests'], 'holds no picture or video'),
+    ],
+)
 def test_what_cannot_be_done_is_one_sentence(run, capsys, arguments, words):
     assert run(*arguments) == 2
     error = capsys.readouterr().err
@@ -236,6 +248,7 @@ def test_no_camera_is_one_failure(run, tmp_path):
 
 
 # The detector
+
 
 def test_without_mediapipe_one_sentence_says_what_to_do(run, pictures, capsys, monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'mediapipe', None)

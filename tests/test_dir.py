@@ -16,8 +16,18 @@ from utils.config import load_config
 from utils.errors import UserError
 from utils.hand import NUM_FACES, NUM_JOINTS, NUM_VERTICES
 
-TINY = ['MODEL.BACKBONE', 'resnet18', 'MODEL.IMAGE_SIZE', '64', 'MODEL.MAP_CHANNELS', '16', 'MODEL.PRETRAINED', 'false',
-        'MANO.SOURCE', 'standin']
+TINY = [
+    'MODEL.BACKBONE',
+    'resnet18',
+    'MODEL.IMAGE_SIZE',
+    '64',
+    'MODEL.MAP_CHANNELS',
+    '16',
+    'MODEL.PRETRAINED',
+    'false',
+    'MANO.SOURCE',
+    'standin',
+]
 
 
 def tiny_config(**changes):
@@ -38,15 +48,27 @@ def made_target(batch: int) -> Target:
     g = torch.Generator().manual_seed(2)
     joints, vertices = (0.1 * torch.randn(batch, 2, n, 3, generator=g) for n in (NUM_JOINTS, NUM_VERTICES))
     joints_uv, vertices_uv = (0.5 * torch.randn(batch, 2, n, 2, generator=g) for n in (NUM_JOINTS, NUM_VERTICES))
-    return Target(vertices, joints, vertices_uv, joints_uv, torch.randint(3, (batch, 64, 64), generator=g),
-                  torch.rand(batch, 3, 64, 64, generator=g))
+    return Target(
+        vertices,
+        joints,
+        vertices_uv,
+        joints_uv,
+        torch.randint(3, (batch, 64, 64), generator=g),
+        torch.rand(batch, 3, 64, 64, generator=g),
+    )
 
 
 def check_shapes(output, *, batch: int, stages: int, map_size: int) -> None:
     assert len(output.stages) == stages + 1
     for hands in output.stages:
         assert [tuple(x.shape[1:]) for x in hands] == [
-            (2, 64), (3,), (2, NUM_VERTICES, 3), (2, NUM_JOINTS, 3), (2, NUM_VERTICES, 2), (2, NUM_JOINTS, 2)]
+            (2, 64),
+            (3,),
+            (2, NUM_VERTICES, 3),
+            (2, NUM_JOINTS, 3),
+            (2, NUM_VERTICES, 2),
+            (2, NUM_JOINTS, 2),
+        ]
         assert all(len(x) == batch and x.isfinite().all() for x in hands)
     assert output.segmentation.shape == output.dense.shape == (batch, 3, map_size, map_size)
 
@@ -59,9 +81,17 @@ def test_every_number_of_stages_gives_an_estimate_each(standin, stages, map_size
     check_shapes(model(images(2, 96)), batch=2, stages=stages, map_size=map_size * 3 // 2)
 
 
-VARIANTS = [{}, {'STAGES': 0}, {'STAGES': 3, 'DETACH': 'false'}, {'INTERACTION': 'graph'},
-            {'STAGES': 1, 'INTERACTION': 'transformer'}, {'STAGES': 1, 'INTERACTION': 'none'},
-            {'STAGES': 1, 'PROJECTION': 'joints'}, {'PROJECTION': 'none'}, {'STAGES': 1, 'INIT': 'published'}]
+VARIANTS = [
+    {},
+    {'STAGES': 0},
+    {'STAGES': 3, 'DETACH': 'false'},
+    {'INTERACTION': 'graph'},
+    {'STAGES': 1, 'INTERACTION': 'transformer'},
+    {'STAGES': 1, 'INTERACTION': 'none'},
+    {'STAGES': 1, 'PROJECTION': 'joints'},
+    {'PROJECTION': 'none'},
+    {'STAGES': 1, 'INIT': 'published'},
+]
 
 
 @pytest.mark.parametrize('changes', VARIANTS, ids=lambda c: ' '.join(f'{k}={v}' for k, v in c.items()) or 'default')
@@ -69,7 +99,7 @@ def test_one_training_step_reaches_every_parameter(standin, changes):
     model = tiny_model(standin, **changes).train()
     output = model(images(3))
     stages = changes.get('STAGES', 2)
-    check_shapes(output, batch=3, stages=stages, map_size=2 * 2 ** stages)
+    check_shapes(output, batch=3, stages=stages, map_size=2 * 2**stages)
     sum(build_criterion(tiny_config(**changes), standin)(output, made_target(3)).values()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
@@ -97,8 +127,12 @@ def test_detach_stops_the_last_stages_loss_at_its_own_input(standin, detach):
     model = tiny_model(standin, DETACH=detach).train()
     hands = model(images(2)).stages[-1]
     (hands.vertices.square().sum() + hands.offset.square().sum()).backward()
-    heads = [model.initial_regressor.parameters_head, model.initial_regressor.offset_head,
-             model.stages[0].parameters_head, model.stages[0].offset_head]
+    heads = [
+        model.initial_regressor.parameters_head,
+        model.initial_regressor.offset_head,
+        model.stages[0].parameters_head,
+        model.stages[0].offset_head,
+    ]
     moved = [head.weight.grad is not None and bool(head.weight.grad.any()) for head in heads]
     # The first stage's parameters stay reachable when detached: its map is drawn along its own new estimate.
     assert moved == ([False, False, True, False] if detach else [True] * 4)
@@ -221,8 +255,9 @@ def test_no_checkpoint_would_hold_a_hand_model(standin):
 def test_left_middle_tip_moves_only_that_joint(standin):
     parameters, offset = torch.zeros(1, 2, 64), torch.zeros(1, 3)
     parameters[..., [0, 4]] = 1
-    usual, moved = (tiny_model(standin, STAGES=0, LEFT_MIDDLE_TIP=tip).hand_head(parameters, offset)
-                    for tip in (444, 445))
+    usual, moved = (
+        tiny_model(standin, STAGES=0, LEFT_MIDDLE_TIP=tip).hand_head(parameters, offset) for tip in (444, 445)
+    )
     changed = (usual.joints != moved.joints).any(-1)[0]
     assert changed.nonzero().tolist() == [[0, 12]]
     torch.testing.assert_close(moved.joints[0, 0, 12], moved.vertices[0, 0, 445])
@@ -248,6 +283,7 @@ def test_features_are_read_where_the_joints_are(standin):
 
 
 # Backbone weights
+
 
 @pytest.fixture(scope='module')
 def torchvision_state():
@@ -298,8 +334,9 @@ def write_nothing(path, state):
     assert not path.exists()
 
 
-@pytest.mark.parametrize('write', [write_other_network, write_checkpoint, write_list, write_cut_short, write_text,
-                                   write_nothing])
+@pytest.mark.parametrize(
+    'write', [write_other_network, write_checkpoint, write_list, write_cut_short, write_text, write_nothing]
+)
 def test_other_weights_are_refused_by_name(standin, torchvision_state, tmp_path, write):
     path = tmp_path / 'weights.pth'
     write(path, torchvision_state)

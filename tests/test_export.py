@@ -21,8 +21,20 @@ from utils.errors import UserError
 from utils.hand import NUM_JOINTS, NUM_VERTICES
 
 SIZE = 64
-TINY = ['MODEL.BACKBONE', 'resnet18', 'MODEL.IMAGE_SIZE', str(SIZE), 'MODEL.MAP_CHANNELS', '16', 'MODEL.PRETRAINED',
-        'false', 'MODEL.INIT', 'identity', 'MANO.SOURCE', 'standin']
+TINY = [
+    'MODEL.BACKBONE',
+    'resnet18',
+    'MODEL.IMAGE_SIZE',
+    str(SIZE),
+    'MODEL.MAP_CHANNELS',
+    '16',
+    'MODEL.PRETRAINED',
+    'false',
+    'MODEL.INIT',
+    'identity',
+    'MANO.SOURCE',
+    'standin',
+]
 MISSING = [name for name in export.FORMATS['onnx'].packages if importlib.util.find_spec(name) is None]
 # Tracing two stages takes the better part of a minute: those who have the optional packages take the time.
 STAGES = ['MODEL.STAGES', '0' if MISSING else '2']
@@ -81,6 +93,7 @@ def exported(checkpoint, tmp_path_factory) -> Exported:
 @pytest.fixture
 def quick(monkeypatch, exported):
     """Give the script a format that takes no time: ``quick(run)`` with what the written file computes."""
+
     def install(run, convert=lambda program: b'content'):
         monkeypatch.setattr(export, 'trace', lambda model, size: exported.program)
         monkeypatch.setitem(export.FORMATS, 'torch_export', export.Format('dir.pt2', (), convert, lambda path: run))
@@ -116,12 +129,20 @@ def test_onnx_has_the_opset_names_and_axes_that_are_promised(exported):
     model = onnx.load(exported.folder / 'dir.onnx')
     onnx.checker.check_model(model)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [('', 18)]
-    shapes = {value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
-              for value in (*model.graph.input, *model.graph.output)}
+    shapes = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
     assert shapes == {'image': ['batch', 3, SIZE, SIZE]} | {
-        name: ['batch', *output.shape[1:]] for name, output in export.OUTPUTS.items()}
-    modes = [attribute.s for node in model.graph.node if node.op_type == 'GridSample'
-             for attribute in node.attribute if attribute.name == 'mode']
+        name: ['batch', *output.shape[1:]] for name, output in export.OUTPUTS.items()
+    }
+    modes = [
+        attribute.s
+        for node in model.graph.node
+        if node.op_type == 'GridSample'
+        for attribute in node.attribute
+        if attribute.name == 'mode'
+    ]
     assert modes == [b'bilinear'] * 2
 
 
@@ -217,11 +238,12 @@ def test_an_exporter_that_succeeds_is_not_heard(capfd):
 def test_wrong_arguments_are_one_sentence(checkpoint, tmp_path, capsys):
     (tmp_path / 'text.pth').write_text('not a checkpoint')
     for arguments, part in (
-            (['--model', str(tmp_path / 'text.pth'), '--format', 'torch_export'], 'text.pth cannot be read'),
-            (['--model', str(tmp_path / 'no.pth'), '--format', 'torch_export'], 'no.pth does not exist'),
-            (['--model', str(checkpoint), '--format', 'tensorrt'], 'it was given tensorrt'),
-            (['--model', str(checkpoint), '--format', 'ROOT_JOINT', '9'], 'it was given none'),
-            (['--model', str(checkpoint), '--format', 'torch_export', 'ROOT_JOINT', '9'], 'trained with ROOT_JOINT 0')):
+        (['--model', str(tmp_path / 'text.pth'), '--format', 'torch_export'], 'text.pth cannot be read'),
+        (['--model', str(tmp_path / 'no.pth'), '--format', 'torch_export'], 'no.pth does not exist'),
+        (['--model', str(checkpoint), '--format', 'tensorrt'], 'it was given tensorrt'),
+        (['--model', str(checkpoint), '--format', 'ROOT_JOINT', '9'], 'it was given none'),
+        (['--model', str(checkpoint), '--format', 'torch_export', 'ROOT_JOINT', '9'], 'trained with ROOT_JOINT 0'),
+    ):
         assert export.main([*arguments, '--out', str(tmp_path / 'out')]) == 2
         error = capsys.readouterr().err
         assert error.count('\n') == 1 and part in error

@@ -56,16 +56,36 @@ def write_raw_tree(root: Path, joints, valid=None, split='test') -> Path:
         points = np.concatenate([np.asarray(joints[number, side])[order] for side in (RIGHT, LEFT)]) * 1000
         seen = np.concatenate([valid[number, side][order] for side in (RIGHT, LEFT)])
         steps.setdefault(capture, {})[frame] = {
-            'world_coord': np.where(seen[:, None], points, 1.0).tolist(), 'joint_valid': seen[:, None].tolist(),
-            'hand_type': 'interacting', 'hand_type_valid': True}
+            'world_coord': np.where(seen[:, None], points, 1.0).tolist(),
+            'joint_valid': seen[:, None].tolist(),
+            'hand_type': 'interacting',
+            'hand_type_valid': True,
+        }
         for camera in ('400001', '400002'):  # two pictures of every time step
             identity = len(data['images'])
-            data['images'].append({
-                'id': identity, 'file_name': f'{identity}.jpg', 'width': 334, 'height': 512, 'subject': 0,
-                'capture': int(capture), 'seq_name': 's', 'camera': camera, 'frame_idx': int(frame)})
-            data['annotations'].append({
-                'id': identity, 'image_id': identity, 'bbox': [0, 0, 1, 1], 'joint_valid': [1] * 42,
-                'hand_type': 'interacting', 'hand_type_valid': 1})
+            data['images'].append(
+                {
+                    'id': identity,
+                    'file_name': f'{identity}.jpg',
+                    'width': 334,
+                    'height': 512,
+                    'subject': 0,
+                    'capture': int(capture),
+                    'seq_name': 's',
+                    'camera': camera,
+                    'frame_idx': int(frame),
+                }
+            )
+            data['annotations'].append(
+                {
+                    'id': identity,
+                    'image_id': identity,
+                    'bbox': [0, 0, 1, 1],
+                    'joint_valid': [1] * 42,
+                    'hand_type': 'interacting',
+                    'hand_type_valid': 1,
+                }
+            )
     folder = root / 'annotations' / split
     folder.mkdir(parents=True)
     (root / 'images' / split).mkdir(parents=True)
@@ -80,8 +100,10 @@ def read_back(layer, root: Path, split='test'):
     joints, vertices = [], []
     for name in NAMES:
         fits = raw.mano(*name)
-        values = [[getattr(fits[side], key) if fits[side] else np.full(size, np.nan) for side in SIDES]
-                  for key, size in (('pose', 48), ('shape', 10), ('trans', 3))]
+        values = [
+            [getattr(fits[side], key) if fits[side] else np.full(size, np.nan) for side in SIDES]
+            for key, size in (('pose', 48), ('shape', 10), ('trans', 3))
+        ]
         pose, shape, trans = (torch.from_numpy(np.array(v))[None] for v in values)
         hands = layer(pose[..., :3], mean + pose[..., 3:], shape, use_pca=False)
         joints.append(hands.joints[0] + trans[0, :, None])
@@ -90,9 +112,14 @@ def read_back(layer, root: Path, split='test'):
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / 'dataset' / 'fit_mano.py'), *map(str, arguments)],
-                          check=False, capture_output=True, text=True, cwd=ROOT,
-                          env=os.environ | {'OMP_NUM_THREADS': '1'})
+    return subprocess.run(
+        [sys.executable, str(ROOT / 'dataset' / 'fit_mano.py'), *map(str, arguments)],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {'OMP_NUM_THREADS': '1'},
+    )
 
 
 def residuals(root: Path) -> dict[tuple[str, str, str], dict[str, str]]:
@@ -118,8 +145,10 @@ def test_script_writes_the_real_format(tmp_path, made, layer):
     assert [(capture, frame) for capture in content for frame in content[capture]] == NAMES
     hand = content['1']['20']['right']
     assert {key: len(value) for key, value in hand.items()} == {'pose': 48, 'shape': 10, 'trans': 3}
-    shapes = {capture: {tuple(entry[side]['shape']) for entry in content[capture].values() for side in SIDES}
-              for capture in content}
+    shapes = {
+        capture: {tuple(entry[side]['shape']) for entry in content[capture].values() for side in SIDES}
+        for capture in content
+    }
     assert len(shapes['0']) == len(shapes['1']) == 1 and shapes['0'] != shapes['1']  # one person a capture
 
     table = residuals(root)
@@ -208,13 +237,16 @@ def test_a_time_step_without_joints_is_counted(tmp_path, made, capsys):
     assert '10 hands fitted' in out and '1 time steps have pictures but no usable joints: 0/11' in out
 
 
-@pytest.mark.parametrize(('arguments', 'said'), [
-    (['--data_path', '{}/nowhere'], 'nowhere does not exist'),
-    (['--data_path', '{}', '--splits', 'val'], 'val'),
-    (['--data_path', '{}', '--splits', 'vall'], 'separated by commas'),
-    (['--data_path', '{}', 'DEVICE', 'abacus'], 'DEVICE abacus'),
-    (['--data_path', '{}', 'MANO.SORCE', 'standin'], 'MANO.SOURCE'),
-])
+@pytest.mark.parametrize(
+    ('arguments', 'said'),
+    [
+        (['--data_path', '{}/nowhere'], 'nowhere does not exist'),
+        (['--data_path', '{}', '--splits', 'val'], 'val'),
+        (['--data_path', '{}', '--splits', 'vall'], 'separated by commas'),
+        (['--data_path', '{}', 'DEVICE', 'abacus'], 'DEVICE abacus'),
+        (['--data_path', '{}', 'MANO.SORCE', 'standin'], 'MANO.SOURCE'),
+    ],
+)
 def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, made, capsys, arguments, said):
     root = write_raw_tree(tmp_path, made[0])
     try:
@@ -236,8 +268,9 @@ def test_script_without_hand_model_or_joints(tmp_path, made):
 
 
 def test_no_time_steps(models):
-    fit = fit_mano.fit_time_steps(models, torch.zeros(0, 2, 21, 3), torch.zeros(0, 2, 21, dtype=torch.bool),
-                                  torch.zeros(0, dtype=torch.long))
+    fit = fit_mano.fit_time_steps(
+        models, torch.zeros(0, 2, 21, 3), torch.zeros(0, 2, 21, dtype=torch.bool), torch.zeros(0, dtype=torch.long)
+    )
     assert fit.pose.shape == (0, 2, 48)
 
 

@@ -58,8 +58,12 @@ def test_derivatives_equal_autograd(models):
 
     def points(change):  # one change for both time steps and hands: root 3, pose 45, trans 3, betas 10
         turn = axis_angle_to_matrix(change[:3]).expand(2, 2, 3, 3)
-        moved = HandParameters(hands.root @ turn, hands.pose + change[3:48].view(15, 3), hands.betas + change[51:],
-                               hands.trans + change[48:51])
+        moved = HandParameters(
+            hands.root @ turn,
+            hands.pose + change[3:48].view(15, 3),
+            hands.betas + change[51:],
+            hands.trans + change[48:51],
+        )
         return fitting._Linearised(model, moved).points
 
     expected = torch.autograd.functional.jacobian(points, torch.zeros(61, dtype=torch.float64))

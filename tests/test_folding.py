@@ -25,8 +25,21 @@ def norms(model: nn.Module) -> int:
 @torch.no_grad()
 def test_folded_network_computes_the_same_with_fewer_norms(standin):
     torch.manual_seed(0)
-    cfg = load_config(None, ['MODEL.BACKBONE', 'resnet18', 'MODEL.IMAGE_SIZE', '64', 'MODEL.MAP_CHANNELS', '16',
-                             'MODEL.PRETRAINED', 'false', 'MODEL.INIT', 'identity'])
+    cfg = load_config(
+        None,
+        [
+            'MODEL.BACKBONE',
+            'resnet18',
+            'MODEL.IMAGE_SIZE',
+            '64',
+            'MODEL.MAP_CHANNELS',
+            '16',
+            'MODEL.PRETRAINED',
+            'false',
+            'MODEL.INIT',
+            'identity',
+        ],
+    )
     image = torch.randn(4, 3, 64, 64, dtype=torch.float64)
     model = with_statistics(build_model(cfg, standin).double(), image)
     before = {name: value.clone() for name, value in model.state_dict().items()}

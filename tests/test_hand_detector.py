@@ -16,7 +16,7 @@ class Landmarker:
     closed = False
 
     def detect(self, image):
-        marks = [[(0.25, 0.5), (0.5, 0.75)], [(0.5, 0.25), (0.75, 0.5)]][:int(image.data[0, 0, 0])]
+        marks = [[(0.25, 0.5), (0.5, 0.75)], [(0.5, 0.25), (0.75, 0.5)]][: int(image.data[0, 0, 0])]
         return SimpleNamespace(hand_landmarks=[[SimpleNamespace(x=x, y=y) for x, y in hand] for hand in marks])
 
     def close(self):
@@ -39,8 +39,9 @@ def mediapipe(monkeypatch, tmp_path):
     package.Image = lambda image_format, data: SimpleNamespace(format=image_format, data=data)
     package.ImageFormat = SimpleNamespace(SRGB='rgb')
     python.BaseOptions = lambda model_asset_path: model_asset_path
-    python.vision = SimpleNamespace(HandLandmarkerOptions=lambda **options: options,
-                                    HandLandmarker=SimpleNamespace(create_from_options=create))
+    python.vision = SimpleNamespace(
+        HandLandmarkerOptions=lambda **options: options, HandLandmarker=SimpleNamespace(create_from_options=create)
+    )
     for module in (package, tasks, python):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return seen, landmarker, model

@@ -33,6 +33,7 @@ def config(root, **overrides):
 
 # Samples.
 
+
 def test_a_sample_holds_what_was_written(tiny_prepared):
     dataset = InterHandDataset(tiny_prepared, 'train')
     assert len(dataset) == 8
@@ -94,16 +95,20 @@ def test_augmentation_is_drawn_only_where_asked_for_and_from_seed_epoch_and_inde
 
 # Bad input: one sentence with the path.
 
-@pytest.mark.parametrize('path, spoil, message', [
-    ('train', lambda p: shutil.rmtree(p), r'data/train does not exist: set DATASET\.PATH'),
-    ('train', lambda p: p.rename(p.with_name('train.partial')), r'data/train is only half prepared'),
-    ('train/mask', lambda p: shutil.rmtree(p), r'train/mask is missing'),
-    ('train/img/3.jpg', lambda p: p.unlink(), r'train/img has gaps: 1 .* the first is number 3'),
-    ('train/img/7.jpg', lambda p: p.unlink(), r'train/img has gaps: 1 .* the first is number 7'),
-    ('train/anno/0.pkl', lambda p: p.unlink(), r'train/anno has gaps: 1 .* the first is number 0'),
-    ('train/dense/9.jpg', lambda p: p.touch(), r'train/img has gaps: 2 .* the first is number 8'),
-    ('train/mask/5.jpg', lambda p: p.rename(p.with_name('5.png')), r'train/mask has gaps: 1 .* number 5'),
-])
+
+@pytest.mark.parametrize(
+    'path, spoil, message',
+    [
+        ('train', lambda p: shutil.rmtree(p), r'data/train does not exist: set DATASET\.PATH'),
+        ('train', lambda p: p.rename(p.with_name('train.partial')), r'data/train is only half prepared'),
+        ('train/mask', lambda p: shutil.rmtree(p), r'train/mask is missing'),
+        ('train/img/3.jpg', lambda p: p.unlink(), r'train/img has gaps: 1 .* the first is number 3'),
+        ('train/img/7.jpg', lambda p: p.unlink(), r'train/img has gaps: 1 .* the first is number 7'),
+        ('train/anno/0.pkl', lambda p: p.unlink(), r'train/anno has gaps: 1 .* the first is number 0'),
+        ('train/dense/9.jpg', lambda p: p.touch(), r'train/img has gaps: 2 .* the first is number 8'),
+        ('train/mask/5.jpg', lambda p: p.rename(p.with_name('5.png')), r'train/mask has gaps: 1 .* number 5'),
+    ],
+)
 def test_incomplete_split(spoilt, path, spoil, message):
     spoil(spoilt / path)
     with pytest.raises(UserError, match=message):
@@ -119,12 +124,16 @@ def test_empty_split(tmp_path):
 
 
 @pytest.mark.parametrize('kind', ['img', 'mask', 'dense'])
-@pytest.mark.parametrize('content, message', [
-    (b'', 'is missing or not a readable image'), (b'not a picture', 'is missing or not a readable image'),
-    (None, 'is missing or not a readable image'),
-    (cv2.imencode('.jpg', np.zeros((200, 256, 3), np.uint8))[1].tobytes(), 'is 256 x 200 pixels'),
-    (cv2.imencode('.jpg', np.zeros((512, 512, 3), np.uint8))[1].tobytes(), 'is 512 x 512 pixels'),
-])
+@pytest.mark.parametrize(
+    'content, message',
+    [
+        (b'', 'is missing or not a readable image'),
+        (b'not a picture', 'is missing or not a readable image'),
+        (None, 'is missing or not a readable image'),
+        (cv2.imencode('.jpg', np.zeros((200, 256, 3), np.uint8))[1].tobytes(), 'is 256 x 200 pixels'),
+        (cv2.imencode('.jpg', np.zeros((512, 512, 3), np.uint8))[1].tobytes(), 'is 512 x 512 pixels'),
+    ],
+)
 def test_bad_picture(spoilt, kind, content, message):
     dataset, path = InterHandDataset(spoilt, 'train'), spoilt / f'train/{kind}/2.jpg'
     path.unlink() if content is None else path.write_bytes(content)
@@ -150,6 +159,7 @@ def without(*keys):
             inner = inner[key]
         del inner[keys[-1]]
         return content
+
     return change
 
 
@@ -157,21 +167,28 @@ def with_pose_of(size):
     def change(content):
         content['mano_params']['left']['pose'] = np.zeros((1, size), np.float32)
         return content
+
     return change
 
 
-@pytest.mark.parametrize('change, message', [
-    (with_camera_nan, 'holds NaN or infinity'), (with_infinite_pose, 'holds NaN or infinity'),
-    (without('camera'), 'is not a prepared annotation'),
-    (without('mano_params', 'left'), 'is not a prepared annotation'),
-    (without('mano_params', 'right', 'trans'), 'is not a prepared annotation'),
-    (with_pose_of(48), 'is not a prepared annotation'),
-    (lambda c: c | {'camera': None}, 'is not a prepared annotation'),
-    (lambda c: [c], 'is not a prepared annotation'), (lambda c: None, 'is not a prepared annotation'),
-    (lambda c: np.zeros(3), 'is not a prepared annotation'), (lambda c: 'text', 'is not a prepared annotation'),
-    (lambda c: c | {'camera': {'R': 'x', 't': 'y', 'camera': 'z'}}, 'is not a prepared annotation'),
-    (lambda c: c | {'code': shutil.rmtree}, r'was refused: it wants to run shutil\.'),
-])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (with_camera_nan, 'holds NaN or infinity'),
+        (with_infinite_pose, 'holds NaN or infinity'),
+        (without('camera'), 'is not a prepared annotation'),
+        (without('mano_params', 'left'), 'is not a prepared annotation'),
+        (without('mano_params', 'right', 'trans'), 'is not a prepared annotation'),
+        (with_pose_of(48), 'is not a prepared annotation'),
+        (lambda c: c | {'camera': None}, 'is not a prepared annotation'),
+        (lambda c: [c], 'is not a prepared annotation'),
+        (lambda c: None, 'is not a prepared annotation'),
+        (lambda c: np.zeros(3), 'is not a prepared annotation'),
+        (lambda c: 'text', 'is not a prepared annotation'),
+        (lambda c: c | {'camera': {'R': 'x', 't': 'y', 'camera': 'z'}}, 'is not a prepared annotation'),
+        (lambda c: c | {'code': shutil.rmtree}, r'was refused: it wants to run shutil\.'),
+    ],
+)
 def test_bad_annotation(spoilt, change, message):
     path = spoilt / 'train/anno/6.pkl'
     path.write_bytes(pickle.dumps(change(make_annotations(7)[6])))
@@ -207,6 +224,7 @@ def test_a_loader_process_reports_bad_input_in_one_sentence_too(spoilt, capsys):
 
 # Order.
 
+
 def indices(sampler, epoch, step=0):
     sampler.start_at(epoch, step)
     keys = list(sampler)
@@ -232,8 +250,8 @@ def test_an_epoch_holds_every_sample_at_most_once_in_an_order_of_its_own(length,
 def test_resuming_gives_the_rest_of_the_epoch(step):
     sampler = EpochSampler(22, batch_size=4, seed=0)
     whole = indices(sampler, 7)
-    assert indices(sampler, 7, step) == whole[4 * step:]
-    assert indices(EpochSampler(22, batch_size=4, seed=0), 7, step) == whole[4 * step:]
+    assert indices(sampler, 7, step) == whole[4 * step :]
+    assert indices(EpochSampler(22, batch_size=4, seed=0), 7, step) == whole[4 * step :]
     assert indices(sampler, 8) != whole and len(indices(sampler, 8)) == 20  # the next epoch is whole again
 
 
@@ -248,6 +266,7 @@ def test_processes_share_the_same_batches(world, monkeypatch):
 
 
 # Loaders.
+
 
 def test_collating_gives_a_sample_of_batched_tensors(tiny_prepared):
     dataset = InterHandDataset(tiny_prepared, 'train')
@@ -285,10 +304,13 @@ def test_training_loader_reads_dense_pictures_only_if_they_count(tiny_prepared):
     assert next(iter(batches)).dense.shape == (2, 0, 0, 3)
 
 
-@pytest.mark.parametrize('world, batch_size, message', [
-    (1, 9, r'train holds 8 samples, fewer than TRAIN\.BATCH_SIZE 9: set it to 8 or less'),
-    (2, 3, r'TRAIN\.BATCH_SIZE 3 is over all processes and cannot be split over 2'),
-])
+@pytest.mark.parametrize(
+    'world, batch_size, message',
+    [
+        (1, 9, r'train holds 8 samples, fewer than TRAIN\.BATCH_SIZE 9: set it to 8 or less'),
+        (2, 3, r'TRAIN\.BATCH_SIZE 3 is over all processes and cannot be split over 2'),
+    ],
+)
 def test_batches_that_cannot_be_made(tiny_prepared, monkeypatch, world, batch_size, message):
     monkeypatch.setattr(loader, 'rank_and_world', lambda: (0, world))
     with pytest.raises(UserError, match=message):

@@ -53,9 +53,12 @@ def test_graph_layer_equals_a_loop_over_hands_and_joints():
                 mixed = mixed + part * (tokens[:, hand, j] @ layer.weight[hand, j].split(5, -1)[1])
             expected[:, hand, i] = mixed + layer.bias[hand]
         norm, channels = layer.norm, slice(5 * hand, 5 * hand + 5)
-        expected[:, hand] = ((expected[:, hand] - norm.running_mean[channels])
-                             / (norm.running_var[channels] + norm.eps).sqrt() * norm.weight[channels]
-                             + norm.bias[channels]).relu()
+        expected[:, hand] = (
+            (expected[:, hand] - norm.running_mean[channels])
+            / (norm.running_var[channels] + norm.eps).sqrt()
+            * norm.weight[channels]
+            + norm.bias[channels]
+        ).relu()
     torch.testing.assert_close(layer(tokens), expected, rtol=0, atol=1e-12)
     assert (expected > 0).double().mean() > 0.2
 
@@ -112,11 +115,11 @@ def test_transformer_block_is_attention_written_out():
     q, k, v = block.qkv(F.layer_norm(x, (8,), block.norm1.weight, block.norm1.bias, 1e-6)).chunk(3, -1)
     heads = []
     for head in (slice(0, 4), slice(4, 8)):
-        share = (q[..., head] @ k[..., head].transpose(1, 2) / 4 ** 0.5).softmax(-1)
+        share = (q[..., head] @ k[..., head].transpose(1, 2) / 4**0.5).softmax(-1)
         heads.append(share @ v[..., head])
     y = x + block.out(torch.cat(heads, -1))
     hidden = block.mlp[0](F.layer_norm(y, (8,), block.norm2.weight, block.norm2.bias, 1e-6))
-    gelu = hidden * 0.5 * (1 + torch.erf(hidden / 2 ** 0.5))
+    gelu = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
     torch.testing.assert_close(block(x), y + block.mlp[2](gelu), rtol=0, atol=1e-12)
 
 
@@ -153,8 +156,9 @@ def test_per_hand_mlp_equals_two_networks(training):
     singles = []
     for hand in range(2):
         single = nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 5, 1)).train(training)
-        single.load_state_dict({key: value if value.ndim == 0 else value.chunk(2)[hand]
-                                for key, value in mlp.state_dict().items()})
+        single.load_state_dict(
+            {key: value if value.ndim == 0 else value.chunk(2)[hand] for key, value in mlp.state_dict().items()}
+        )
         singles.append(single)
     out = mlp(tokens)
     for hand, single in enumerate(singles):
@@ -167,7 +171,7 @@ def test_per_hand_linear_equals_two_linear_layers():
     layer, x = PerHandLinear(7, 4), torch.randn(3, 2, 7)
     expected = torch.stack([F.linear(x[:, hand], layer.weight[hand], layer.bias[hand]) for hand in range(2)], 1)
     torch.testing.assert_close(layer(x), expected)
-    assert layer.weight.abs().max() <= 7 ** -0.5
+    assert layer.weight.abs().max() <= 7**-0.5
 
 
 def test_residual_keeps_its_input_where_the_branch_is_silent():
@@ -191,7 +195,8 @@ def test_common_frame_is_centred_between_the_roots():
     hands = made_hands()
     joints = common_frame_joints(hands)
     local = hands.joints / HAND_SCALE
-    torch.testing.assert_close(joints - local, torch.stack([-hands.offset, hands.offset], 1)[:, :, None]
-                               .expand_as(joints) / 2)
+    torch.testing.assert_close(
+        joints - local, torch.stack([-hands.offset, hands.offset], 1)[:, :, None].expand_as(joints) / 2
+    )
     # The right root minus the left root is the offset.
     torch.testing.assert_close((joints - local)[:, 1, 0] - (joints - local)[:, 0, 0], hands.offset)

@@ -19,8 +19,10 @@ TIPS = [4, 8, 12, 16, 20]
 def parameters(batch=2, seed=0, dtype=torch.float64):
     """root (B, 2, 3), PCA pose (B, 2, 45), betas (B, 2, 10)."""
     generator = torch.Generator().manual_seed(seed)
-    return [scale * torch.randn(batch, 2, size, generator=generator, dtype=dtype)
-            for size, scale in ((3, 1.0), (45, 0.5), (10, 1.0))]
+    return [
+        scale * torch.randn(batch, 2, size, generator=generator, dtype=dtype)
+        for size, scale in ((3, 1.0), (45, 0.5), (10, 1.0))
+    ]
 
 
 def naive_hand(model, root, axis_angles, betas):
@@ -71,7 +73,7 @@ def test_forward_kinematics_of_a_straight_chain():
     turned, joints = forward_kinematics(quarter, rest)
     folded = torch.tensor([[0.0, 1, 0], [-1, 1, 0], [-1, 0, 0]], dtype=torch.float64)
     for first in (1, 4, 7, 10, 13):
-        torch.testing.assert_close(joints[first:first + 3], folded)
+        torch.testing.assert_close(joints[first : first + 3], folded)
     torch.testing.assert_close(turned[3], torch.eye(3, dtype=torch.float64))
 
 
@@ -92,8 +94,13 @@ def test_every_way_to_give_a_pose_agrees(layer):
     fingers = axis_angle_to_matrix(axis_angle.unflatten(-1, (15, 3)))
     matrix = axis_angle_to_matrix(root)
     six = matrix[..., :2].mT.flatten(-2)
-    for other in (layer(root, axis_angle, betas, use_pca=False), layer(root, fingers, betas),
-                  layer(matrix, pose, betas), layer(six, pose, betas), layer(six, fingers, betas, use_pca=False)):
+    for other in (
+        layer(root, axis_angle, betas, use_pca=False),
+        layer(root, fingers, betas),
+        layer(matrix, pose, betas),
+        layer(six, pose, betas),
+        layer(six, fingers, betas, use_pca=False),
+    ):
         torch.testing.assert_close(other, hands, atol=1e-12, rtol=0)
 
 
@@ -122,7 +129,7 @@ def test_root_rotation_turns_the_hand_about_its_wrist(layer):
 def test_recentring_moves_each_hand_rigidly(layer, joint):
     plain, centred = (layer(*parameters(), root_joint=j) for j in (None, joint))
     assert (centred.joints[:, :, joint] == 0).all()
-    offset = plain.joints[:, :, joint:joint + 1]
+    offset = plain.joints[:, :, joint : joint + 1]
     assert (offset.abs() > 0).any()
     for before, after in zip(plain, centred):
         torch.testing.assert_close(after + offset, before, atol=1e-14, rtol=0)
@@ -147,7 +154,7 @@ def test_empty_batch(layer):
 def test_batch_entries_do_not_touch_each_other(layer):
     together = layer(*parameters(batch=3))
     for i in range(3):
-        alone = layer(*(p[i:i + 1] for p in parameters(batch=3)))
+        alone = layer(*(p[i : i + 1] for p in parameters(batch=3)))
         torch.testing.assert_close(alone.vertices[0], together.vertices[i], atol=1e-14, rtol=0)
 
 
@@ -166,8 +173,12 @@ def test_gradients_are_right(layer, scale):
     def some_numbers(changes):
         """Root, some joint angles and betas of both hands -> a tip, a joint and two vertices of each."""
         turn, fingers, shape = changes.split([3, 3, 2], -1)
-        hands = layer(root + turn, torch.cat([pose[..., :3] + fingers, pose[..., 3:]], -1),
-                      torch.cat([betas[..., :2] + shape, betas[..., 2:]], -1), use_pca=False)
+        hands = layer(
+            root + turn,
+            torch.cat([pose[..., :3] + fingers, pose[..., 3:]], -1),
+            torch.cat([betas[..., :2] + shape, betas[..., 2:]], -1),
+            use_pca=False,
+        )
         return torch.cat([hands.joints[:, :, [8, 6]], hands.vertices[:, :, [0, 500]]], 2)
 
     assert torch.autograd.gradcheck(some_numbers, torch.zeros(1, 2, 8, dtype=torch.float64, requires_grad=True))
@@ -196,6 +207,7 @@ def test_models_in_the_wrong_order_are_refused(standin):
 
 
 # One hand, with the public layer's words.
+
 
 def one_hand(standin, side='right', **words):
     return ManoLayer(model=standin[SIDES.index(side)], side=side, dtype=torch.float64, **words)
@@ -229,8 +241,16 @@ def test_default_words_are_the_public_layers(standin):
     """Six components about the flat hand, an axis-angle root, nothing re-centred, mean shape."""
     root, pose, _ = (p[:, RIGHT] for p in parameters())
     default = ManoLayer(model=standin[RIGHT], dtype=torch.float64)
-    spelled = one_hand(standin, center_idx=None, flat_hand_mean=True, ncomps=6, use_pca=True, root_rot_mode='axisang',
-                       joint_rot_mode='axisang', robust_rot=False)
+    spelled = one_hand(
+        standin,
+        center_idx=None,
+        flat_hand_mean=True,
+        ncomps=6,
+        use_pca=True,
+        root_rot_mode='axisang',
+        joint_rot_mode='axisang',
+        robust_rot=False,
+    )
     given = torch.cat([root, pose[:, :6]], -1)
     torch.testing.assert_close(default(given), spelled(given, torch.zeros(2, 10, dtype=torch.float64)), atol=0, rtol=0)
     rest = default(torch.zeros(1, 9, dtype=torch.float64))[0]
@@ -254,7 +274,7 @@ def test_centre_and_translation(standin, center):
     given = torch.cat([root, pose[:, :6]], -1)
     plain, centred = one_hand(standin), one_hand(standin, center_idx=center)
     vertices, joints = plain(given, betas)
-    middle = joints[:, center:center + 1]
+    middle = joints[:, center : center + 1]
     for trans in (None, torch.zeros(2, 3, dtype=torch.float64)):
         torch.testing.assert_close(centred(given, betas, trans), (vertices - middle, joints - middle))
     trans = torch.tensor([[0.1, 0.2, 0.3], [0, 0, 0]], dtype=torch.float64)  # any that is not 0 replaces re-centring
@@ -271,13 +291,17 @@ def test_mano_root_reads_the_official_files(standin, tmp_path, side):
     torch.testing.assert_close(from_files(given, betas), one_hand(standin, side)(given, betas), atol=1e-14, rtol=0)
 
 
-@pytest.mark.parametrize('words, message', [
-    ({'side': 'both'}, "side is 'both'; it must be one of left, right"),
-    ({'root_rot_mode': 'quaternion'}, "root_rot_mode is 'quaternion'; it must be one of axisang, rot6d"),
-    ({'joint_rot_mode': 'rot6d'}, "joint_rot_mode is 'rot6d'; it must be one of axisang, rotmat"),
-    ({'ncomps': 0}, 'ncomps is 0; a hand has 1 to 45'), ({'ncomps': 46}, 'ncomps is 46'),
-    ({'mano_root': 'no/such/folder'}, r'no/such/folder/MANO_RIGHT\.pkl is missing'),
-])
+@pytest.mark.parametrize(
+    'words, message',
+    [
+        ({'side': 'both'}, "side is 'both'; it must be one of left, right"),
+        ({'root_rot_mode': 'quaternion'}, "root_rot_mode is 'quaternion'; it must be one of axisang, rot6d"),
+        ({'joint_rot_mode': 'rot6d'}, "joint_rot_mode is 'rot6d'; it must be one of axisang, rotmat"),
+        ({'ncomps': 0}, 'ncomps is 0; a hand has 1 to 45'),
+        ({'ncomps': 46}, 'ncomps is 46'),
+        ({'mano_root': 'no/such/folder'}, r'no/such/folder/MANO_RIGHT\.pkl is missing'),
+    ],
+)
 def test_bad_words(words, message):
     with pytest.raises(UserError, match=message):
         ManoLayer(**words)

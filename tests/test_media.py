@@ -6,8 +6,9 @@ from PIL import Image
 from utils.errors import UserError
 from utils.media import Video, find_inputs, read_picture, video_writer
 
-COLOURS = np.array([[[10, 60, 200], [200, 120, 40]], [[90, 90, 90], [250, 250, 0]], [[0, 0, 0], [5, 128, 255]]],
-                   np.uint8)
+COLOURS = np.array(
+    [[[10, 60, 200], [200, 120, 40]], [[90, 90, 90], [250, 250, 0]], [[0, 0, 0], [5, 128, 255]]], np.uint8
+)
 
 
 def large(colours=COLOURS):
@@ -15,6 +16,7 @@ def large(colours=COLOURS):
 
 
 # Pictures
+
 
 def test_16_bits_grey_and_alpha_become_8_bit_bgr(tmp_path):
     picture = large()
@@ -32,8 +34,10 @@ def test_16_bits_grey_and_alpha_become_8_bit_bgr(tmp_path):
     assert np.abs(read_picture(tmp_path / 'deep_clear.png').image.astype(int) - read).max() <= 1
 
 
-@pytest.mark.parametrize('orientation, turn', [(1, None), (3, cv2.ROTATE_180), (6, cv2.ROTATE_90_CLOCKWISE),
-                                               (8, cv2.ROTATE_90_COUNTERCLOCKWISE)])
+@pytest.mark.parametrize(
+    'orientation, turn',
+    [(1, None), (3, cv2.ROTATE_180), (6, cv2.ROTATE_90_CLOCKWISE), (8, cv2.ROTATE_90_COUNTERCLOCKWISE)],
+)
 def test_exif_turns_a_picture_upright(tmp_path, orientation, turn):
     image = Image.fromarray(large()[..., ::-1])
     exif = image.getexif()
@@ -74,6 +78,7 @@ def test_exif_says_the_focal_length_whichever_way_the_phone_is_held(tmp_path):
 
 # Inputs
 
+
 def test_inputs_are_sorted_told_apart_and_come_once(tmp_path):
     for name in ('b.png', 'a.JPG', 'notes.txt', 'clip.mp4', 'odd.name'):
         (tmp_path / name).write_bytes(b'x')
@@ -88,14 +93,18 @@ def test_inputs_are_sorted_told_apart_and_come_once(tmp_path):
 
 def test_nothing_to_find_is_one_sentence(tmp_path):
     (tmp_path / 'notes.txt').write_text('x')
-    for word, says in ((tmp_path, 'holds no picture or video (of 1 files)'), (tmp_path / '*.jpg', 'fits the pattern'),
-                       (tmp_path / 'a.jpg', 'no file or folder')):
+    for word, says in (
+        (tmp_path, 'holds no picture or video (of 1 files)'),
+        (tmp_path / '*.jpg', 'fits the pattern'),
+        (tmp_path / 'a.jpg', 'no file or folder'),
+    ):
         with pytest.raises(UserError) as caught:
             find_inputs([str(word)])
         assert says in str(caught.value) and str(word) in str(caught.value)
 
 
 # Videos
+
 
 def write_frames(path, count, fourcc='mp4v', size=(64, 48)):
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*fourcc), 25, size)
@@ -118,7 +127,7 @@ def test_a_video_gives_every_frame_in_order(tmp_path):
 def test_a_video_cut_short_gives_what_it_holds(tmp_path):
     write_frames(tmp_path / 'clip.avi', 12, 'MJPG', (320, 240))
     content = (tmp_path / 'clip.avi').read_bytes()
-    (tmp_path / 'clip.avi').write_bytes(content[:len(content) // 2])
+    (tmp_path / 'clip.avi').write_bytes(content[: len(content) // 2])
     video = Video(tmp_path / 'clip.avi')
     assert 0 < sum(1 for _ in video) < 12
     video.close()

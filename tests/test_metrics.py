@@ -45,8 +45,9 @@ def made(standin):
 def errors_of(made, protocol, *, network_root: int = 0, **changes) -> SampleErrors:
     regressor, predicted, offset, true, intrinsics = made
     inputs = {'vertices': predicted, 'offset': offset, 'true_vertices': true, 'intrinsics': intrinsics} | changes
-    return sample_errors(regressor, inputs.pop('vertices'), inputs.pop('offset'), **inputs, network_root=network_root,
-                         protocol=protocol)
+    return sample_errors(
+        regressor, inputs.pop('vertices'), inputs.pop('offset'), **inputs, network_root=network_root, protocol=protocol
+    )
 
 
 def naive_joints(vertices: np.ndarray, model) -> np.ndarray:
@@ -88,8 +89,9 @@ def test_all_figures_equal_a_loop_in_numpy(made, standin, protocol):
     for sample in range(5):
         expected = naive_errors(made, standin, protocol, sample)
         for name in SampleErrors._fields:
-            np.testing.assert_allclose(getattr(errors, name)[sample].numpy(), expected[name], rtol=1e-5, atol=1e-9,
-                                       err_msg=name)
+            np.testing.assert_allclose(
+                getattr(errors, name)[sample].numpy(), expected[name], rtol=1e-5, atol=1e-9, err_msg=name
+            )
             assert name == 'joints_mm' or np.min(expected[name]) > 0.1  # a root's error is 0
 
 
@@ -98,7 +100,7 @@ def test_all_figures_equal_a_loop_in_numpy(made, standin, protocol):
 def test_the_truth_has_no_error(made, protocol, network_root):
     regressor, _, _, true, _ = made
     joints = regressor(true)
-    roots = joints[:, :, network_root:network_root + 1]
+    roots = joints[:, :, network_root : network_root + 1]
     offset = (roots[:, 1, 0] - roots[:, 0, 0]) / HAND_SCALE
     errors = errors_of(made, protocol, vertices=true - roots, offset=offset, network_root=network_root)
     for name, values in errors._asdict().items():
@@ -109,8 +111,9 @@ def test_the_truth_has_no_error(made, protocol, network_root):
 def test_a_prediction_may_lie_anywhere(made, protocol):
     moved = made[1] + torch.randn(5, 2, 1, 3, dtype=torch.float64)
     for name in FIGURES:
-        torch.testing.assert_close(getattr(errors_of(made, protocol, vertices=moved), name),
-                                   getattr(errors_of(made, protocol), name))
+        torch.testing.assert_close(
+            getattr(errors_of(made, protocol, vertices=moved), name), getattr(errors_of(made, protocol), name)
+        )
 
 
 @pytest.mark.parametrize('root', [0, 9])
@@ -147,8 +150,9 @@ def test_root_vector_goes_along_the_networks_own_joints_to_another_root():
     assert torch.equal(same, offset * HAND_SCALE)
     # Hands put where the offset says, then measured.
     left, right = joints[:, 0], joints[:, 1] + (offset * HAND_SCALE)[:, None]
-    torch.testing.assert_close(predicted_root_vector(joints, offset, network_root=0, root_joint=9),
-                               right[:, 9] - left[:, 9])
+    torch.testing.assert_close(
+        predicted_root_vector(joints, offset, network_root=0, root_joint=9), right[:, 9] - left[:, 9]
+    )
 
 
 def test_joint_regressor_is_the_models_regressor_and_tips(made, standin):
@@ -163,8 +167,10 @@ def test_joint_regressor_is_the_models_regressor_and_tips(made, standin):
 def test_batches_of_any_size_merge_to_the_same_figures(made, split):
     _, predicted, offset, true, intrinsics = made
     protocol = Protocol(9, True)
-    parts = [errors_of(made, protocol, vertices=p, offset=o, true_vertices=t, intrinsics=k)
-             for p, o, t, k in zip(*(x.split(split) for x in (predicted, offset, true, intrinsics)))]
+    parts = [
+        errors_of(made, protocol, vertices=p, offset=o, true_vertices=t, intrinsics=k)
+        for p, o, t, k in zip(*(x.split(split) for x in (predicted, offset, true, intrinsics)))
+    ]
     merged, whole = concatenate(parts), concatenate([errors_of(made, protocol)])
     for a, b in zip(merged, whole):
         assert a.dtype == torch.float64
@@ -174,6 +180,7 @@ def test_batches_of_any_size_merge_to_the_same_figures(made, split):
 
 
 # Annotated joints
+
 
 def test_annotated_joints_are_the_truth_of_the_joint_figures_only(made):
     regressor, _, _, true, _ = made
@@ -210,11 +217,15 @@ def test_joints_without_annotation_do_not_count(made):
 
 # Alignment
 
+
 def similarity(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     rotation = torch.linalg.qr(torch.randn(3, 3, generator=g, dtype=torch.float64))[0]
-    return rotation * torch.det(rotation), 0.5 + torch.rand(1, generator=g).double(), torch.randn(
-        3, generator=g, dtype=torch.float64)
+    return (
+        rotation * torch.det(rotation),
+        0.5 + torch.rand(1, generator=g).double(),
+        torch.randn(3, generator=g, dtype=torch.float64),
+    )
 
 
 def test_procrustes_undoes_any_similarity_and_no_reflection():
@@ -259,6 +270,7 @@ def test_procrustes_errors_forgive_what_they_should(made):
 
 # Interaction, segmentation
 
+
 def test_box_iou_of_known_boxes():
     square = torch.tensor([[0.0, 0], [2, 0], [2, 2], [0, 2]])
     for shift, expected in ((0.0, 1.0), (1.0, 1 / 3), (2.0, 0.0), (5.0, 0.0)):
@@ -297,12 +309,17 @@ def test_segmentation_overlap_counts_pixels():
 
 # Visibility
 
+
 def test_a_hand_is_seen_where_nothing_is_before_it(standin):
     hands = TwoHandLayer(standin)(torch.zeros(4, 2, 3), torch.zeros(4, 2, 45), torch.zeros(4, 2, 10), root_joint=9)
-    place = torch.tensor([[[-0.15, 0, 0.8], [0.15, 0, 0.8]],  # beside each other
-                          [[0, 0, 0.8], [0, 0, 0.6]],  # the right hand before the left
-                          [[0, 0, 0.6], [0, 0, 0.8]],
-                          [[0, 0, 0.8], [5.0, 0, 0.8]]])  # the right hand out of the picture
+    place = torch.tensor(
+        [
+            [[-0.15, 0, 0.8], [0.15, 0, 0.8]],  # beside each other
+            [[0, 0, 0.8], [0, 0, 0.6]],  # the right hand before the left
+            [[0, 0, 0.6], [0, 0, 0.8]],
+            [[0, 0, 0.8], [5.0, 0, 0.8]],
+        ]
+    )  # the right hand out of the picture
     intrinsics = torch.tensor([[400.0, 0, 128], [0, 400, 128], [0, 0, 1]]).expand(4, 3, 3)
     visible = visible_shares(hands.vertices + place[:, :, None], intrinsics, two_hand_faces(standin))
     assert visible[0].tolist() == [1, 1]

@@ -22,7 +22,7 @@ def test_maps_are_those_that_the_network_used(standin, projection):
     assert torch.equal(maps.attention, model.initial_regressor.attention(x))
     assert maps.attention.shape == (2, 2, 2, 2) and len(maps.bone_features) == 2
     for number, (stage, skip) in enumerate(zip(model.stages, reversed(skips))):
-        before, after = output.stages[number:number + 2]
+        before, after = output.stages[number : number + 2]
         x = stage.merge(x, skip)
         tokens = stage.interaction(stage.tokens(x, before), before)
         factors = stage.projection.factors(after.joints_uv, stage.projected(tokens), size=x.shape[-1])

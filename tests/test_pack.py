@@ -137,8 +137,9 @@ def test_killed_packing_goes_on(tiny_prepared, packed, tmp_path, monkeypatch):
     with pytest.raises(UserError, match='only half packed'):
         open_split(tmp_path, 'train')
     counted = []
-    monkeypatch.setattr(pack, '_append', lambda labels, samples, chunk: (counted.append(len(chunk)),
-                                                                         real(labels, samples, chunk)))
+    monkeypatch.setattr(
+        pack, '_append', lambda labels, samples, chunk: (counted.append(len(chunk)), real(labels, samples, chunk))
+    )
     assert run('--data_path', tiny_prepared, '--save_path', tmp_path, '--splits', 'train') == 0
     assert sum(counted) == 2  # of 8, 6 were there
     for name in ('labels.npy', 'samples.bin', 'manifest.json'):
@@ -156,18 +157,24 @@ def test_power_cut_that_lost_pictures_costs_only_those(tiny_prepared, packed, tm
     assert (tmp_path / 'train/samples.bin').read_bytes() == (packed / 'train/samples.bin').read_bytes()
 
 
-@pytest.mark.parametrize(('spoil', 'message'), [
-    (lambda f: (f / 'samples.bin').unlink(), r'train/samples\.bin is missing: copy it again'),
-    (lambda f: os.truncate(f / 'samples.bin', 1000), r'samples\.bin has 1,000 bytes instead of'),
-    (lambda f: os.truncate(f / 'labels.npy', 500), r'labels\.npy has 500 bytes instead of'),
-    (lambda f: (f / 'manifest.json').write_text('{"format": "dir-packed-7"}'), r'of format dir-packed-7'),
-    (lambda f: (f / 'manifest.json').write_text('[]'), r'of format None'),
-    (lambda f: (f / 'manifest.json').write_text('{"format": "dir-packed-1"}'), r'lacks some of its entries'),
-    (lambda f: (f / 'manifest.json').write_text('{"form'), r'not valid JSON'),
-    (lambda f: change_manifest(f, samples=9), r'does not hold the labels of 9 samples'),
-    (lambda f: overwrite(f / 'labels.npy', 0, b'x'), r'labels\.npy cannot be read'),
-    (lambda f: overwrite(f / 'samples.bin', 0, bytes(3000)), r'The img picture of .*samples\.bin\[0\] is missing or'),
-])
+@pytest.mark.parametrize(
+    ('spoil', 'message'),
+    [
+        (lambda f: (f / 'samples.bin').unlink(), r'train/samples\.bin is missing: copy it again'),
+        (lambda f: os.truncate(f / 'samples.bin', 1000), r'samples\.bin has 1,000 bytes instead of'),
+        (lambda f: os.truncate(f / 'labels.npy', 500), r'labels\.npy has 500 bytes instead of'),
+        (lambda f: (f / 'manifest.json').write_text('{"format": "dir-packed-7"}'), r'of format dir-packed-7'),
+        (lambda f: (f / 'manifest.json').write_text('[]'), r'of format None'),
+        (lambda f: (f / 'manifest.json').write_text('{"format": "dir-packed-1"}'), r'lacks some of its entries'),
+        (lambda f: (f / 'manifest.json').write_text('{"form'), r'not valid JSON'),
+        (lambda f: change_manifest(f, samples=9), r'does not hold the labels of 9 samples'),
+        (lambda f: overwrite(f / 'labels.npy', 0, b'x'), r'labels\.npy cannot be read'),
+        (
+            lambda f: overwrite(f / 'samples.bin', 0, bytes(3000)),
+            r'The img picture of .*samples\.bin\[0\] is missing or',
+        ),
+    ],
+)
 def test_damage_is_one_sentence(spoilt, spoil, message):
     spoil(spoilt / 'train')
     with pytest.raises(UserError, match=message):
@@ -200,13 +207,16 @@ def test_packing_again_or_differently(tiny_prepared, spoilt, capsys):
     assert 'mask is jpeg, wanted bits' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(('arguments', 'message'), [
-    ([], 'give --data_path and --save_path, or --verify'),
-    (['--data_path', 'nowhere', '--save_path', 'there'], 'nowhere has none of the splits'),
-    (['--verify', 'nowhere'], 'nowhere has none of the splits'),
-    (['--data_path', '{data}', '--save_path', '{data}'], 'is the data set itself'),
-    (['--data_path', '{data}', '--save_path', '{tmp}', '--splits', 'val'], 'val/img/1.jpg is missing or not'),
-])
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ([], 'give --data_path and --save_path, or --verify'),
+        (['--data_path', 'nowhere', '--save_path', 'there'], 'nowhere has none of the splits'),
+        (['--verify', 'nowhere'], 'nowhere has none of the splits'),
+        (['--data_path', '{data}', '--save_path', '{data}'], 'is the data set itself'),
+        (['--data_path', '{data}', '--save_path', '{tmp}', '--splits', 'val'], 'val/img/1.jpg is missing or not'),
+    ],
+)
 def test_mistakes(tiny_prepared, tmp_path, capsys, arguments, message):
     shutil.copytree(tiny_prepared, tmp_path / 'data')
     (tmp_path / 'data/val/img/1.jpg').write_bytes(b'no picture')
@@ -224,12 +234,20 @@ def test_other_tools_entries_become_json(tiny_prepared, tmp_path):
     del content['image']
     path.write_bytes(pickle.dumps(content))
     assert run('--data_path', tmp_path / 'data', '--save_path', tmp_path / 'out') == 0
-    assert open_split(tmp_path / 'out', 'val').entries(0) == {'image': {}, 'annotation': {'id': 7,
-                                                                                         'bbox': [0.0, 1.0, 2.0, 3.0]}}
+    assert open_split(tmp_path / 'out', 'val').entries(0) == {
+        'image': {},
+        'annotation': {'id': 7, 'bbox': [0.0, 1.0, 2.0, 3.0]},
+    }
 
 
 def test_packer_reads_with_workers(tiny_prepared, packed):
-    items = DataLoader(pack._Packer(InterHandDataset(tiny_prepared, 'train'), masks='jpeg', targets=True),
-                       batch_size=4, num_workers=1, collate_fn=list)
-    assert sum(len(part) for chunk in items for _, parts in chunk for part in parts) == (
-        packed / 'train/samples.bin').stat().st_size
+    items = DataLoader(
+        pack._Packer(InterHandDataset(tiny_prepared, 'train'), masks='jpeg', targets=True),
+        batch_size=4,
+        num_workers=1,
+        collate_fn=list,
+    )
+    assert (
+        sum(len(part) for chunk in items for _, parts in chunk for part in parts)
+        == (packed / 'train/samples.bin').stat().st_size
+    )

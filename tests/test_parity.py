@@ -34,8 +34,10 @@ from utils.metrics import JointRegressor, Protocol, sample_errors
 from utils.summary import summarise
 
 PARITY = Path(os.environ.get('DIR_PARITY') or Path(__file__).resolve().parents[2] / 'shared' / 'parity')
-pytestmark = pytest.mark.skipif(not (PARITY / 'recipe.py').is_file(),
-                                reason=f'the published network\'s numbers are not here: no {PARITY} (DIR_PARITY)')
+pytestmark = pytest.mark.skipif(
+    not (PARITY / 'recipe.py').is_file(),
+    reason=f"the published network's numbers are not here: no {PARITY} (DIR_PARITY)",
+)
 FLOORS = 20  # times the rounding noise of float32, per tensor: noise_floor.json
 GREY_LEVELS = 1.5  # half a level where the published loader rounds after a warp, and a JPEG decoder's own
 OUR_CLASSES = [0, 2, 1]  # the published class 1 is the right hand; the swap is its own inverse
@@ -104,6 +106,7 @@ def image():
 
 # The map
 
+
 def test_every_published_name_is_used_once_or_dropped_for_a_reason():
     keys = [entry['key'] for entry in read('official_keys.json')]
     assert len(keys) == len(set(keys)) == 963
@@ -125,8 +128,11 @@ def test_the_map_covers_the_network_and_goes_both_ways(network):
 def test_missing_unknown_and_misshapen_names_are_listed(weights):
     weights = weights | {'decoder.seg.3.bias': torch.zeros(4)}
     weights['decoder.more'] = weights.pop('decoder.dense.3.bias')
-    with pytest.raises(UserError, match=r'DIR.pth is not .* 963 names .*1 missing: decoder.dense.3.bias; 1 unknown: '
-                                        r'decoder.more; 1 misshapen: decoder.seg.3.bias is \(4,\), not \(3,\)'):
+    with pytest.raises(
+        UserError,
+        match=r'DIR.pth is not .* 963 names .*1 missing: decoder.dense.3.bias; 1 unknown: '
+        r'decoder.more; 1 misshapen: decoder.seg.3.bias is \(4,\), not \(3,\)',
+    ):
         published.load_published({'net': weights}, path='DIR.pth', overrides=['MANO.PATH', str(PARITY)])
 
 
@@ -137,8 +143,9 @@ def test_the_names_and_shapes_that_are_asked_for_are_the_published_ones():
 def test_other_hands_than_the_files_are_noticed(weights):
     key = 'decoder.projecter_3.regressor.mano_layer_left.th_v_template'
     with pytest.raises(UserError, match=f'trained on other hands .*{key} differs.*MANO.PATH'):
-        published.load_published({'net': weights | {key: weights[key] + 1e-4}}, path='DIR.pth',
-                                 overrides=['MANO.PATH', str(PARITY)])
+        published.load_published(
+            {'net': weights | {key: weights[key] + 1e-4}}, path='DIR.pth', overrides=['MANO.PATH', str(PARITY)]
+        )
 
 
 def test_what_never_runs_is_filled_in_with_the_published_constants(weights, network):
@@ -147,12 +154,16 @@ def test_what_never_runs_is_filled_in_with_the_published_constants(weights, netw
     assert made.keys() == weights.keys()
     for key, value in made.items():
         assert value.shape == weights[key].shape and value.dtype == weights[key].dtype, key
-        idle = published.why_dropped(key) in ('ImageNet classifier, unused', 'transformer block that never runs',
-                                              'logit of a softmax over one entry, no effect')
+        idle = published.why_dropped(key) in (
+            'ImageNet classifier, unused',
+            'transformer block that never runs',
+            'logit of a softmax over one entry, no effect',
+        )
         assert idle or torch.equal(value, weights[key]), key
 
 
 # Single functions
+
 
 def test_hand_layer(hand_models, units):
     pose, betas = (units(f'mano/{key}')[:, None].expand(-1, 2, -1) for key in ('pose6d45', 'beta'))
@@ -163,8 +174,9 @@ def test_hand_layer(hand_models, units):
 
 
 def test_hand_layer_of_the_data(hand_models, units):
-    root, pca, betas, place = (units(key)[:, None] for key in ('mano_intag/R', 'mano_intag/pca', 'mano/beta',
-                                                               'mano_intag/trans'))
+    root, pca, betas, place = (
+        units(key)[:, None] for key in ('mano_intag/R', 'mano_intag/pca', 'mano/beta', 'mano_intag/trans')
+    )
     hands = TwoHandLayer(hand_models)(root.expand(-1, 2, -1, -1), pca.expand(-1, 2, -1), betas.expand(-1, 2, -1))
     close(hands.vertices + place[:, None], units.hands('mano_intag/{}/verts'), 1e-6)
     close(hands.joints + place[:, None], units.hands('mano_intag/{}/joints'), 1e-6)
@@ -225,8 +237,10 @@ def test_pixelwise_losses(hand_models, units):
     close(losses.lovasz_softmax(logits.softmax(1), labels), units('lovasz/on_softmax'), 1e-6)
     criterion = build_criterion(load_config(None, ['LOSS.SEGMENTATION', '1']), hand_models)
     nowhere = torch.zeros(2, 2, 21, 3)
-    terms = criterion(DIROutput([], logits, torch.zeros(2, 3, 8, 8)),
-                      Target(torch.zeros(2, 2, 778, 3), nowhere, nowhere, nowhere, labels, torch.zeros(2, 3, 8, 8)))
+    terms = criterion(
+        DIROutput([], logits, torch.zeros(2, 3, 8, 8)),
+        Target(torch.zeros(2, 2, 778, 3), nowhere, nowhere, nowhere, labels, torch.zeros(2, 3, 8, 8)),
+    )
     close(terms['segmentation'], units('ce/out'), 1e-6)
 
 
@@ -240,14 +254,21 @@ def test_mesh_losses(hand_models, units):
 
 # The network in evaluation mode
 
+
 def by_published_name(output: DIROutput) -> dict[str, torch.Tensor]:
     named = {'seg': output.segmentation[:, OUR_CLASSES], 'dense': output.dense}
     for stage, hands in enumerate(output.stages):
         named[f'stage{stage}/pd_offset'] = hands.offset
-        for name, tensor in (('mano_para', hands.parameters), ('proj', hands.parameters[..., 61:]),
-                             ('mano_pose', hands.parameters[..., :51]), ('mano_beta', hands.parameters[..., 51:61]),
-                             ('joint_uv', hands.joints_uv), ('mesh_uv', hands.vertices_uv),
-                             ('joint_xyz', hands.joints), ('mesh_xyz', hands.vertices)):
+        for name, tensor in (
+            ('mano_para', hands.parameters),
+            ('proj', hands.parameters[..., 61:]),
+            ('mano_pose', hands.parameters[..., :51]),
+            ('mano_beta', hands.parameters[..., 51:61]),
+            ('joint_uv', hands.joints_uv),
+            ('mesh_uv', hands.vertices_uv),
+            ('joint_xyz', hands.joints),
+            ('mesh_xyz', hands.vertices),
+        ):
             named |= {f'stage{stage}/pd_{name}_{side}': tensor[:, hand] for hand, side in enumerate(SIDES)}
     return named
 
@@ -271,16 +292,24 @@ def features(network, number: int) -> dict[str, tuple[torch.nn.Module, object]]:
 
 @torch.no_grad()
 def test_outputs_and_intermediate_maps(network, image, floor):
-    table = features(network, 4) | features(network, 3) | {
-        'c3': (network.backbone, lambda maps: maps[2]), 'c4': (network.backbone, lambda maps: maps[3]),
-        'init_regressor.attention_left': (network.initial_regressor.attention, lambda x: x[:, :1]),
-        'init_regressor.attention_right': (network.initial_regressor.attention, lambda x: x[:, 1:]),
-        'decoder.conv_final': (network.dense_heads.trunk, lambda x: x),
-    }
+    table = (
+        features(network, 4)
+        | features(network, 3)
+        | {
+            'c3': (network.backbone, lambda maps: maps[2]),
+            'c4': (network.backbone, lambda maps: maps[3]),
+            'init_regressor.attention_left': (network.initial_regressor.attention, lambda x: x[:, :1]),
+            'init_regressor.attention_right': (network.initial_regressor.attention, lambda x: x[:, 1:]),
+            'decoder.conv_final': (network.dense_heads.trunk, lambda x: x),
+        }
+    )
     seen, hooks = {}, []
     for name, (part, view) in table.items():
-        hooks.append(part.register_forward_hook(
-            lambda _module, _inputs, out, name=name, view=view: seen.__setitem__(name, view(out))))
+        hooks.append(
+            part.register_forward_hook(
+                lambda _module, _inputs, out, name=name, view=view: seen.__setitem__(name, view(out))
+            )
+        )
     try:
         outputs = by_published_name(network(image))
     finally:
@@ -307,6 +336,7 @@ def test_outputs_centred_on_another_joint(network, image, floor, monkeypatch):
 
 # Losses and gradients
 
+
 def published_term(name: str) -> str:
     hand = re.fullmatch(r'(joint|vertex)_(uv|xyz)_(left|right)_(\d)', name)
     if hand:
@@ -319,8 +349,14 @@ def objective(hand_models):
     """(criterion, target): these numbers were made with targets centred on joint 9 and hands centred on the wrist."""
     arrays = Arrays('targets.npz')
     labels = torch.tensor(OUR_CLASSES)[arrays('seg')[:, 0].long()]
-    target = Target(arrays.hands('mesh_3d_{}'), arrays.hands('joint_3d_{}'), arrays.hands('mesh_2d_{}')[..., :2],
-                    arrays.hands('joint_2d_{}')[..., :2], labels, arrays('dense'))
+    target = Target(
+        arrays.hands('mesh_3d_{}'),
+        arrays.hands('joint_3d_{}'),
+        arrays.hands('mesh_2d_{}')[..., :2],
+        arrays.hands('joint_2d_{}')[..., :2],
+        labels,
+        arrays('dense'),
+    )
     return build_criterion(load_config(None, ['ROOT_JOINT', '9']), hand_models), target
 
 
@@ -383,10 +419,17 @@ def test_losses_and_running_statistics_in_training_mode(network, image, objectiv
     try:
         terms = criterion(network.train()(image), target)
         state = network.state_dict()
-        tables = {name: (entry, position) for entry in published.entries(reference['bn_after'])
-                  if entry.key in state for position, name in enumerate(entry.published)}
-        after = {name: entry.to_published(state[entry.key])[position].double()
-                 for name, (entry, position) in tables.items() if name in reference['bn_after']}
+        tables = {
+            name: (entry, position)
+            for entry in published.entries(reference['bn_after'])
+            if entry.key in state
+            for position, name in enumerate(entry.published)
+        }
+        after = {
+            name: entry.to_published(state[entry.key])[position].double()
+            for name, (entry, position) in tables.items()
+            if name in reference['bn_after']
+        }
     finally:
         network.eval()
         for name, buffer in network.named_buffers():
@@ -403,6 +446,7 @@ def test_losses_and_running_statistics_in_training_mode(network, image, objectiv
 
 
 # Data and figures
+
 
 def make_batch(hand_models, split: str, indices, **augmentation):
     data = InterHandDataset(PARITY / 'data' / 'interhand2.6m', split)
@@ -427,9 +471,17 @@ def test_items_of_the_test_split(hand_models):
 def test_training_items_under_fixed_augmentation(hand_models, case):
     items = Arrays('data/dataset_train_fixed_aug.npz')
     scale, degrees, right, down, flip = items.file['cfgs'][case].tolist()
-    batch = make_batch(hand_models, 'train', range(2), scale=scale, angle=float(np.radians(degrees)),
-                       shift=(right, down), flip=bool(flip))
+    batch = make_batch(
+        hand_models,
+        'train',
+        range(2),
+        scale=scale,
+        angle=float(np.radians(degrees)),
+        shift=(right, down),
+        flip=bool(flip),
+    )
     for sample in range(2):
+
         def theirs(name, sample=sample):
             return items(f'cfg{case}/sample{sample}/{name}')
 
@@ -445,8 +497,12 @@ def test_training_items_under_fixed_augmentation(hand_models, case):
 
 
 def check_figures(summary: dict, expected: dict[str, float]) -> None:
-    for ours, theirs, unit in (('joint_mm', 'joints', 'mm'), ('vert_mm', 'verts', 'mm'),
-                               ('joint_px', 'joints_2d', 'px'), ('vert_px', 'verts_2d', 'px')):
+    for ours, theirs, unit in (
+        ('joint_mm', 'joints', 'mm'),
+        ('vert_mm', 'verts', 'mm'),
+        ('joint_px', 'joints_2d', 'px'),
+        ('vert_px', 'verts_2d', 'px'),
+    ):
         for side in (*SIDES, 'all'):
             assert summary[ours][side] == pytest.approx(expected[f'{theirs}_{side}_{unit}'], abs=0.01), (ours, side)
     assert summary['root_mm'] == pytest.approx(expected['root_mm'], abs=0.01)
@@ -459,8 +515,14 @@ def test_evaluation_figures(hand_models, root, scale):
     expected = read('eval.json')['runs'][f'root{root}_scale{"On" if scale else "Off"}']
     protocol = Protocol(root, scale)
     errors = sample_errors(
-        JointRegressor(hand_models), outputs.hands('stage2/pd_mesh_xyz_{}'), outputs('stage2/pd_offset'),
-        true_vertices=items.hands('mesh_3d_{}'), intrinsics=items('camera'), network_root=0, protocol=protocol)
+        JointRegressor(hand_models),
+        outputs.hands('stage2/pd_mesh_xyz_{}'),
+        outputs('stage2/pd_offset'),
+        true_vertices=items.hands('mesh_3d_{}'),
+        intrinsics=items('camera'),
+        network_root=0,
+        protocol=protocol,
+    )
     check_figures(summarise(errors, protocol), expected)
 
 
@@ -476,9 +538,26 @@ def test_the_road_from_file_to_estimate(network, hand_models):
 def test_the_published_file_gives_the_published_figures_in_every_protocol(weights, tmp_path, capsys):
     """All the way: file, conversion, images, network, figures, through the command that people type."""
     torch.save({'net': weights}, tmp_path / 'DIR.pth')
-    assert eval_interhand.main([
-        '--data_path', str(PARITY / 'data' / 'interhand2.6m'), '--model', str(tmp_path / 'DIR.pth'), '--all_protocols',
-        '--out', str(tmp_path), 'MANO.PATH', str(PARITY), 'TRAIN.WORKERS', '0', 'DEVICE', 'cpu']) == 0
+    assert (
+        eval_interhand.main(
+            [
+                '--data_path',
+                str(PARITY / 'data' / 'interhand2.6m'),
+                '--model',
+                str(tmp_path / 'DIR.pth'),
+                '--all_protocols',
+                '--out',
+                str(tmp_path),
+                'MANO.PATH',
+                str(PARITY),
+                'TRAIN.WORKERS',
+                '0',
+                'DEVICE',
+                'cpu',
+            ]
+        )
+        == 0
+    )
     assert 'was converted' in capsys.readouterr().out
     runs = read('eval.json')['runs']
     for summary in json.loads((tmp_path / 'metrics.json').read_text())['protocols']:

@@ -98,7 +98,7 @@ def naive_depth(hands: np.ndarray, closed: list[np.ndarray]) -> tuple[float, int
 @pytest.mark.parametrize('hand', [LEFT, RIGHT])
 def test_closed_hands_are_closed(standin, closed, hand):
     faces, model = closed[hand], standin[hand]
-    np.testing.assert_array_equal(faces[:len(model.faces)], model.faces)
+    np.testing.assert_array_equal(faces[: len(model.faces)], model.faces)
     assert len(faces) == 2 * len(model.template) - 4, 'Euler: a sphere'
     edges = [(a, b) for face in faces.tolist() for a, b in zip(face, face[1:] + face[:1])]
     assert len(set(edges)) == len(edges) and set(edges) == {(b, a) for a, b in edges}
@@ -107,8 +107,22 @@ def test_closed_hands_are_closed(standin, closed, hand):
 
 
 def test_any_hole_is_closed():
-    cube = np.array([[0, 2, 1], [0, 3, 2], [4, 5, 6], [4, 6, 7], [0, 1, 5], [0, 5, 4], [1, 2, 6], [1, 6, 5], [2, 3, 7],
-                     [2, 7, 6], [3, 0, 4], [3, 4, 7]])
+    cube = np.array(
+        [
+            [0, 2, 1],
+            [0, 3, 2],
+            [4, 5, 6],
+            [4, 6, 7],
+            [0, 1, 5],
+            [0, 5, 4],
+            [1, 2, 6],
+            [1, 6, 5],
+            [2, 3, 7],
+            [2, 7, 6],
+            [3, 0, 4],
+            [3, 4, 7],
+        ]
+    )
     corners = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 1], [1, 0, 1], [1, 1, 1], [0, 1, 1.0]])
     for lost in ([0, 1], [4, 5], [7]):
         faces = close_surface(np.delete(cube, lost, 0))
@@ -135,7 +149,7 @@ def test_no_pruning_changes_an_answer(layer, closed):
         for own, other in ((LEFT, RIGHT), (RIGHT, LEFT)):
             near = hands[own][within_slabs(hands[own][None], hands[other][None])[0]]
             ends = hands[other][torch.randint(778, (2, 30), generator=g)]
-            points = torch.cat([hands[own][::50], near[::1 + len(near) // 20], ends.mean(0)])
+            points = torch.cat([hands[own][::50], near[:: 1 + len(near) // 20], ends.mean(0)])
             surface = hands[other][torch.from_numpy(closed[other])].permute(2, 1, 0)[:, :, None]  # (3, 3, 1, F)
             row, columns = torch.zeros(len(points), dtype=torch.long), points.T.contiguous()
             number = solid_angle(columns[:, :, None], surface).sum(1) / (4 * torch.pi)
@@ -143,8 +157,9 @@ def test_no_pruning_changes_an_answer(layer, closed):
             assert within_slabs(points[None], hands[other][None])[0, number > 0.5].all()
             inside = number > 0.5
             distance = triangle_distance(columns[:, inside, None], surface).amin(1)
-            torch.testing.assert_close(surface_distance(columns[:, inside], surface, row[inside]), distance,
-                                       **TOLERANCE)
+            torch.testing.assert_close(
+                surface_distance(columns[:, inside], surface, row[inside]), distance, **TOLERANCE
+            )
             numbers.append(number.round())
     values, counts = torch.cat(numbers).unique(return_counts=True)
     counts = dict(zip(values.tolist(), counts.tolist()))
@@ -175,8 +190,9 @@ def test_distance_to_a_triangle_in_every_region_and_without_area():
     way = corners[:, 1] - corners[:, 0]
     share = (((points - corners[:, 0]) * way).sum(0) / way.square().sum(0)).clamp(0, 1)
     torch.testing.assert_close(triangle_distance(points, corners), (corners[:, 0] + share * way - points).norm(dim=0))
-    torch.testing.assert_close(triangle_distance(points, corners[:, :1].expand(-1, 3, -1)),
-                               (corners[:, 0] - points).norm(dim=0))
+    torch.testing.assert_close(
+        triangle_distance(points, corners[:, :1].expand(-1, 3, -1)), (corners[:, 0] - points).norm(dim=0)
+    )
 
 
 @pytest.mark.parametrize('mirrored', [False, True])

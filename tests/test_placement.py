@@ -10,8 +10,9 @@ from utils.placement import FARTHEST, NEAREST, nearest_camera, place_hands, plac
 def scene(standin, *, seed: int = 0, count: int = 16, root_joint: int = 0):
     """True hands of a close camera with a full 3 x 3 matrix -> joints, camera, offset, intrinsics, roots."""
     g = torch.Generator().manual_seed(seed)
-    turn, pose, shape = (scale * torch.randn(count, 2, size, generator=g)
-                         for scale, size in ((1, 3), (0.5, 45), (1, 10)))
+    turn, pose, shape = (
+        scale * torch.randn(count, 2, size, generator=g) for scale, size in ((1, 3), (0.5, 45), (1, 10))
+    )
     joints = TwoHandLayer(standin)(turn, pose, shape, root_joint=root_joint).joints
     left = torch.tensor([0.0, 0.0, 0.45]) + 0.05 * torch.randn(count, 3, generator=g)
     offset = torch.tensor([0.6, 0.0, 0.0]) + 0.4 * torch.randn(count, 3, generator=g)
@@ -69,5 +70,6 @@ def test_hands_without_size_are_far_off_where_the_network_sees_them(standin):
 
 
 def test_no_hands_give_no_places():
-    assert place_hands(torch.zeros(0, 2, 21, 3), torch.zeros(0, 2, 3), torch.zeros(0, 3),
-                       torch.zeros(0, 3, 3)).roots.shape == (0, 2, 3)
+    assert place_hands(
+        torch.zeros(0, 2, 21, 3), torch.zeros(0, 2, 3), torch.zeros(0, 3), torch.zeros(0, 3, 3)
+    ).roots.shape == (0, 2, 3)

@@ -42,18 +42,22 @@ def seen(model, validation):
 
 def panel(sheet: np.ndarray, row: int, column: int) -> np.ndarray:
     top, left = row * ROW + 2 * CAPTION_HEIGHT, column * (PANEL + GAP)
-    return sheet[top:top + PANEL, left:left + PANEL]
+    return sheet[top : top + PANEL, left : left + PANEL]
 
 
 def columns(sheet: np.ndarray) -> int:
     return (sheet.shape[1] + GAP) // (PANEL + GAP)
 
 
-@pytest.mark.parametrize('changes, expected', [
-    ({'STAGES': 1}, {'validation': 7, 'stages': 4, 'attention': 3, 'bone_features': 2, 'segmentation': 3}),
-    ({'PROJECTION': 'none', 'DENSE_HEADS': 'false'}, {'validation': 7, 'stages': 5, 'attention': 3}),
-    ({'STAGES': 0}, {'validation': 7, 'stages': 3, 'attention': 3, 'segmentation': 3}),
-], ids=['one stage', 'no projection, no dense heads', 'no stages'])
+@pytest.mark.parametrize(
+    'changes, expected',
+    [
+        ({'STAGES': 1}, {'validation': 7, 'stages': 4, 'attention': 3, 'bone_features': 2, 'segmentation': 3}),
+        ({'PROJECTION': 'none', 'DENSE_HEADS': 'false'}, {'validation': 7, 'stages': 5, 'attention': 3}),
+        ({'STAGES': 0}, {'validation': 7, 'stages': 3, 'attention': 3, 'segmentation': 3}),
+    ],
+    ids=['one stage', 'no projection, no dense heads', 'no stages'],
+)
 def test_sheets_of_what_a_model_has(validation, standin, changes, expected):
     sheets = draw_sheets(tiny_model(standin, **changes), *validation)
     assert {name: columns(sheet) for name, sheet in sheets.items()} == expected
@@ -91,8 +95,10 @@ def test_stages_are_put_at_the_true_roots_and_stand_in_order(seen):
         differ = [np.abs(picture.astype(int) - truth[row]).mean() > 0.2 for picture in shown]
         assert differ == [True, True, False, True, False]  # input, stage 0, the perfect one, stage 2, truth
         # Small as it is, the network's picture shows the same as the file's.
-        small, crop = (cv2.resize(picture, (32, 32), interpolation=cv2.INTER_AREA).astype(int)
-                       for picture in (shown[0], seen.crops[row]))
+        small, crop = (
+            cv2.resize(picture, (32, 32), interpolation=cv2.INTER_AREA).astype(int)
+            for picture in (shown[0], seen.crops[row])
+        )
         assert np.abs(small - crop).mean() < 5
 
 

@@ -25,8 +25,19 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def prepare(data_path, save_path, *extra) -> int:
-    return preparation.main(['--data_path', str(data_path), '--save_path', str(save_path), '--workers', '1', *extra,
-                             'MANO.SOURCE', 'standin'])
+    return preparation.main(
+        [
+            '--data_path',
+            str(data_path),
+            '--save_path',
+            str(save_path),
+            '--workers',
+            '1',
+            *extra,
+            'MANO.SOURCE',
+            'standin',
+        ]
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -53,10 +64,21 @@ def raw(tmp_path_factory):
 def prepared(raw, tmp_path_factory):
     """The command line itself, with two processes."""
     save_path = tmp_path_factory.mktemp('prepared') / 'new'
-    command = [sys.executable, 'dataset/interhand.py', '--data_path', raw, '--save_path', save_path,
-               '--splits', 'train', 'MANO.SOURCE', 'standin', '--workers', '2']
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120,
-                          check=False)
+    command = [
+        sys.executable,
+        'dataset/interhand.py',
+        '--data_path',
+        raw,
+        '--save_path',
+        save_path,
+        '--splits',
+        'train',
+        'MANO.SOURCE',
+        'standin',
+        '--workers',
+        '2',
+    ]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert f'train: {2 * STEPS} of {2 * STEPS} frames kept' in done.stdout
     return save_path / 'train'
@@ -74,11 +96,18 @@ def test_the_command_writes_the_interchange_form(prepared, raw):
         assert anno['annotation'] in data['annotations'] and anno['annotation']['image_id'] == image['id']
         for side in ('left', 'right'):
             parameters = anno['mano_params'][side]
-            assert {k: v.shape for k, v in parameters.items()} == {'R': (1, 3, 3), 'pose': (1, 45), 'shape': (1, 10),
-                                                                   'trans': (1, 3)}
+            assert {k: v.shape for k, v in parameters.items()} == {
+                'R': (1, 3, 3),
+                'pose': (1, 45),
+                'shape': (1, 10),
+                'trans': (1, 3),
+            }
             assert all(v.dtype == np.float32 for v in parameters.values())
         assert {k: (v.shape, v.dtype.name) for k, v in anno['camera'].items()} == {
-            'R': ((3, 3), 'float32'), 't': ((3,), 'float32'), 'camera': ((3, 3), 'float64')}
+            'R': ((3, 3), 'float32'),
+            't': ((3,), 'float32'),
+            'camera': ((3, 3), 'float64'),
+        }
         for folder in ('img', 'mask', 'dense'):
             assert cv2.imread(str(prepared / folder / f'{index}.jpg')).shape == (256, 256, 3)
 
@@ -91,8 +120,9 @@ def test_one_process_makes_the_same_bytes_as_two(prepared, raw, tmp_path):
 def prepared_vertices(anno, models):
     """As data.md states the labels: (1, 1556, 3) m in camera axes, from the stored parameters."""
     sides = [anno['mano_params'][side] for side in ('left', 'right')]
-    root, pose, shape, trans = (torch.from_numpy(np.concatenate([one[k] for one in sides]))[None]
-                                for k in ('R', 'pose', 'shape', 'trans'))
+    root, pose, shape, trans = (
+        torch.from_numpy(np.concatenate([one[k] for one in sides]))[None] for k in ('R', 'pose', 'shape', 'trans')
+    )
     world = TwoHandLayer(models)(root, pose, shape).vertices + trans[:, :, None]
     rotation, translation = torch.from_numpy(anno['camera']['R']), torch.from_numpy(anno['camera']['t'])
     return (world @ rotation.T + translation).flatten(1, 2)
@@ -110,8 +140,9 @@ def test_stored_parameters_project_to_the_crop_of_the_original_fits(prepared, ra
         np.testing.assert_allclose((pixels.max(0) + pixels.min(0)) / 2, 128, atol=1e-3)
 
         fits, camera = split.mano(frame.capture, frame.frame_idx), split.camera(frame.capture, frame.camera)
-        pose, shape, trans = (torch.from_numpy(np.stack([fits[side][k] for side in ('left', 'right')]))[None]
-                              for k in range(3))
+        pose, shape, trans = (
+            torch.from_numpy(np.stack([fits[side][k] for side in ('left', 'right')]))[None] for k in range(3)
+        )
         axis_angle, root = pose[..., 3:] + layer.pose_mean, axis_angle_to_matrix(pose[..., :3])
         world = layer(root, axis_angle, shape, use_pca=False).vertices + trans[:, :, None]
         seen = world.flatten(0, 2).numpy() @ camera.rotation.T + camera.translation
@@ -191,9 +222,16 @@ def test_every_reason_to_skip_is_counted_and_listed_and_leaves_no_gap(tree):
     found = record(save_path)
     ids = [image['id'] for image in images]
     assert found['skipped_image_ids'] == {
-        'hands not interacting': [ids[0]], 'hand type not valid': [ids[1]], 'a hand without MANO parameters': ids[2:4],
-        'damaged MANO parameters': ids[4:6], 'no annotation': [ids[6]], 'picture missing': [ids[7]],
-        'picture unreadable': [ids[8]], 'picture of another size': [ids[9]], 'mean grey value below 10': [ids[10]]}
+        'hands not interacting': [ids[0]],
+        'hand type not valid': [ids[1]],
+        'a hand without MANO parameters': ids[2:4],
+        'damaged MANO parameters': ids[4:6],
+        'no annotation': [ids[6]],
+        'picture missing': [ids[7]],
+        'picture unreadable': [ids[8]],
+        'picture of another size': [ids[9]],
+        'mean grey value below 10': [ids[10]],
+    }
     assert found['skipped'] == {reason: len(listed) for reason, listed in found['skipped_image_ids'].items()}
     assert (found['frames'], found['kept']) == (12, 1)
     assert set(found['damaged']) == {images[n]['file_name'] for n in (4, 5, 6, 7, 8, 9)}
@@ -269,9 +307,16 @@ def test_canonical_colours_span_the_box_of_the_hand(models):
     np.testing.assert_allclose([colours.min(0), colours.max(0)], [[0, 0, 0], [1, 1, 1]], atol=1e-6)
 
 
-@pytest.mark.parametrize('array, message', [
-    (np.zeros((777, 3), np.float32), r'shape \(778, 3\)'), (np.zeros((778, 3), int), 'float array'),
-    ({'a': 1}, 'holds dict'), (np.full((778, 3), 255.0), r'\[0, 1\]'), (np.full((778, 3), np.nan), r'\[0, 1\]')])
+@pytest.mark.parametrize(
+    'array, message',
+    [
+        (np.zeros((777, 3), np.float32), r'shape \(778, 3\)'),
+        (np.zeros((778, 3), int), 'float array'),
+        ({'a': 1}, 'holds dict'),
+        (np.full((778, 3), 255.0), r'\[0, 1\]'),
+        (np.full((778, 3), np.nan), r'\[0, 1\]'),
+    ],
+)
 def test_bad_vertex_colours_are_refused(tmp_path, array, message):
     with pytest.raises(UserError, match=message):
         load_colours(write_colours(tmp_path / 'v_color.pkl', array))
@@ -348,8 +393,11 @@ def spoil_pytorch3d(root, content, save_path):
     return 'pytorch3d is not installed', ('--renderer', 'pytorch3d')
 
 
-@pytest.mark.parametrize('spoil', [value for name, value in list(globals().items()) if name.startswith('spoil_')],
-                         ids=lambda f: f.__name__.removeprefix('spoil_'))
+@pytest.mark.parametrize(
+    'spoil',
+    [value for name, value in list(globals().items()) if name.startswith('spoil_')],
+    ids=lambda f: f.__name__.removeprefix('spoil_'),
+)
 def test_bad_input_is_one_sentence_and_exit_code_2(tree, spoil, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, 'pytorch3d', None)
     root, content, save_path = tree

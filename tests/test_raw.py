@@ -143,8 +143,12 @@ def test_records_of_another_shape_are_named(tree):
         split.joints(0, 55)
 
 
-READERS = {'data': lambda s: s.frames, 'camera': lambda s: s.camera(0, CAMERAS[0]),
-           'joint_3d': lambda s: s.joints(0, 100), 'MANO_NeuralAnnot': lambda s: s.mano(0, 100)}
+READERS = {
+    'data': lambda s: s.frames,
+    'camera': lambda s: s.camera(0, CAMERAS[0]),
+    'joint_3d': lambda s: s.joints(0, 100),
+    'MANO_NeuralAnnot': lambda s: s.mano(0, 100),
+}
 
 
 @pytest.mark.parametrize('kind', READERS)
@@ -155,7 +159,9 @@ def test_a_bad_file_is_one_sentence_that_names_it(tree, kind, damage):
     if damage == 'missing':
         path.unlink()
     else:
-        path.write_bytes({'empty': b'', 'cut short': content[:len(content) // 2], 'another file': b'[1, 2, 3]'}[damage])
+        path.write_bytes(
+            {'empty': b'', 'cut short': content[: len(content) // 2], 'another file': b'[1, 2, 3]'}[damage]
+        )
     with pytest.raises(UserError) as error:
         READERS[kind](RawSplit(tree[0], 'train'))
     assert str(path) in str(error.value) and '\n' not in str(error.value) and 'get it again' in str(error.value)

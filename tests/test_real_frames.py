@@ -25,8 +25,12 @@ def prepared(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp('real')
     shutil.copytree(SAMPLE, root / 'raw')
     assert fit_mano.main(['--data_path', str(root / 'raw'), *STANDIN]) == 0
-    assert preparation.main(['--data_path', str(root / 'raw'), '--save_path', str(root / 'data'), '--workers', '1',
-                             *STANDIN]) == 0
+    assert (
+        preparation.main(
+            ['--data_path', str(root / 'raw'), '--save_path', str(root / 'data'), '--workers', '1', *STANDIN]
+        )
+        == 0
+    )
     data = root / 'data'
     shutil.copytree(data / 'test', data / 'val')
     for kind in ('img', 'mask', 'dense', 'anno'):
@@ -57,16 +61,58 @@ def test_mask_lies_on_skin(prepared):
 
 
 def test_a_short_training_overfits_them(prepared, tmp_path):
-    still = [word for name in ('ROTATION', 'SCALE', 'SHIFT', 'FLIP', 'BLUR', 'GAIN', 'BRIGHTNESS', 'NOISE')
-             for word in (f'AUGMENT.{name}', '0')]
-    small = ['MODEL.IMAGE_SIZE', '64', 'MODEL.MAP_CHANNELS', '32', 'TRAIN.BATCH_SIZE', '4', 'TRAIN.WORKERS', '0',
-             'TRAIN.PICTURES', '0', 'DEVICE', 'cpu']
+    still = [
+        word
+        for name in ('ROTATION', 'SCALE', 'SHIFT', 'FLIP', 'BLUR', 'GAIN', 'BRIGHTNESS', 'NOISE')
+        for word in (f'AUGMENT.{name}', '0')
+    ]
+    small = [
+        'MODEL.IMAGE_SIZE',
+        '64',
+        'MODEL.MAP_CHANNELS',
+        '32',
+        'TRAIN.BATCH_SIZE',
+        '4',
+        'TRAIN.WORKERS',
+        '0',
+        'TRAIN.PICTURES',
+        '0',
+        'DEVICE',
+        'cpu',
+    ]
     schedule = ['TRAIN.EPOCHS', '5', 'TRAIN.LR', '1e-3', 'TRAIN.WARMUP_STEPS', '5', 'TRAIN.VALIDATE_EVERY', '5']
     out = tmp_path / 'run'
-    assert train.main(['--cfg', 'configs/demo.yaml', 'DATASET.PATH', str(prepared), 'OUTPUT_DIR', str(out), *small,
-                       *schedule, *still]) == 0
-    assert eval_interhand.main(['--data_path', str(prepared), '--model', str(out / 'latest.pth'), '--out',
-                                str(out / 'eval'), 'TRAIN.WORKERS', '0']) == 0
+    assert (
+        train.main(
+            [
+                '--cfg',
+                'configs/demo.yaml',
+                'DATASET.PATH',
+                str(prepared),
+                'OUTPUT_DIR',
+                str(out),
+                *small,
+                *schedule,
+                *still,
+            ]
+        )
+        == 0
+    )
+    assert (
+        eval_interhand.main(
+            [
+                '--data_path',
+                str(prepared),
+                '--model',
+                str(out / 'latest.pth'),
+                '--out',
+                str(out / 'eval'),
+                'TRAIN.WORKERS',
+                '0',
+            ]
+        )
+        == 0
+    )
     figures = json.loads((out / 'eval' / 'metrics.json').read_text())
     assert figures['frames'] == 2
     assert figures['joint_mm']['all'] < 25

@@ -35,8 +35,12 @@ def prepared(tmp_path_factory):
     """(raw, prepared): six frames of the data set's own layout, and what the preparation makes of them."""
     raw, folder = tmp_path_factory.mktemp('raw'), tmp_path_factory.mktemp('prepared')
     make_raw_tree(raw, steps=3)
-    assert preparation.main(['--data_path', str(raw), '--save_path', str(folder), '--workers', '1',
-                             'MANO.SOURCE', 'standin']) == 0
+    assert (
+        preparation.main(
+            ['--data_path', str(raw), '--save_path', str(folder), '--workers', '1', 'MANO.SOURCE', 'standin']
+        )
+        == 0
+    )
     return raw, InterHandDataset(folder, 'train')
 
 
@@ -67,8 +71,10 @@ def raw_cameras(raw, dataset):
     cameras = json.loads(annotation_file(raw, 'camera').read_text())['0']
     for image in data:
         (fx, fy), (cx, cy) = cameras['focal'][image['camera']], cameras['princpt'][image['camera']]
-        yield (cv2.imread(str(raw / 'images/train' / image['file_name'])),
-               np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]]))
+        yield (
+            cv2.imread(str(raw / 'images/train' / image['file_name'])),
+            np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]]),
+        )
 
 
 def test_with_true_parameters_the_overlay_covers_the_datas_mask(standin, reconstruct, prepared, monkeypatch):
@@ -98,8 +104,10 @@ def test_with_true_parameters_the_overlay_covers_the_datas_mask(standin, reconst
         back = np.linalg.inv(hands.to_crop[number].double().numpy())
         # The renderer samples at pixels' centres + 1/2, in the crop as in the picture.
         half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
-        whole = cv2.warpAffine(mask, (np.linalg.inv(half) @ back @ half)[:2], picture.shape[1::-1],
-                               flags=cv2.INTER_AREA) > 127
+        whole = (
+            cv2.warpAffine(mask, (np.linalg.inv(half) @ back @ half)[:2], picture.shape[1::-1], flags=cv2.INTER_AREA)
+            > 127
+        )
         assert (covered & whole).sum() / (covered | whole).sum() >= 0.97
 
 
@@ -141,13 +149,14 @@ def test_a_picture_moved_with_its_box_gives_the_same_hands_moved(reconstruct):
 
 # Crops
 
+
 def test_a_crop_shows_its_box_in_the_middle_and_black_outside():
     picture = np.full((100, 200, 3), 200, np.uint8)
     crop = cut_crop(picture, (150, 20, 100, 60))  # a quarter of it hangs over the right edge
     corners = crop.matrix @ np.array([[150, 20, 1], [250, 80, 1]]).T
     assert pytest.approx(np.array([[25.6, 66.56], [230.4, 189.44]]), abs=0.01) == corners[:2].T
     edge = (crop.matrix @ [200, 50, 1])[0]
-    assert (crop.image[128, :int(edge) - 3] == 200).all() and not crop.image[128, int(edge) + 3:].any()
+    assert (crop.image[128, : int(edge) - 3] == 200).all() and not crop.image[128, int(edge) + 3 :].any()
 
 
 @pytest.mark.parametrize('side', [400, 3000])
@@ -170,18 +179,21 @@ def test_many_pixels_that_become_one_are_averaged():
     assert np.abs(crop.image[5:-5, 5:-5].astype(int) - 100).max() <= 8  # without averaging it would be 100
 
 
-@pytest.mark.parametrize('image, box, words', [
-    (np.zeros((1, 1, 3), np.uint8), None, '1 x 1 pixels'),
-    (np.zeros((50, 60), np.uint8), None, 'uint8 (50, 60)'),
-    (np.zeros((50, 60, 3), np.float32), None, 'float32'),
-    ('picture.jpg', None, 'str'),
-    (np.zeros((50, 60, 3), np.uint8), (70, 0, 20, 20), 'outside of the picture, which is 60 x 50'),
-    (np.zeros((50, 60, 3), np.uint8), (-30, 0, 20, 20), 'outside'),
-    (np.zeros((50, 60, 3), np.uint8), (0, 0, 20, -5), '20 x -5'),
-    (np.zeros((50, 60, 3), np.uint8), (0, 0, 20), 'four numbers'),
-    (np.zeros((50, 60, 3), np.uint8), (0, 0, float('nan'), 20), 'four numbers'),
-    (np.zeros((50, 60, 3), np.uint8), 'here', 'four numbers'),
-])
+@pytest.mark.parametrize(
+    'image, box, words',
+    [
+        (np.zeros((1, 1, 3), np.uint8), None, '1 x 1 pixels'),
+        (np.zeros((50, 60), np.uint8), None, 'uint8 (50, 60)'),
+        (np.zeros((50, 60, 3), np.float32), None, 'float32'),
+        ('picture.jpg', None, 'str'),
+        (np.zeros((50, 60, 3), np.uint8), (70, 0, 20, 20), 'outside of the picture, which is 60 x 50'),
+        (np.zeros((50, 60, 3), np.uint8), (-30, 0, 20, 20), 'outside'),
+        (np.zeros((50, 60, 3), np.uint8), (0, 0, 20, -5), '20 x -5'),
+        (np.zeros((50, 60, 3), np.uint8), (0, 0, 20), 'four numbers'),
+        (np.zeros((50, 60, 3), np.uint8), (0, 0, float('nan'), 20), 'four numbers'),
+        (np.zeros((50, 60, 3), np.uint8), 'here', 'four numbers'),
+    ],
+)
 def test_what_cannot_be_used_is_one_sentence(image, box, words):
     with pytest.raises(UserError, match='(?s)^[^\n]*$') as caught:
         cut_crop(image, box)

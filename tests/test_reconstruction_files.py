@@ -14,8 +14,9 @@ BLUE, ORANGE = render.HAND_COLOURS_BGR
 @pytest.fixture(scope='module')
 def hands(standin):
     """Two equal poses, (2, 778, 3) m about their wrists."""
-    return TwoHandLayer(standin)(torch.zeros(1, 2, 3), torch.zeros(1, 2, 45), torch.zeros(1, 2, 10),
-                                 root_joint=0).vertices[0]
+    return TwoHandLayer(standin)(
+        torch.zeros(1, 2, 3), torch.zeros(1, 2, 45), torch.zeros(1, 2, 10), root_joint=0
+    ).vertices[0]
 
 
 def middle(picture: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:

@@ -9,15 +9,7 @@ from manopth import TwoHandLayer, load_hand_models
 from utils import render
 from utils.errors import UserError
 from utils.geometry import project
-from utils.render import (
-    interpolate,
-    overlay,
-    rasterize,
-    rasterize_pytorch3d,
-    shade,
-    smooth_normals,
-    two_hand_faces,
-)
+from utils.render import interpolate, overlay, rasterize, rasterize_pytorch3d, shade, smooth_normals, two_hand_faces
 
 HEIGHT, WIDTH = 20, 26
 CAMERA = torch.tensor([[30.0, 0.0, 13.0], [0.0, 28.0, 10.0], [0.0, 0.0, 1.0]])
@@ -61,8 +53,9 @@ def test_agrees_with_a_naive_oracle(seed):
     intrinsics = torch.stack([CAMERA, turned])
     out = rasterize(vertices, faces, intrinsics, (HEIGHT, WIDTH))
     for image in range(2):
-        face, depth, weights, margin = naive(vertices[image].double().numpy(), faces.numpy(),
-                                             intrinsics[image].double().numpy(), HEIGHT, WIDTH)
+        face, depth, weights, margin = naive(
+            vertices[image].double().numpy(), faces.numpy(), intrinsics[image].double().numpy(), HEIGHT, WIDTH
+        )
         clear = margin > 1e-3  # corners are snapped to 1/4096 pixel
         assert clear.mean() > 0.9 and (face >= 0).mean() > 0.2
         np.testing.assert_array_equal(out.face[image].numpy()[clear], face[clear])
@@ -88,7 +81,7 @@ def test_shared_edges_leave_no_hole_and_corners_on_pixel_centres_do_not_either(s
     generator = torch.Generator().manual_seed(seed)
     steps = torch.arange(-2, 34) * 0.75
     y, x = torch.meshgrid(steps, steps, indexing='ij')
-    jitter = (torch.randint(-2, 3, (2, *x.shape), generator=generator) / 8)
+    jitter = torch.randint(-2, 3, (2, *x.shape), generator=generator) / 8
     grid = torch.arange(x.numel()).view(x.shape)
     a, b, c, d = (part.flatten() for part in (grid[:-1, :-1], grid[:-1, 1:], grid[1:, 1:], grid[1:, :-1]))
     faces = torch.cat([torch.stack([a, b, c], 1), torch.stack([a, d, c], 1)])
@@ -136,20 +129,23 @@ def test_images_of_a_batch_do_not_mix_and_small_parts_change_nothing(monkeypatch
     together = rasterize(vertices, faces, intrinsics, (HEIGHT, WIDTH))
     monkeypatch.setattr(render, 'PIXELS_AT_ONCE', 37)
     in_parts = rasterize(vertices, faces, intrinsics, (HEIGHT, WIDTH))
-    alone = [rasterize(vertices[i:i + 1], faces, intrinsics[i:i + 1], (HEIGHT, WIDTH)) for i in range(3)]
+    alone = [rasterize(vertices[i : i + 1], faces, intrinsics[i : i + 1], (HEIGHT, WIDTH)) for i in range(3)]
     for name in render.Fragments._fields:
         assert torch.equal(getattr(together, name), getattr(in_parts, name))
         assert torch.equal(getattr(together, name), torch.cat([getattr(one, name) for one in alone]))
 
 
-@pytest.mark.parametrize('corners', [
-    [[0.0, 0.0, 1.0], [1.0, 0.0, 1.0], [0.0, 1.0, -1.0]],  # one corner behind the camera
-    [[0.0, 0.0, -1.0], [1.0, 0.0, -1.0], [0.0, 1.0, -1.0]],
-    [[0.0, 0.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 1.0]],
-    [[9.0, 0.0, 1.0], [10.0, 0.0, 1.0], [9.0, 1.0, 1.0]],  # outside the image
-    [[0.0, 0.0, 1.0], [0.1, 0.1, 1.0], [0.2, 0.2, 1.0]],  # no area
-    [[0.0, 0.0, 1.0], [float('nan'), 0.0, 1.0], [0.0, 1.0, 1.0]],
-])
+@pytest.mark.parametrize(
+    'corners',
+    [
+        [[0.0, 0.0, 1.0], [1.0, 0.0, 1.0], [0.0, 1.0, -1.0]],  # one corner behind the camera
+        [[0.0, 0.0, -1.0], [1.0, 0.0, -1.0], [0.0, 1.0, -1.0]],
+        [[0.0, 0.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 1.0]],
+        [[9.0, 0.0, 1.0], [10.0, 0.0, 1.0], [9.0, 1.0, 1.0]],  # outside the image
+        [[0.0, 0.0, 1.0], [0.1, 0.1, 1.0], [0.2, 0.2, 1.0]],  # no area
+        [[0.0, 0.0, 1.0], [float('nan'), 0.0, 1.0], [0.0, 1.0, 1.0]],
+    ],
+)
 def test_faces_that_cannot_be_seen_leave_the_background(corners):
     out = rasterize(torch.tensor([corners]), torch.tensor([[0, 1, 2]]), CAMERA[None], (HEIGHT, WIDTH))
     assert (out.face == -1).all() and not out.depth.any() and not out.barycentric.any()
@@ -240,12 +236,20 @@ def test_the_pytorch3d_path_hands_over_its_documented_screen_and_reads_packed_fa
         out = rasterize(points, faces[0], torch.eye(3).expand(len(points), 3, 3), image_size)
         packed = out.face + len(faces[0]) * torch.arange(len(points))[:, None, None]
         nothing = out.face < 0
-        return (packed.masked_fill(nothing, -1)[..., None], out.depth.masked_fill(nothing, -1.0)[..., None],
-                out.barycentric.masked_fill(nothing[..., None], -1.0)[..., None, :], None)
+        return (
+            packed.masked_fill(nothing, -1)[..., None],
+            out.depth.masked_fill(nothing, -1.0)[..., None],
+            out.barycentric.masked_fill(nothing[..., None], -1.0)[..., None, :],
+            None,
+        )
 
-    for name, content in {'pytorch3d': {}, 'pytorch3d.renderer': {}, 'pytorch3d.renderer.mesh': {},
-                          'pytorch3d.renderer.mesh.rasterize_meshes': {'rasterize_meshes': rasterize_meshes},
-                          'pytorch3d.structures': {'Meshes': lambda *arrays: arrays}}.items():
+    for name, content in {
+        'pytorch3d': {},
+        'pytorch3d.renderer': {},
+        'pytorch3d.renderer.mesh': {},
+        'pytorch3d.renderer.mesh.rasterize_meshes': {'rasterize_meshes': rasterize_meshes},
+        'pytorch3d.structures': {'Meshes': lambda *arrays: arrays},
+    }.items():
         module = types.ModuleType(name)
         module.__dict__.update(content)
         monkeypatch.setitem(sys.modules, name, module)

@@ -125,6 +125,7 @@ def run(sampled) -> Path:
 # What stands on the page
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def test_every_section_is_there_under_headings_in_order(page):
     assert [element[1]['id'] for element in page.all('section')] == list(NAVIGATION)
     assert {f'#{identity}' for identity in NAVIGATION} < {element[1]['href'] for element in page.all('a')}
@@ -192,8 +193,9 @@ def test_interaction_tables_hold_every_bin_with_its_number_of_frames(page, metri
 
 def test_the_glance_names_the_worst_joint_and_the_hardest_bin(page, metrics):
     said = [element[2] for element in page.all('li')]
-    error, joint, side = max((value[side], name, side) for name, value in metrics['per_joint_mm'].items()
-                             for side in SIDES)
+    error, joint, side = max(
+        (value[side], name, side) for name, value in metrics['per_joint_mm'].items() for side in SIDES
+    )
     assert any(f'worst are the {side} {joint.replace("_", " ")} ({error:.2f} mm)' in line for line in said)
     row = max((row for row in metrics['by_box_iou'] if row['frames']), key=lambda row: row['joint_mm'])
     hardest = f'{row["from"]:g} to {row["to"]:g} (joint error {row["joint_mm"]:.2f} mm, {row["frames"]} frames)'
@@ -256,13 +258,18 @@ def test_a_single_validation_is_a_dot_of_each_stage(run, tmp_path):
 def test_pictures_show_crop_prediction_and_truth(page, folder):
     with np.load(folder / 'main' / 'eval' / 'samples.npz') as samples:
         crop = samples['image'][0].astype(int)
-    images = [cv2.imdecode(np.frombuffer(base64.b64decode(element[1]['src'].partition(',')[2]), np.uint8),
-                           cv2.IMREAD_COLOR).astype(int) for element in page.all('img')[:3]]
+    images = [
+        cv2.imdecode(
+            np.frombuffer(base64.b64decode(element[1]['src'].partition(',')[2]), np.uint8), cv2.IMREAD_COLOR
+        ).astype(int)
+        for element in page.all('img')[:3]
+    ]
     assert [image.shape for image in images] == [(256, 256, 3)] * 3
     distance = [np.abs(image - crop).mean() for image in images]
     assert distance[0] < 3 < min(distance[1:]) and np.abs(images[1] - images[2]).mean() > 1
-    assert [element[1]['alt'] for element in page.all('img')[:3]] == [f'worst 1: {what}' for what in (
-        'input', 'prediction', 'truth')]
+    assert [element[1]['alt'] for element in page.all('img')[:3]] == [
+        f'worst 1: {what}' for what in ('input', 'prediction', 'truth')
+    ]
 
 
 def test_meshes_of_the_3d_view_are_the_predicted_ones_to_a_hundredth_of_a_millimetre(page, folder):
@@ -273,8 +280,9 @@ def test_meshes_of_the_3d_view_are_the_predicted_ones_to_a_hundredth_of_a_millim
     shown = meshes['runs']['0']
     assert [base64.b64decode(text) for text in shown['faces']] == [side.astype('<u2').tobytes() for side in faces]
     for number, sample in enumerate(shown['samples']):
-        for text, mesh in zip((*sample['stages'], sample['truth']),
-                              (*vertices[number], truth[number] - roots[number, :, None])):
+        for text, mesh in zip(
+            (*sample['stages'], sample['truth']), (*vertices[number], truth[number] - roots[number, :, None])
+        ):
             values = np.frombuffer(base64.b64decode(text), '<i2').reshape(2, 778, 3) * sample['step']
             np.testing.assert_allclose(values, 1000 * mesh, atol=0.01)
         np.testing.assert_allclose(sample['offsets'], 1000 * offset[number], atol=0.001)
@@ -284,6 +292,7 @@ def test_meshes_of_the_3d_view_are_the_predicted_ones_to_a_hundredth_of_a_millim
 # ---------------------------------------------------------------------------------------------------------------------
 # Several runs
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 def test_runs_stand_side_by_side_with_what_differs_and_the_best_marked(folder, tmp_path):
     page = make(folder / 'main', folder / 'other', out=tmp_path / 'two.html')
@@ -301,8 +310,9 @@ def test_what_cannot_be_compared_is_marked_and_has_no_best(folder, tmp_path):
     assert table[''] == ['main [A]', 'middle [B]', 'other [A]'] and table['group'] == ['A', 'B', 'A']
     assert 'Not all columns can be compared' in page.text
     best = page.of_class('best')
-    assert len(best) == 8 and not any(table[title][1].startswith(figure) for figure in best for title in (
-        'joint mm', 'vert mm', 'root mm'))  # middle's are lower, in a protocol of its own
+    assert len(best) == 8 and not any(
+        table[title][1].startswith(figure) for figure in best for title in ('joint mm', 'vert mm', 'root mm')
+    )  # middle's are lower, in a protocol of its own
     assert any('middle [B]' in element[2] for element in page.all('li'))  # in the legends too
 
 
@@ -310,21 +320,39 @@ def test_what_cannot_be_compared_is_marked_and_has_no_best(folder, tmp_path):
 # What is missing or damaged
 # ---------------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('file, sections_without', [
-    ('eval/per_sample.csv', 2), ('eval/samples.npz', 1), ('log.jsonl', 1)])
+
+@pytest.mark.parametrize(
+    'file, sections_without', [('eval/per_sample.csv', 2), ('eval/samples.npz', 1), ('log.jsonl', 1)]
+)
 def test_a_missing_file_is_a_line_with_the_command_that_makes_it(run, tmp_path, file, sections_without):
     (run / file).unlink(missing_ok=True)
     page = make(edit(run, model='somewhere/model.pth'), out=tmp_path / 'page.html')
-    command = 'python train.py' if file == 'log.jsonl' else (
-        f'python apps/eval_interhand.py --model somewhere/model.pth --data_path data/interhand2.6m --out {run}/eval')
+    command = (
+        'python train.py'
+        if file == 'log.jsonl'
+        else (
+            f'python apps/eval_interhand.py --model somewhere/model.pth --data_path data/interhand2.6m --out {run}/eval'
+        )
+    )
     lines = [line for line in page.of_class('missing') if Path(file).name in line]
     assert len(lines) == sections_without and all(command in line for line in lines)
     assert [element[1]['id'] for element in page.all('section')] == list(NAVIGATION)
 
 
 def test_figures_of_older_files_are_left_out_in_a_line(run, tmp_path):
-    gone = ('by_visibility', 'placement_mm', 'stages', 'pck', 'per_joint_mm', 'per_finger_mm', 'by_box_iou',
-            'by_distance_mm', 'penetration', 'interval_95', 'pa_joint_mm')
+    gone = (
+        'by_visibility',
+        'placement_mm',
+        'stages',
+        'pck',
+        'per_joint_mm',
+        'per_finger_mm',
+        'by_box_iou',
+        'by_distance_mm',
+        'penetration',
+        'interval_95',
+        'pa_joint_mm',
+    )
     page = make(edit(run, **dict.fromkeys(gone, ...), segmentation_iou=None), out=tmp_path / 'page.html')
     lines = page.of_class('missing')
     for key in gone[:-2]:
@@ -356,22 +384,39 @@ def test_a_log_that_was_cut_short_by_a_kill_is_read(run, tmp_path):
     assert 'Training loss' in [element[2] for element in page.all('figcaption')]
 
 
-@pytest.mark.parametrize('changes, said', [
-    ({'version': 99}, 'version'), ({'joint_mm': 3}, 'joint_mm'), ({'frames': None}, 'frames'),
-    ({'data': ...}, 'data'), ({'pck': {'auc': 1}}, 'pck'), ({'stages': [{}]}, 'stages'),
-    ({'by_distance_mm': [{'from': '0'}]}, 'by_distance_mm'),
-    ({'interval_95': {'joint_mm': {'all': [1]}}}, 'interval_95'), ({'protocol': {}}, 'protocol'),
-    ({'by_box_iou': [{'from': None, 'to': 1, 'frames': 0}]}, 'by_box_iou'),
-    ({'config': 'x'}, 'config'), ({'per_joint_mm': {'wrist': 1}}, 'per_joint_mm')])
+@pytest.mark.parametrize(
+    'changes, said',
+    [
+        ({'version': 99}, 'version'),
+        ({'joint_mm': 3}, 'joint_mm'),
+        ({'frames': None}, 'frames'),
+        ({'data': ...}, 'data'),
+        ({'pck': {'auc': 1}}, 'pck'),
+        ({'stages': [{}]}, 'stages'),
+        ({'by_distance_mm': [{'from': '0'}]}, 'by_distance_mm'),
+        ({'interval_95': {'joint_mm': {'all': [1]}}}, 'interval_95'),
+        ({'protocol': {}}, 'protocol'),
+        ({'by_box_iou': [{'from': None, 'to': 1, 'frames': 0}]}, 'by_box_iou'),
+        ({'config': 'x'}, 'config'),
+        ({'per_joint_mm': {'wrist': 1}}, 'per_joint_mm'),
+    ],
+)
 def test_metrics_of_another_form_are_one_sentence(run, tmp_path, capsys, changes, said):
     edit(run, **changes)
     check_sentence(run, tmp_path, capsys, said, run / 'eval' / 'metrics.json')
 
 
-@pytest.mark.parametrize('damage', [
-    lambda text: '', lambda text: text[:-30], lambda text: text.replace('root_mm', 'else'),
-    lambda text: re.sub(r',\d+\.', ',x.', text, count=1), lambda text: text.splitlines()[0],
-    lambda text: '\x00' + text])
+@pytest.mark.parametrize(
+    'damage',
+    [
+        lambda text: '',
+        lambda text: text[:-30],
+        lambda text: text.replace('root_mm', 'else'),
+        lambda text: re.sub(r',\d+\.', ',x.', text, count=1),
+        lambda text: text.splitlines()[0],
+        lambda text: '\x00' + text,
+    ],
+)
 def test_a_damaged_per_sample_table_is_one_sentence(run, tmp_path, capsys, damage):
     path = run / 'eval' / 'per_sample.csv'
     path.write_text(damage(path.read_text()))
@@ -382,16 +427,23 @@ def changed(name, change):
     return lambda arrays: arrays | {name: change(arrays[name])}
 
 
-@pytest.mark.parametrize('damage, said', [
-    (lambda arrays: {name: values for name, values in arrays.items() if name != 'faces'}, 'damaged'),
-    (changed('version', lambda a: np.array(2)), 'version 2'),
-    (changed('version', lambda a: np.array([1, 1])), 'damaged'),
-    (changed('image', lambda a: a[:, :100]), 'image'), (changed('image', lambda a: a.astype(np.uint16)), 'image'),
-    (lambda arrays: {name: a[:0] if a.ndim and name != 'faces' else a for name, a in arrays.items()}, 'index'),
-    (changed('vertices', lambda a: a * np.nan), 'vertices'),
-    (changed('vertices', lambda a: a[:, :0]), 'vertices'), (changed('faces', lambda a: a + 700), 'faces'),
-    (changed('kind', lambda a: np.full(len(a), 'odd')), 'kind'), (changed('offset', lambda a: a[1:]), 'offset'),
-    (changed('root_mm', lambda a: np.array('x')), 'root_mm')])
+@pytest.mark.parametrize(
+    'damage, said',
+    [
+        (lambda arrays: {name: values for name, values in arrays.items() if name != 'faces'}, 'damaged'),
+        (changed('version', lambda a: np.array(2)), 'version 2'),
+        (changed('version', lambda a: np.array([1, 1])), 'damaged'),
+        (changed('image', lambda a: a[:, :100]), 'image'),
+        (changed('image', lambda a: a.astype(np.uint16)), 'image'),
+        (lambda arrays: {name: a[:0] if a.ndim and name != 'faces' else a for name, a in arrays.items()}, 'index'),
+        (changed('vertices', lambda a: a * np.nan), 'vertices'),
+        (changed('vertices', lambda a: a[:, :0]), 'vertices'),
+        (changed('faces', lambda a: a + 700), 'faces'),
+        (changed('kind', lambda a: np.full(len(a), 'odd')), 'kind'),
+        (changed('offset', lambda a: a[1:]), 'offset'),
+        (changed('root_mm', lambda a: np.array('x')), 'root_mm'),
+    ],
+)
 def test_samples_of_another_form_are_one_sentence(sampled, tmp_path, capsys, damage, said):
     path = sampled / 'eval' / 'samples.npz'
     with np.load(path) as archive:
@@ -400,9 +452,15 @@ def test_samples_of_another_form_are_one_sentence(sampled, tmp_path, capsys, dam
     check_sentence(sampled, tmp_path, capsys, said, path)
 
 
-@pytest.mark.parametrize('damage', [
-    lambda content: content[:-1000], lambda content: b'', lambda content: b'nonsense',
-    lambda content: content[:5000] + bytes(2000) + content[7000:]])
+@pytest.mark.parametrize(
+    'damage',
+    [
+        lambda content: content[:-1000],
+        lambda content: b'',
+        lambda content: b'nonsense',
+        lambda content: content[:5000] + bytes(2000) + content[7000:],
+    ],
+)
 def test_a_damaged_samples_file_is_one_sentence(sampled, tmp_path, capsys, damage):
     path = sampled / 'eval' / 'samples.npz'
     path.write_bytes(damage(path.read_bytes()))
@@ -427,6 +485,7 @@ def check_sentence(run: Path, tmp_path: Path, capsys, said: str, path: Path) -> 
 # Text stays text
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def test_hostile_names_are_text(folder, sampled, tmp_path):
     path = sampled / 'eval' / 'per_sample.csv'
     with open(path) as file:
@@ -440,9 +499,15 @@ def test_hostile_names_are_text(folder, sampled, tmp_path):
     log = (sampled / 'log.jsonl').read_text().replace('lovasz', json.dumps(HOSTILE)[1:-1])
     (sampled / 'log.jsonl').write_text(log)
     metrics = json.loads((sampled / 'eval' / 'metrics.json').read_text())
-    edit(sampled, data=f'{HOSTILE}/test', model=HOSTILE, subset={'description': HOSTILE},
-         protocol=metrics['protocol'] | {'name': HOSTILE}, config=metrics['config'] | {HOSTILE: HOSTILE},
-         by_visibility=...)
+    edit(
+        sampled,
+        data=f'{HOSTILE}/test',
+        model=HOSTILE,
+        subset={'description': HOSTILE},
+        protocol=metrics['protocol'] | {'name': HOSTILE},
+        config=metrics['config'] | {HOSTILE: HOSTILE},
+        by_visibility=...,
+    )
     hostile = tmp_path / '<img src=x onerror=alert(3)>'
     sampled.rename(hostile)
     page = make(hostile, folder / 'other', out=tmp_path / 'page.html')
@@ -454,10 +519,12 @@ def test_hostile_names_are_text(folder, sampled, tmp_path):
 
 def test_markup_is_only_what_was_made_as_markup():
     assert tag('p', '<b>', tag('b', 'x & y'), title='"', hidden=True, id=None) == (
-        '<p title="&quot;" hidden>&lt;b&gt;<b>x &amp; y</b></p>')
+        '<p title="&quot;" hidden>&lt;b&gt;<b>x &amp; y</b></p>'
+    )
     script = json_script('d', {'a': '</script><!--'})
-    assert script.count('<') == 2 and json.loads(script[script.index('>') + 1:script.rindex('<')]) == {
-        'a': '</script><!--'}
+    assert script.count('<') == 2 and json.loads(script[script.index('>') + 1 : script.rindex('<')]) == {
+        'a': '</script><!--'
+    }
 
 
 def test_what_no_encoding_can_write_does_not_stop_the_page(run, tmp_path):
@@ -468,6 +535,7 @@ def test_what_no_encoding_can_write_does_not_stop_the_page(run, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Charts and colours
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize('highest', [0.0, 1e-6, 0.3, 1.0, 7.3, 99.0, 12345.6])
 def test_axes_end_at_round_numbers_not_below_the_values(highest):
@@ -481,8 +549,11 @@ def test_axes_end_at_round_numbers_not_below_the_values(highest):
 def test_logarithmic_ticks_lie_inside(low, high):
     axis = Axis('loss', low, high, logarithmic=True)
     assert all(low <= tick <= high for tick in axis.ticks(5))
-    assert axis.share(low) == 0 and axis.share(high) == pytest.approx(1) and axis.share((low * high) ** 0.5) == (
-        pytest.approx(0.5))
+    assert (
+        axis.share(low) == 0
+        and axis.share(high) == pytest.approx(1)
+        and axis.share((low * high) ** 0.5) == (pytest.approx(0.5))
+    )
 
 
 def test_a_line_leaves_gaps_out_and_values_can_be_read_off():
@@ -512,15 +583,22 @@ def test_joints_of_the_diagram_do_not_cover_each_other_and_lie_inside():
 
 def contrast(a, b) -> float:
     """WCAG 2's ratio of two RGB colours."""
-    lights = sorted(sum(weight * (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4)
-                        for weight, c in zip((0.2126, 0.7152, 0.0722), np.array(colour) / 255)) for colour in (a, b))
+    lights = sorted(
+        sum(
+            weight * (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4)
+            for weight, c in zip((0.2126, 0.7152, 0.0722), np.array(colour) / 255)
+        )
+        for colour in (a, b)
+    )
     return (lights[1] + 0.05) / (lights[0] + 0.05)
 
 
 def test_colours_have_contrast_in_light_and_dark():
     style = (Path(sections.__file__).parent / 'page.css').read_text()
-    colours = {name: [tuple(bytes.fromhex(value)) for value in pair] for name, *pair in re.findall(
-        r'--([\w-]+): light-dark\(#(\w{6}), #(\w{6})\)', style)}
+    colours = {
+        name: [tuple(bytes.fromhex(value)) for value in pair]
+        for name, *pair in re.findall(r'--([\w-]+): light-dark\(#(\w{6}), #(\w{6})\)', style)
+    }
     assert {'page', 'surface', 'ink', 'quiet', 'accent', 'note', 'series-5'} <= set(colours)
     for mode in (0, 1):
         for text in ('ink', 'quiet', 'accent'):

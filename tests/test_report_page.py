@@ -118,11 +118,14 @@ def test_two_fingers_zoom(open_page):
 def test_stages_truth_and_placement_change_what_is_drawn(viewer):
     assert viewer.locator('#viewer-state').inner_text() == 'Stage 2, truth on, each hand at its own root.'
     seen = [drawn(viewer)]
-    for choose in (lambda: viewer.locator('#canvas').press('0'), lambda: viewer.get_by_label('1', exact=True).check(),
-                   lambda: viewer.get_by_label('off', exact=True).check(),
-                   lambda: viewer.get_by_label('right hand placed by the offset').check(),
-                   lambda: viewer.get_by_label('only', exact=True).check(),
-                   lambda: viewer.get_by_role('button', name='Next sample').click()):
+    for choose in (
+        lambda: viewer.locator('#canvas').press('0'),
+        lambda: viewer.get_by_label('1', exact=True).check(),
+        lambda: viewer.get_by_label('off', exact=True).check(),
+        lambda: viewer.get_by_label('right hand placed by the offset').check(),
+        lambda: viewer.get_by_label('only', exact=True).check(),
+        lambda: viewer.get_by_role('button', name='Next sample').click(),
+    ):
         choose()
         seen.append(drawn(viewer))
     assert all_differ(seen)
@@ -208,8 +211,11 @@ def test_nothing_is_wider_than_the_screen(open_page):
         page.set_viewport_size({'width': width, 'height': 800})
         assert page.evaluate('document.documentElement.scrollWidth') == width
         # What is wider scrolls inside its own box.
-        assert page.evaluate('''[...document.querySelectorAll('main *')].filter((e) => !e.closest('.scroll')
-          && e.getBoundingClientRect().right > innerWidth + 0.5).length''') == 0
+        assert (
+            page.evaluate("""[...document.querySelectorAll('main *')].filter((e) => !e.closest('.scroll')
+          && e.getBoundingClientRect().right > innerWidth + 0.5).length""")
+            == 0
+        )
     page.get_by_role('button', name='3D view of worst 1, main [A]', exact=True).click()
     assert page.evaluate('document.querySelector("dialog").scrollWidth <= document.querySelector("dialog").clientWidth')
 

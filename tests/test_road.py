@@ -18,8 +18,20 @@ from dataset import preparation
 from utils.evaluated_runs import METRICS_VERSION
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ['MODEL.IMAGE_SIZE', '64', 'MODEL.MAP_CHANNELS', '16', 'TRAIN.BATCH_SIZE', '8', 'TRAIN.EPOCHS', '1',
-         'TRAIN.WORKERS', '0', 'DEVICE', 'cpu']
+SMALL = [
+    'MODEL.IMAGE_SIZE',
+    '64',
+    'MODEL.MAP_CHANNELS',
+    '16',
+    'TRAIN.BATCH_SIZE',
+    '8',
+    'TRAIN.EPOCHS',
+    '1',
+    'TRAIN.WORKERS',
+    '0',
+    'DEVICE',
+    'cpu',
+]
 FIGURES = ('joint_mm', 'vert_mm', 'joint_px', 'vert_px')
 
 
@@ -58,7 +70,8 @@ def test_demo_draws_pictures(demo):
     for name in ('trained', 'baseline'):
         assert f'{json.loads((demo / name / "metrics.json").read_text())["joint_mm"]["all"]:.2f}' in page
     assert page.count('class="open-viewer"') == sum(
-        len(np.load(demo / name / 'samples.npz')['index']) for name in ('trained', 'baseline'))
+        len(np.load(demo / name / 'samples.npz')['index']) for name in ('trained', 'baseline')
+    )
     sheet = cv2.imread(str(demo / 'pictures.jpg'))
     assert sheet.shape[0] > 256 and sheet.shape[1] > 7 * 256
     assert sheet.std() > 20
@@ -66,8 +79,13 @@ def test_demo_draws_pictures(demo):
 
 def run_here(name: str, command: list[str]) -> None:
     """``run_demo.run_command`` without a new process for every step, which takes most of a short one's time."""
-    script = {'dataset/interhand.py': preparation, 'train.py': train, 'apps/eval_interhand.py': eval_interhand,
-              'apps/eval_baseline.py': eval_baseline, 'apps/report.py': report}[command[0]]
+    script = {
+        'dataset/interhand.py': preparation,
+        'train.py': train,
+        'apps/eval_interhand.py': eval_interhand,
+        'apps/eval_baseline.py': eval_baseline,
+        'apps/report.py': report,
+    }[command[0]]
     assert script.main(command[1:]) in (0, None)
 
 
@@ -115,16 +133,21 @@ def test_chosen_samples_hold_what_was_measured(demo):
 
 
 def evaluate(demo: Path, *more: str) -> int:
-    return eval_interhand.main(['--data_path', str(demo / 'data'), '--model', str(demo / 'run'), 'TRAIN.WORKERS', '0',
-                                *more])
+    return eval_interhand.main(
+        ['--data_path', str(demo / 'data'), '--model', str(demo / 'run'), 'TRAIN.WORKERS', '0', *more]
+    )
 
 
 def test_printed_lines_are_the_fields(demo, capsys):
     assert evaluate(demo, '--root_joint', '9', '--no-scale', '--split', 'val') == 0
     lines = capsys.readouterr().out.splitlines()
     assert 'root joint 9' in lines[1] and 'scale alignment off' in lines[1] and 'frames' in lines[1]
-    assert lines[2:14:3] == ['joint mean error:', 'vert mean error:', 'pixel joint mean error:',
-                             'pixel vert mean error:']
+    assert lines[2:14:3] == [
+        'joint mean error:',
+        'vert mean error:',
+        'pixel joint mean error:',
+        'pixel vert mean error:',
+    ]
     assert lines[14].startswith('root error: ') and lines[14].endswith(' mm')
     assert all(line.endswith(' mm') for line in lines[3:8] if line.startswith(' '))
     assert all(line.endswith(' px') for line in lines[9:14] if line.startswith(' '))
@@ -159,13 +182,18 @@ def test_every_protocol_at_once_is_each_alone(demo, tmp_path, capsys):
     assert 'scale off' in capsys.readouterr().out
     grid = json.loads((tmp_path / 'grid' / 'metrics.json').read_text())['protocols']
     assert [(s['protocol']['root_joint'], s['protocol']['scale']) for s in grid] == [
-        (0, True), (0, False), (9, True), (9, False)]
+        (0, True),
+        (0, False),
+        (9, True),
+        (9, False),
+    ]
     for number, arguments in enumerate([(), ('--no-scale',), ('--protocol', 'intaghand'), ('--protocol', 'acr')]):
         out = tmp_path / str(number)
         assert evaluate(demo, *arguments, '--out', str(out)) == 0
         alone = json.loads((out / 'metrics.json').read_text())
         assert {name: alone[name] for name in (*FIGURES, 'root_mm', 'frames')} == {
-            name: grid[number][name] for name in (*FIGURES, 'root_mm', 'frames')}
+            name: grid[number][name] for name in (*FIGURES, 'root_mm', 'frames')
+        }
     assert alone['protocol']['name'] == 'acr'
     assert evaluate(demo, '--root_joint', '9', '--no-scale') == 0
     assert 'protocol acr: root joint 9' in capsys.readouterr().out  # the name of what was asked for
@@ -174,9 +202,28 @@ def test_every_protocol_at_once_is_each_alone(demo, tmp_path, capsys):
 def test_two_processes_measure_what_one_does(demo, tmp_path):
     odd = ['--first', '5']  # one process has a sample more than the other
     assert evaluate(demo, *odd, '--out', str(tmp_path / 'one')) == 0
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
-               'apps/eval_interhand.py', '--data_path', str(demo / 'data'), '--model', str(demo / 'run'), *odd, '--out',
-               str(tmp_path / 'two'), 'TRAIN.WORKERS', '0', 'EVAL.BATCH_SIZE', '2', 'DEVICE', 'cpu']
+    command = [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        '--nproc_per_node',
+        '2',
+        'apps/eval_interhand.py',
+        '--data_path',
+        str(demo / 'data'),
+        '--model',
+        str(demo / 'run'),
+        *odd,
+        '--out',
+        str(tmp_path / 'two'),
+        'TRAIN.WORKERS',
+        '0',
+        'EVAL.BATCH_SIZE',
+        '2',
+        'DEVICE',
+        'cpu',
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr[-2000:]
     assert len([line for line in result.stdout.splitlines() if line.startswith('root error: ')]) == 1

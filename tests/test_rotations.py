@@ -83,6 +83,7 @@ def test_matrix_round_trip():
 @pytest.mark.parametrize('angle', [1e-3, 1.0, 3.0, math.pi - 1e-3])
 def test_matrix_to_axis_angle_gradient_undoes_the_forward_one(angle):
     """The Jacobian of a round trip is the identity."""
+
     def round_trip(axis_angle):
         return matrix_to_axis_angle(axis_angle_to_matrix(axis_angle))
 
@@ -136,10 +137,19 @@ def test_gram_schmidt_keeps_the_first_direction_and_the_plane():
 
 
 @pytest.mark.parametrize('to_matrix', [symmetric_6d_to_matrix, gram_schmidt_6d_to_matrix])
-@pytest.mark.parametrize('six', [
-    [0, 0, 0, 0, 0, 0], [1, 2, 3, 0, 0, 0], [0, 0, 0, 1, 2, 3], [1, 2, 3, 1, 2, 3], [1, 2, 3, 2, 4, 6],
-    [1, 2, 3, -1, -2, -3], [1e-12, 0, 0, 0, 1e-12, 0], [1, 2, 3, 1, 2, 3.000001],
-])
+@pytest.mark.parametrize(
+    'six',
+    [
+        [0, 0, 0, 0, 0, 0],
+        [1, 2, 3, 0, 0, 0],
+        [0, 0, 0, 1, 2, 3],
+        [1, 2, 3, 1, 2, 3],
+        [1, 2, 3, 2, 4, 6],
+        [1, 2, 3, -1, -2, -3],
+        [1e-12, 0, 0, 0, 1e-12, 0],
+        [1, 2, 3, 1, 2, 3.000001],
+    ],
+)
 def test_degenerate_6d_has_finite_values_and_gradients(to_matrix, six):
     six = torch.tensor(six, dtype=torch.float32, requires_grad=True)
     matrix = to_matrix(six)

@@ -263,8 +263,10 @@ def spoil_count(parts):
 
 
 def spoil_overlap(parts):
-    edit_record(parts, lambda content: content['shard'].update(begin=content['shard']['begin'] - 2,
-                                                               end=content['shard']['end'] - 2))
+    edit_record(
+        parts,
+        lambda content: content['shard'].update(begin=content['shard']['begin'] - 2, end=content['shard']['end'] - 2),
+    )
     return ('--merge',), 'does not fit the other shards'
 
 
@@ -274,7 +276,8 @@ def spoil_selection(parts):
         content = json.loads(path.read_text())
         content['shard'] |= {'selected': 12, 'begin': end - 4, 'end': end}
         content['skipped_image_ids']['hands behind the camera'] = [0] * (
-            4 - content['kept'] - sum(map(len, content['skipped_image_ids'].values())))
+            4 - content['kept'] - sum(map(len, content['skipped_image_ids'].values()))
+        )
         path.write_text(json.dumps(content))
     return ('--merge',), 'the annotation files have changed'
 
@@ -308,8 +311,11 @@ def spoil_merge_without_shards(parts):
     return (), 'is a merge of shards that was cut off'
 
 
-@pytest.mark.parametrize('spoil', [value for name, value in list(globals().items()) if name.startswith('spoil_')],
-                         ids=lambda f: f.__name__.removeprefix('spoil_'))
+@pytest.mark.parametrize(
+    'spoil',
+    [value for name, value in list(globals().items()) if name.startswith('spoil_')],
+    ids=lambda f: f.__name__.removeprefix('spoil_'),
+)
 def test_bad_input_is_one_sentence_and_exit_code_2(made, parts, spoil, capsys):
     extra, message = spoil(parts)
     before = contents(parts)

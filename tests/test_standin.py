@@ -37,8 +37,9 @@ def posed(hand: HandModel, pose: np.ndarray, betas: np.ndarray | None = None) ->
     pose = np.atleast_2d(pose)
     betas = np.zeros((len(pose), 10)) if betas is None else np.atleast_2d(betas)
     rotations = axis_angle_to_matrix(torch.from_numpy(np.pad(pose, ((0, 0), (3, 0))).reshape(-1, 1, 16, 3)))
-    vertices, joints = linear_blend_skinning(HandArrays.from_models((hand,), torch.float64), rotations,
-                                             torch.from_numpy(betas)[:, None])
+    vertices, joints = linear_blend_skinning(
+        HandArrays.from_models((hand,), torch.float64), rotations, torch.from_numpy(betas)[:, None]
+    )
     return vertices[:, 0].numpy(), joints[:, 0].numpy()
 
 
@@ -94,8 +95,10 @@ def self_intersections(vertices: np.ndarray, faces: np.ndarray) -> int:
     edges = np.unique(np.sort(directed_edges(faces), 1), axis=0)
     p, q = vertices[edges[:, 0]], vertices[edges[:, 1]]
     triangles = vertices[faces]
-    e, f = np.nonzero((np.minimum(p, q)[:, None] <= triangles.max(1)).all(-1)
-                      & (np.maximum(p, q)[:, None] >= triangles.min(1)).all(-1))
+    e, f = np.nonzero(
+        (np.minimum(p, q)[:, None] <= triangles.max(1)).all(-1)
+        & (np.maximum(p, q)[:, None] >= triangles.min(1)).all(-1)
+    )
     apart = (edges[e][:, :, None] != faces[f][:, None]).all((1, 2))
     e, f = e[apart], f[apart]
     (a, b, c), p, q = triangles[f].transpose(1, 0, 2), p[e], q[e]
@@ -304,8 +307,11 @@ def test_pose_directions_keep_the_knuckles_volume(right):
         vertices, joints = posed(hand, pose)
         return np.linalg.norm(vertices[0, back] - joints[0, 5], axis=1).mean()
 
-    flat, blended, corrected = (mean_distance(right, FLAT), mean_distance(plain, right_pose(flexion)),
-                                mean_distance(right, right_pose(flexion)))
+    flat, blended, corrected = (
+        mean_distance(right, FLAT),
+        mean_distance(plain, right_pose(flexion)),
+        mean_distance(right, right_pose(flexion)),
+    )
     assert blended < 0.95 * flat
     assert abs(corrected - flat) < 0.6 * abs(blended - flat)
 
@@ -329,15 +335,21 @@ def test_left_hand_mirrors_the_right():
     pose, betas = 0.5 * rng.normal(size=(6, 15, 3)), rng.normal(size=(6, 10))
     turned = pose * (1, -1, -1)
     (left_vertices, left_joints), (vertices, joints) = (
-        posed(left, turned.reshape(6, 45), betas), posed(right, pose.reshape(6, 45), betas))
+        posed(left, turned.reshape(6, 45), betas),
+        posed(right, pose.reshape(6, 45), betas),
+    )
     np.testing.assert_allclose(left_vertices, vertices * mirror, atol=1e-12)
     np.testing.assert_allclose(left_joints, joints * mirror, atol=1e-12)
     coefficients = rng.normal(size=45)
-    np.testing.assert_allclose((left.pose_mean + coefficients @ left.pose_components).reshape(15, 3),
-                               (right.pose_mean + coefficients @ right.pose_components).reshape(15, 3) * (1, -1, -1))
+    np.testing.assert_allclose(
+        (left.pose_mean + coefficients @ left.pose_components).reshape(15, 3),
+        (right.pose_mean + coefficients @ right.pose_components).reshape(15, 3) * (1, -1, -1),
+    )
     angles = rng.uniform(FLEXION_LIMITS[..., 0], FLEXION_LIMITS[..., 1]), rng.uniform(*SPREAD_LIMITS.T)
-    np.testing.assert_allclose(pose_from_angles(*angles, side='left').reshape(15, 3),
-                               pose_from_angles(*angles, side='right').reshape(15, 3) * (1, -1, -1))
+    np.testing.assert_allclose(
+        pose_from_angles(*angles, side='left').reshape(15, 3),
+        pose_from_angles(*angles, side='right').reshape(15, 3) * (1, -1, -1),
+    )
 
 
 def test_pose_from_angles_is_zero_for_the_flat_hand_and_takes_any_leading_axes():
@@ -359,8 +371,10 @@ def test_angles_mean_what_they_say(right):
     np.testing.assert_array_equal(pose[3:], 0)
     spread[1] = 0.3
     both = axis_angle_to_matrix(torch.from_numpy(pose_from_angles(flexion, spread, side='right')[:3])).numpy()
-    alone = [axis_angle_to_matrix(torch.from_numpy(pose_from_angles(f, s, side='right')[:3])).numpy()
-             for f, s in ((flexion, 0 * spread), (0 * flexion, spread))]
+    alone = [
+        axis_angle_to_matrix(torch.from_numpy(pose_from_angles(f, s, side='right')[:3])).numpy()
+        for f, s in ((flexion, 0 * spread), (0 * flexion, spread))
+    ]
     np.testing.assert_allclose(both, alone[0] @ alone[1], atol=1e-12)
 
     rest = right.template

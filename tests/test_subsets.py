@@ -26,6 +26,7 @@ def ids(tmp_path):
 
 # Filters
 
+
 def test_without_filters_the_whole_split_is_taken_and_nothing_is_said(dataset):
     assert choose(dataset) == ([0, 1, 2, 3, 4], None)
 
@@ -76,6 +77,7 @@ def test_a_missing_or_binary_list(tmp_path):
 
 # Annotated joints
 
+
 @pytest.fixture(scope='module')
 def prepared(tmp_path_factory):
     """(raw folder, content of its annotation files, prepared split) with one joint not valid."""
@@ -83,8 +85,21 @@ def prepared(tmp_path_factory):
     content = make_raw_tree(root / 'raw', steps=2)
     content['joint_3d']['0']['100']['joint_valid'][3] = [False]  # right thumb, nearest to the wrist
     write_kind(root / 'raw', 'joint_3d', content)
-    assert preparation.main(['--data_path', str(root / 'raw'), '--save_path', str(root / 'data'), '--workers', '1',
-                             'MANO.SOURCE', 'standin']) == 0
+    assert (
+        preparation.main(
+            [
+                '--data_path',
+                str(root / 'raw'),
+                '--save_path',
+                str(root / 'data'),
+                '--workers',
+                '1',
+                'MANO.SOURCE',
+                'standin',
+            ]
+        )
+        == 0
+    )
     return root / 'raw', content, InterHandDataset(root / 'data', 'train')
 
 

@@ -29,31 +29,54 @@ def make(frames: int = 40, seed: int = 0) -> tuple[SampleErrors, SampleDetails]:
         return mean * (0.5 + torch.rand(frames, *shape, generator=g, dtype=torch.float64))
 
     joints = errors(2, 21)
-    return (SampleErrors(joints.mean(-1), errors(2), errors(2), errors(2), errors(mean=30), joints),
-            SampleDetails(errors(2), errors(2), errors(mean=0.3), errors(mean=8), errors(mean=2).sub(2).clamp_min(0),
-                          errors(mean=1), errors(2, mean=0.6).clamp_max(1), errors(2, mean=60), errors(2, mean=50),
-                          errors(3, mean=50), errors(3, mean=50) + 60))
+    return (
+        SampleErrors(joints.mean(-1), errors(2), errors(2), errors(2), errors(mean=30), joints),
+        SampleDetails(
+            errors(2),
+            errors(2),
+            errors(mean=0.3),
+            errors(mean=8),
+            errors(mean=2).sub(2).clamp_min(0),
+            errors(mean=1),
+            errors(2, mean=0.6).clamp_max(1),
+            errors(2, mean=60),
+            errors(2, mean=50),
+            errors(3, mean=50),
+            errors(3, mean=50) + 60,
+        ),
+    )
 
 
 def test_summary_is_means_over_samples_and_all_is_the_mean_of_the_hands():
     means = torch.tensor([[1.0, 2.0], [3.0, 8.0]])
-    errors = SampleErrors(*(means * k for k in (1, 10, 100, 1000)), torch.tensor([7.0, 9.0]),
-                          means[..., None].expand(-1, -1, 21))
+    errors = SampleErrors(
+        *(means * k for k in (1, 10, 100, 1000)), torch.tensor([7.0, 9.0]), means[..., None].expand(-1, -1, 21)
+    )
     summary = summarise(errors, Protocol(9, False))
     assert summary['joint_mm'] == {'left': 2, 'right': 5, 'all': 3.5}
     assert summary['vert_px'] == {'left': 2000, 'right': 5000, 'all': 3500}
     assert summary['root_mm'] == 8 and summary['frames'] == 2
     assert summary['protocol'] == {
-        'root_joint': 9, 'scale': False, 'joints': 'regressed',
-        'description': 'root joint 9 (middle MCP), scale alignment off, joints regressed from vertices'}
+        'root_joint': 9,
+        'scale': False,
+        'joints': 'regressed',
+        'description': 'root joint 9 (middle MCP), scale alignment off, joints regressed from vertices',
+    }
 
 
 def test_summary_prints_the_fields_lines_in_their_order():
-    errors = SampleErrors(torch.DoubleTensor([[10.732769, 9.722339]]), torch.DoubleTensor([[10.47924, 9.521340]]),
-                          torch.DoubleTensor([[6.329594, 5.843324]]), torch.DoubleTensor([[6.235760, 5.768412]]),
-                          torch.DoubleTensor([29.26052]), torch.full((1, 2, 21), 10.0))
+    errors = SampleErrors(
+        torch.DoubleTensor([[10.732769, 9.722339]]),
+        torch.DoubleTensor([[10.47924, 9.521340]]),
+        torch.DoubleTensor([[6.329594, 5.843324]]),
+        torch.DoubleTensor([[6.235760, 5.768412]]),
+        torch.DoubleTensor([29.26052]),
+        torch.full((1, 2, 21), 10.0),
+    )
     summary = summarise(concatenate([errors]), Protocol())
-    assert format_summary(summary) == '''\
+    assert (
+        format_summary(summary)
+        == """\
 joint mean error:
     left: 10.732769 mm, right: 9.722339 mm
     all: 10.227554 mm
@@ -66,10 +89,12 @@ pixel joint mean error:
 pixel vert mean error:
     left: 6.235760 px, right: 5.768412 px
     all: 6.002086 px
-root error: 29.260520 mm'''
+root error: 29.260520 mm"""
+    )
 
 
 # Intervals
+
 
 def test_an_interval_surrounds_its_mean_and_narrows_with_frames():
     protocol = Protocol()
@@ -90,8 +115,10 @@ def test_an_interval_surrounds_its_mean_and_narrows_with_frames():
 def test_intervals_are_reproducible_and_pass_over_what_is_not_annotated():
     errors, _ = make()
     assert intervals(errors) == intervals(errors)
-    gaps = errors._replace(root_mm=torch.cat([errors.root_mm, torch.full((40,), torch.nan)]),
-                           **{name: torch.cat([getattr(errors, name)] * 2) for name in errors._fields[:4]})
+    gaps = errors._replace(
+        root_mm=torch.cat([errors.root_mm, torch.full((40,), torch.nan)]),
+        **{name: torch.cat([getattr(errors, name)] * 2) for name in errors._fields[:4]},
+    )
     low, high = intervals(gaps)['root_mm']
     assert low < errors.root_mm.mean() < high
 
@@ -103,6 +130,7 @@ def test_one_frame_has_an_interval_of_no_width():
 
 
 # Curves and breakdowns
+
 
 def test_pck_counts_joints_within_each_threshold():
     errors, _ = make()
@@ -150,13 +178,16 @@ def test_penetration_is_over_the_frames_that_have_it():
 
 def test_segmentation_iou_is_over_all_pixels():
     _, details = make(2)
-    details = details._replace(seg_intersection=torch.tensor([[90.0, 10, 0], [10, 20, 0]]),
-                               seg_union=torch.tensor([[100.0, 20, 5], [100, 40, 5]]))
+    details = details._replace(
+        seg_intersection=torch.tensor([[90.0, 10, 0], [10, 20, 0]]),
+        seg_union=torch.tensor([[100.0, 20, 5], [100, 40, 5]]),
+    )
     assert segmentation_iou(details) == pytest.approx({'background': 0.5, 'left': 0.5, 'right': 0, 'hands': 0.25})
     assert segmentation_iou(details._replace(seg_union=torch.zeros(2, 3))) is None
 
 
 # Text
+
 
 def whole(frames: int = 40) -> dict:
     errors, details = make(frames)
@@ -169,8 +200,16 @@ def test_the_breakdown_prints_every_part_with_its_number_of_frames():
     printed = format_breakdown(summary)
     assert 'bootstrap over 40 frames' in printed
     assert f'Procrustes-aligned: joint {summary["pa_joint_mm"]["all"]:.3f} mm' in printed
-    for part in ('PCK area', 'by finger', 'thumb', 'by stage', 'by box IoU', 'by distance', 'penetration, true',
-                 'segmentation IoU'):
+    for part in (
+        'PCK area',
+        'by finger',
+        'thumb',
+        'by stage',
+        'by box IoU',
+        'by distance',
+        'penetration, true',
+        'segmentation IoU',
+    ):
         assert part in printed
     rows = [line for line in printed.splitlines() if ' frames: ' in line]
     assert len(rows) == len(BOX_IOU_EDGES) + len(DISTANCE_EDGES) - 2

@@ -33,8 +33,23 @@ def layer():
 def tree(tmp_path_factory):
     """The script, really run by two workers."""
     root = tmp_path_factory.mktemp('made') / 'raw'
-    done = subprocess.run([sys.executable, 'dataset/synthesize.py', '--save_path', root, '--frames', *map(str, FRAMES),
-                           '--seed', str(SEED), '--workers', '2'], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            'dataset/synthesize.py',
+            '--save_path',
+            root,
+            '--frames',
+            *map(str, FRAMES),
+            '--seed',
+            str(SEED),
+            '--workers',
+            '2',
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert 'img/s' in done.stderr and 'hands intersect' in done.stdout
     return root
@@ -62,8 +77,9 @@ def flat_hands(layer, beta=0.0):
 def annotated_hands(layer, mano):
     """Both hands of an annotation, world axes; where one is missing the other's numbers stand in."""
     hands = [mano[side] or mano[SIDES[1 - number]] for number, side in enumerate(SIDES)]
-    pose, shape, trans = (torch.tensor([[hand[key] for hand in hands]], dtype=torch.float64)
-                          for key in ('pose', 'shape', 'trans'))
+    pose, shape, trans = (
+        torch.tensor([[hand[key] for hand in hands]], dtype=torch.float64) for key in ('pose', 'shape', 'trans')
+    )
     posed = layer(pose[..., :3], pose[..., 3:] + layer.pose_mean, shape, use_pca=False)
     return [(points + trans[:, :, None])[0] for points in posed]
 
@@ -83,21 +99,44 @@ def test_layout_and_fields_are_those_of_the_real_set(tree):
             assert list(capture) == ['campos', 'camrot', 'focal', 'princpt']
     for split, image, annotation, camera, joints, mano in every_picture(tree):
         assert {key: type(value) for key, value in image.items()} == {
-            'id': int, 'file_name': str, 'width': int, 'height': int, 'capture': int, 'subject': int, 'seq_name': str,
-            'camera': str, 'frame_idx': int}
-        assert image['file_name'] == (f'Capture{image["capture"]}/{image["seq_name"]}/cam{image["camera"]}/'
-                                      f'image{image["frame_idx"]}.jpg')
+            'id': int,
+            'file_name': str,
+            'width': int,
+            'height': int,
+            'capture': int,
+            'subject': int,
+            'seq_name': str,
+            'camera': str,
+            'frame_idx': int,
+        }
+        assert image['file_name'] == (
+            f'Capture{image["capture"]}/{image["seq_name"]}/cam{image["camera"]}/image{image["frame_idx"]}.jpg'
+        )
         picture = cv2.imread(str(tree / 'images' / split / image['file_name']))
         assert picture.shape[:2] == (image['height'], image['width']) and sorted(picture.shape[:2]) == [334, 512]
         assert {key: type(value) for key, value in annotation.items()} == {
-            'id': int, 'image_id': int, 'bbox': list, 'joint_valid': list, 'hand_type': str, 'hand_type_valid': int}
+            'id': int,
+            'image_id': int,
+            'bbox': list,
+            'joint_valid': list,
+            'hand_type': str,
+            'hand_type_valid': int,
+        }
         assert np.shape(annotation['joint_valid']) == (42, 1) and len(annotation['bbox']) == 4
         assert {key: np.shape(value) for key, value in camera.items()} == {
-            'campos': (3,), 'camrot': (3, 3), 'focal': (2,), 'princpt': (2,)}
+            'campos': (3,),
+            'camrot': (3, 3),
+            'focal': (2,),
+            'princpt': (2,),
+        }
         assert 800 < np.linalg.norm(camera['campos'] - [0, 0, 1050]) < 1300  # mm
         assert np.allclose(camera['camrot'] @ camera['camrot'].T, np.eye(3)) and np.linalg.det(camera['camrot']) > 0
         assert {key: np.shape(value) for key, value in joints.items()} == {
-            'world_coord': (42, 3), 'joint_valid': (42, 1), 'hand_type': (), 'hand_type_valid': ()}
+            'world_coord': (42, 3),
+            'joint_valid': (42, 1),
+            'hand_type': (),
+            'hand_type_valid': (),
+        }
         assert type(joints['hand_type_valid']) is bool and joints['hand_type'] == annotation['hand_type']
         for hand in filter(None, mano.values()):
             assert {key: len(value) for key, value in hand.items()} == {'pose': 48, 'shape': 10, 'trans': 3}
@@ -286,19 +325,29 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tree, tmp_path, monkeypatch
     assert len(list((tmp_path / 'raw').rglob('*.jpg'))) == 8 and not (tmp_path / 'raw.unfinished').exists()
 
 
-@pytest.mark.parametrize('words, frames', [
-    (['7', '0', '2'], (7, 0, 2)), (['100'], (80, 10, 10)), (['5'], (5, 0, 0)), (['19'], (17, 1, 1))])
+@pytest.mark.parametrize(
+    'words, frames', [(['7', '0', '2'], (7, 0, 2)), (['100'], (80, 10, 10)), (['5'], (5, 0, 0)), (['19'], (17, 1, 1))]
+)
 def test_frames_are_counted_by_split_or_altogether(words, frames):
     args = script.parse_arguments(['--save_path', 'x', '--frames', *words, 'MANO.SOURCE', 'files'])
     assert args.frames == frames and args.opts == ['MANO.SOURCE', 'files']
 
 
-@pytest.mark.parametrize('arguments, word', [
-    (['--frames', '5', '5'], '--frames'), (['--frames', 'many'], '--frames'), (['--frames', '0'], '--frames'),
-    (['--frames', '0', '0', '0'], '--frames'), (['--frames', '-1', '5', '5'], '--frames'),
-    (['--camera_spread', '200'], '--camera_spread'), (['--workers', '0'], '--workers'), (['--seed', '-1'], '--seed'),
-    (['MANO.SOURSE', 'files'], 'MANO.SOURCE'), (['MANO.SOURCE', 'files', 'MANO.PATH', 'nowhere'], 'nowhere'),
-])
+@pytest.mark.parametrize(
+    'arguments, word',
+    [
+        (['--frames', '5', '5'], '--frames'),
+        (['--frames', 'many'], '--frames'),
+        (['--frames', '0'], '--frames'),
+        (['--frames', '0', '0', '0'], '--frames'),
+        (['--frames', '-1', '5', '5'], '--frames'),
+        (['--camera_spread', '200'], '--camera_spread'),
+        (['--workers', '0'], '--workers'),
+        (['--seed', '-1'], '--seed'),
+        (['MANO.SOURSE', 'files'], 'MANO.SOURCE'),
+        (['MANO.SOURCE', 'files', 'MANO.PATH', 'nowhere'], 'nowhere'),
+    ],
+)
 def test_bad_arguments_give_one_sentence_and_exit_code_2(arguments, word, tmp_path, capsys):
     assert main(['--save_path', str(tmp_path / 'raw'), *arguments]) == 2
     message = capsys.readouterr().err

@@ -18,9 +18,30 @@ from utils.checkpoint import load_model
 from utils.prediction_pictures import draw_samples
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ['--cfg', 'configs/demo.yaml', 'MODEL.IMAGE_SIZE', '64', 'MODEL.MAP_CHANNELS', '16', 'MODEL.STAGES', '1',
-        'TRAIN.BATCH_SIZE', '4', 'TRAIN.EPOCHS', '2', 'TRAIN.WORKERS', '0', 'TRAIN.PICTURES', '2',
-        'TRAIN.LOG_EVERY', '1', 'TRAIN.VALIDATE_EVERY', '1', 'DEVICE', 'cpu']
+TINY = [
+    '--cfg',
+    'configs/demo.yaml',
+    'MODEL.IMAGE_SIZE',
+    '64',
+    'MODEL.MAP_CHANNELS',
+    '16',
+    'MODEL.STAGES',
+    '1',
+    'TRAIN.BATCH_SIZE',
+    '4',
+    'TRAIN.EPOCHS',
+    '2',
+    'TRAIN.WORKERS',
+    '0',
+    'TRAIN.PICTURES',
+    '2',
+    'TRAIN.LOG_EVERY',
+    '1',
+    'TRAIN.VALIDATE_EVERY',
+    '1',
+    'DEVICE',
+    'cpu',
+]
 
 
 def run(data: Path, out: Path, *more: str) -> int:
@@ -96,8 +117,17 @@ def test_another_seed_is_another_run(finished, tiny_prepared, tmp_path):
 
 def test_killed_run_resumes_to_the_same_bits(finished, tiny_prepared, tmp_path):
     out = tmp_path / 'killed'
-    command = [sys.executable, 'train.py', *TINY, 'DATASET.PATH', str(tiny_prepared), 'OUTPUT_DIR', str(out),
-               'TRAIN.SAVE_EVERY', '1']
+    command = [
+        sys.executable,
+        'train.py',
+        *TINY,
+        'DATASET.PATH',
+        str(tiny_prepared),
+        'OUTPUT_DIR',
+        str(out),
+        'TRAIN.SAVE_EVERY',
+        '1',
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
     while not (out / 'latest.pth').exists() and process.poll() is None and time.time() < deadline:
@@ -185,11 +215,14 @@ def test_full_disk_leaves_the_old_checkpoint(finished, tiny_prepared, tmp_path, 
     assert not list(out.glob('.*partial'))
 
 
-@pytest.mark.parametrize(('more', 'says'), [
-    ([], '--resume'),
-    (['--resume', 'TRAIN.LR', '0.5'], 'TRAIN.LR'),
-    (['--resume', 'MODEL.MAP_CHANNELS', '32'], 'MODEL.MAP_CHANNELS'),
-])
+@pytest.mark.parametrize(
+    ('more', 'says'),
+    [
+        ([], '--resume'),
+        (['--resume', 'TRAIN.LR', '0.5'], 'TRAIN.LR'),
+        (['--resume', 'MODEL.MAP_CHANNELS', '32'], 'MODEL.MAP_CHANNELS'),
+    ],
+)
 def test_an_existing_run_is_never_overwritten(finished, tiny_prepared, capsys, more, says):
     before = (finished / 'latest.pth').read_bytes()
     assert run(tiny_prepared, finished, *more) == 2
@@ -198,15 +231,18 @@ def test_an_existing_run_is_never_overwritten(finished, tiny_prepared, capsys, m
     assert (finished / 'latest.pth').read_bytes() == before
 
 
-@pytest.mark.parametrize(('more', 'says'), [
-    (['TRAIN.BATCH_SIZE', '50'], 'TRAIN.BATCH_SIZE'),
-    (['TRAIN.BATCHSIZE', '4'], "nearest is 'TRAIN.BATCH_SIZE'"),
-    (['DATASET.PATH', 'nowhere'], 'nowhere'),
-    (['MANO.SOURCE', 'files', 'MANO.PATH', 'nowhere'], 'MANO_LEFT.pkl is missing'),
-    (['MODEL.PRETRAINED', 'true', 'MODEL.WEIGHTS', 'nowhere.pth'], 'MODEL.PRETRAINED false'),
-    (['DEVICE', 'cuda'] if not torch.cuda.is_available() else ['DEVICE', 'gpu'], 'DEVICE'),
-    (['--resume'], 'latest.pth'),
-])
+@pytest.mark.parametrize(
+    ('more', 'says'),
+    [
+        (['TRAIN.BATCH_SIZE', '50'], 'TRAIN.BATCH_SIZE'),
+        (['TRAIN.BATCHSIZE', '4'], "nearest is 'TRAIN.BATCH_SIZE'"),
+        (['DATASET.PATH', 'nowhere'], 'nowhere'),
+        (['MANO.SOURCE', 'files', 'MANO.PATH', 'nowhere'], 'MANO_LEFT.pkl is missing'),
+        (['MODEL.PRETRAINED', 'true', 'MODEL.WEIGHTS', 'nowhere.pth'], 'MODEL.PRETRAINED false'),
+        (['DEVICE', 'cuda'] if not torch.cuda.is_available() else ['DEVICE', 'gpu'], 'DEVICE'),
+        (['--resume'], 'latest.pth'),
+    ],
+)
 def test_a_mistake_is_one_sentence_and_exit_code_2(tiny_prepared, tmp_path, capsys, more, says):
     assert run(tiny_prepared, tmp_path / 'out', *more) == 2
     error = capsys.readouterr().err
@@ -246,9 +282,26 @@ def test_two_processes_lose_one_go_on_and_follow_the_curve_of_one(finished, tiny
     """1 x 4 and 2 x 2 samples a step: the same loss to rounding, although batch norms and some losses mix samples, and
     although one process is killed after the first step and torchrun starts both again."""
     out = tmp_path / 'two'
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
-               '--max-restarts', '1', 'train.py', *TINY, 'DATASET.PATH', str(tiny_prepared), 'OUTPUT_DIR', str(out),
-               'TRAIN.SAVE_EVERY', '1', 'TRAIN.PICTURES', '0']
+    command = [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        '--nproc_per_node',
+        '2',
+        '--max-restarts',
+        '1',
+        'train.py',
+        *TINY,
+        'DATASET.PATH',
+        str(tiny_prepared),
+        'OUTPUT_DIR',
+        str(out),
+        'TRAIN.SAVE_EVERY',
+        '1',
+        'TRAIN.PICTURES',
+        '0',
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.time() + 120
     while not (out / 'latest.pth').exists() and process.poll() is None and time.time() < deadline:

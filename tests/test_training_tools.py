@@ -11,6 +11,7 @@ from utils.training import LOG_NAME, RunLog, StopRequest, build_optimizer, learn
 
 # Learning rate
 
+
 def test_cosine_goes_from_the_base_rate_to_zero():
     rates = [learning_rate(step, total=100, base=5e-4) for step in range(101)]
     assert rates[0] == 5e-4 and rates[100] == pytest.approx(0, abs=1e-15) and rates[50] == pytest.approx(2.5e-4)
@@ -31,14 +32,27 @@ def test_short_runs_have_positive_rates(total, warmup):
 
 # Parameter groups
 
+
 @pytest.fixture(scope='module')
 def network(standin):
     return build_model(tiny_config(), standin)
 
 
 def tiny_config(*changes: str):
-    return load_config(None, ['MODEL.BACKBONE', 'resnet18', 'MODEL.MAP_CHANNELS', '16', 'MODEL.PRETRAINED', 'false',
-                              'MANO.SOURCE', 'standin', *changes])
+    return load_config(
+        None,
+        [
+            'MODEL.BACKBONE',
+            'resnet18',
+            'MODEL.MAP_CHANNELS',
+            '16',
+            'MODEL.PRETRAINED',
+            'false',
+            'MANO.SOURCE',
+            'standin',
+            *changes,
+        ],
+    )
 
 
 @pytest.mark.parametrize('decay_all', ['true', 'false'])
@@ -66,8 +80,9 @@ def test_norms_biases_and_positions_are_spared_without_decay_all(network):
 
 def test_weight_decay_shrinks_what_has_no_gradient_of_its_own():
     layer = nn.Linear(2, 2)
-    optimizer = build_optimizer(layer, load_config(None, ['TRAIN.DECAY_ALL', 'false', 'TRAIN.LR', '0.1',
-                                                          'TRAIN.WEIGHT_DECAY', '0.5']))
+    optimizer = build_optimizer(
+        layer, load_config(None, ['TRAIN.DECAY_ALL', 'false', 'TRAIN.LR', '0.1', 'TRAIN.WEIGHT_DECAY', '0.5'])
+    )
     before = [p.detach().clone() for p in layer.parameters()]
     for parameter in layer.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -77,6 +92,7 @@ def test_weight_decay_shrinks_what_has_no_gradient_of_its_own():
 
 
 # Log
+
 
 def lines(folder):
     return [json.loads(line) for line in (folder / LOG_NAME).read_text().splitlines()]
@@ -123,6 +139,7 @@ def test_a_fresh_run_starts_an_empty_log(tmp_path):
 
 
 # Stopping
+
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_first_signal_asks_and_a_second_one_insists(number):

@@ -124,9 +124,9 @@ def test_row_has_seven_panels_of_256_whatever_the_image(models, hands, size):
     step = visualize.PANEL + visualize.GAP
     assert row.dtype == np.uint8
     assert row.shape == (visualize.PANEL + visualize.CAPTION_HEIGHT, 7 * step - visualize.GAP, 3)
-    assert (row[visualize.CAPTION_HEIGHT:, :visualize.PANEL] == 90).all()  # the input, as it is
+    assert (row[visualize.CAPTION_HEIGHT :, : visualize.PANEL] == 90).all()  # the input, as it is
     for number in range(7):
-        caption = row[:visualize.CAPTION_HEIGHT, number * step:number * step + visualize.PANEL]
+        caption = row[: visualize.CAPTION_HEIGHT, number * step : number * step + visualize.PANEL]
         assert (caption > 180).any()
 
 
@@ -134,10 +134,11 @@ def test_row_shows_prediction_and_truth_in_their_own_panels(models, hands):
     truth = row_inputs(models, hands)
     row = visualize.prediction_row(truth)
     step = visualize.PANEL + visualize.GAP
-    empty = truth._replace(predicted_pixels=truth.true_pixels + 1000, predicted_meshes=truth.image,
-                           predicted_labels=torch.zeros(32, 32))
+    empty = truth._replace(
+        predicted_pixels=truth.true_pixels + 1000, predicted_meshes=truth.image, predicted_labels=torch.zeros(32, 32)
+    )
     changed = (visualize.prediction_row(empty) != row).any((0, 2))
-    changed_panels = {number for number in range(7) if changed[number * step:number * step + visualize.PANEL].any()}
+    changed_panels = {number for number in range(7) if changed[number * step : number * step + visualize.PANEL].any()}
     assert changed_panels == {1, 3, 5}
 
 
@@ -146,7 +147,7 @@ def test_sheet_stacks_rows_under_their_headers(models, hands):
     sheet = visualize.picture_sheet([row, row // 2], ['first', 'a header too long for any sheet ' * 20])
     height = row.shape[0] + visualize.CAPTION_HEIGHT
     assert sheet.shape == (2 * height, row.shape[1], 3)
-    assert (sheet[visualize.CAPTION_HEIGHT:height] == row).all() and (sheet[-len(row):] == row // 2).all()
+    assert (sheet[visualize.CAPTION_HEIGHT : height] == row).all() and (sheet[-len(row) :] == row // 2).all()
     for rows, headers in (([], []), ([row], ['a', 'b'])):
         with pytest.raises(ValueError, match='header'):
             visualize.picture_sheet(rows, headers)

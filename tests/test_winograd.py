@@ -14,8 +14,9 @@ def test_it_is_a_convolution(batch, height, width):
     expected, got = layer(x), _Winograd.apply(x, layer.weight, layer.bias)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     direction = torch.randn_like(expected)
-    for a, b in zip(*(torch.autograd.grad((out * direction).sum(), (x, layer.weight, layer.bias))
-                      for out in (got, expected))):
+    for a, b in zip(
+        *(torch.autograd.grad((out * direction).sum(), (x, layer.weight, layer.bias)) for out in (got, expected))
+    ):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 

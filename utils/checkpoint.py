@@ -24,8 +24,9 @@ FORMAT = 'dir-checkpoint-1'
 
 def save_checkpoint(path: str | Path, *, model: torch.nn.Module, cfg: CfgNode, hand_model: str, **more: Any) -> None:
     """Write a checkpoint; ``more`` (optimizer state, epoch, figures): tensors, numbers, strings and containers."""
-    write_tensors(path, {'format': FORMAT, 'model': model.state_dict(), 'config': to_plain(cfg),
-                         'hand_model': hand_model, **more})
+    write_tensors(
+        path, {'format': FORMAT, 'model': model.state_dict(), 'config': to_plain(cfg), 'hand_model': hand_model, **more}
+    )
 
 
 def write_tensors(path: str | Path, content: dict[str, Any]) -> None:
@@ -34,8 +35,10 @@ def write_tensors(path: str | Path, content: dict[str, Any]) -> None:
         with written_aside(path) as file:
             torch.save(content, file)
     except RuntimeError as error:  # torch's way of saying that the disk is full
-        raise UserError(f'{path} could not be written ({str(error).splitlines()[0]}): is the disk full? The previous '
-                        'checkpoint is untouched.') from None
+        raise UserError(
+            f'{path} could not be written ({str(error).splitlines()[0]}): is the disk full? The previous '
+            'checkpoint is untouched.'
+        ) from None
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -69,29 +72,37 @@ def read_tensors(path: str | Path) -> Any:
         return torch.load(path, map_location='cpu', weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f'The checkpoint {path} cannot be read: it is cut short, damaged, or holds more than tensors, '
-                        f'numbers and strings ({reason[:120]}).') from None
+        raise UserError(
+            f'The checkpoint {path} cannot be read: it is cut short, damaged, or holds more than tensors, '
+            f'numbers and strings ({reason[:120]}).'
+        ) from None
 
 
 def check_hand_model(content: dict[str, Any], hand_models: tuple[HandModel, HandModel], *, path: str | Path) -> None:
     """Raises UserError unless the checkpoint was trained on these hands."""
     if content['hand_model'] != describe(hand_models):
         raise UserError(
-            f"{path} was trained on the hand model {content['hand_model']}, but this run uses {describe(hand_models)}: "
-            'its numbers mean nothing on other hands. Set MANO.SOURCE and MANO.PATH to the hands it was trained on.')
+            f'{path} was trained on the hand model {content["hand_model"]}, but this run uses {describe(hand_models)}: '
+            'its numbers mean nothing on other hands. Set MANO.SOURCE and MANO.PATH to the hands it was trained on.'
+        )
 
 
 def load_state(model: torch.nn.Module, state: dict[str, torch.Tensor], *, path: str | Path) -> None:
     """Strict loading; raises UserError naming what does not fit."""
     own = model.state_dict()
-    odd = [f'{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}'
-           for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    odd = [
+        f'{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}'
+        for key in own.keys() & state.keys()
+        if own[key].shape != state[key].shape
+    ]
     odd += [f'{key} is missing' for key in own.keys() - state.keys()]
     odd += [f'{key} is not part of this network' for key in state.keys() - own.keys()]
     if odd:
         more = f' and {len(odd) - 3} more' if len(odd) > 3 else ''
-        raise UserError(f'{path} does not fit this network: {"; ".join(sorted(odd)[:3])}{more}. Use the '
-                        'configuration it was trained with.')
+        raise UserError(
+            f'{path} does not fit this network: {"; ".join(sorted(odd)[:3])}{more}. Use the '
+            'configuration it was trained with.'
+        )
     model.load_state_dict(state)
 
 
@@ -118,8 +129,10 @@ def load_model(path: str | Path, overrides: list[str] = ()) -> Loaded:
     trained, now = flatten(load_config(None, base=content['config'])), flatten(cfg)
     changed = [key for key in now if now[key] != trained[key] and (key.startswith('MODEL.') or key == 'ROOT_JOINT')]
     if changed:
-        raise UserError(f'{path} was trained with {changed[0]} {trained[changed[0]]}, which is part of the network and '
-                        'cannot be changed afterwards (for the protocol of an evaluation there is --root_joint).')
+        raise UserError(
+            f'{path} was trained with {changed[0]} {trained[changed[0]]}, which is part of the network and '
+            'cannot be changed afterwards (for the protocol of an evaluation there is --root_joint).'
+        )
     hand_models = load_hand_models(cfg.MANO.SOURCE, cfg.MANO.PATH)
     check_hand_model(content, hand_models, path=path)
     model = build_model(cfg, hand_models, pretrained=False)

@@ -107,8 +107,17 @@ _CHOICES = {
     'LOSS.LOVASZ_INPUT': ('logits', 'probabilities'),
 }
 _SHARES = ('AUGMENT.SCALE', 'AUGMENT.FLIP', 'AUGMENT.BLUR', 'AUGMENT.GAIN', 'AUGMENT.BRIGHTNESS')
-_POSITIVE = ('TRAIN.BATCH_SIZE', 'TRAIN.ACCUMULATE', 'TRAIN.EPOCHS', 'TRAIN.SAVE_EVERY', 'TRAIN.LOG_EVERY',
-             'TRAIN.VALIDATE_EVERY', 'EVAL.BATCH_SIZE', 'MODEL.IMAGE_SIZE', 'MODEL.MAP_CHANNELS')
+_POSITIVE = (
+    'TRAIN.BATCH_SIZE',
+    'TRAIN.ACCUMULATE',
+    'TRAIN.EPOCHS',
+    'TRAIN.SAVE_EVERY',
+    'TRAIN.LOG_EVERY',
+    'TRAIN.VALIDATE_EVERY',
+    'EVAL.BATCH_SIZE',
+    'MODEL.IMAGE_SIZE',
+    'MODEL.MAP_CHANNELS',
+)
 
 
 def default_config() -> CfgNode:
@@ -121,9 +130,14 @@ def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = 
 
     Parse with ``parse_intermixed_args``: the pairs may then stand anywhere between the options.
     """
-    parser.add_argument('--cfg', metavar='FILE', default=default, action=_Layers,
-                        help='YAML file with what differs from utils/config.py; given again, the later one goes over '
-                        f'the earlier (default: {default or "none"})')
+    parser.add_argument(
+        '--cfg',
+        metavar='FILE',
+        default=default,
+        action=_Layers,
+        help='YAML file with what differs from utils/config.py; given again, the later one goes over '
+        f'the earlier (default: {default or "none"})',
+    )
     parser.add_argument('opts', nargs='*', metavar='KEY VALUE', help='single keys, e.g. TRAIN.BATCH_SIZE 32')
 
 
@@ -144,8 +158,9 @@ class _Layers(argparse.Action):
         setattr(namespace, self.dest, [*(given if isinstance(given, list) else ()), value])
 
 
-def load_config(cfg_file: str | Path | list[str | Path] | None = None, overrides: list[str] = (), *,
-                base: dict | None = None) -> CfgNode:
+def load_config(
+    cfg_file: str | Path | list[str | Path] | None = None, overrides: list[str] = (), *, base: dict | None = None
+) -> CfgNode:
     """Defaults, then ``base`` (a checkpoint's configuration), then the file or files, then KEY VALUE pairs; frozen.
 
     Where no file sets OUTPUT_DIR, it is ./output/ and the files' names: an ablation's file holds its one key only.
@@ -215,8 +230,10 @@ def _set(cfg: CfgNode, key: str, value, *, where: str) -> None:
     known = flatten(cfg)
     if key not in known:
         near = difflib.get_close_matches(key.upper(), known, n=1, cutoff=0)[0]
-        raise UserError(f"{where}: there is no configuration key '{key}'; the nearest is '{near}' "
-                        '(all are listed in utils/config.py).')
+        raise UserError(
+            f"{where}: there is no configuration key '{key}'; the nearest is '{near}' "
+            '(all are listed in utils/config.py).'
+        )
     *path, leaf = key.split('.')
     node = cfg
     for part in path:
@@ -237,7 +254,7 @@ def _coerce(key: str, value, default, where: str):
     if isinstance(default, str) and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)  # a folder may be called 2024
     if type(value) is not type(default) or isinstance(default, list):
-        raise UserError(f"{where}: {key} takes {type(default).__name__} like {default!r}, got {value!r}.")
+        raise UserError(f'{where}: {key} takes {type(default).__name__} like {default!r}, got {value!r}.')
     return value
 
 

@@ -24,8 +24,10 @@ def choose_device(name: str) -> torch.device:
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f'DEVICE {name} cannot be used ({str(error).splitlines()[0]}): set it to auto or cpu, or check '
-                        'the driver (nvidia-smi).') from None
+        raise UserError(
+            f'DEVICE {name} cannot be used ({str(error).splitlines()[0]}): set it to auto or cpu, or check '
+            'the driver (nvidia-smi).'
+        ) from None
 
 
 def usable_cores() -> int:

@@ -18,13 +18,15 @@ def user_facing(main: Callable[..., int | None]) -> Callable[..., int]:
             return main(*args, **kwargs) or 0
         except UserError as error:
             # A loader's worker process sends its whole traceback in the message; the sentence is its end.
-            print(f"error: {str(error).rpartition('UserError: ')[2].rstrip()}", file=sys.stderr)
+            print(f'error: {str(error).rpartition("UserError: ")[2].rstrip()}', file=sys.stderr)
         except OSError as error:
             if not error.filename and error.errno is None:
                 raise
             where = f' ({error.filename})' if error.filename else ''
-            print(f'error: {error.strerror}{where}; nothing was left half-written, mend it and start again.',
-                  file=sys.stderr)
+            print(
+                f'error: {error.strerror}{where}; nothing was left half-written, mend it and start again.',
+                file=sys.stderr,
+            )
         except KeyboardInterrupt:
             print('\ninterrupted; what was finished is kept, the same command goes on from there.', file=sys.stderr)
             return 130

@@ -60,9 +60,16 @@ class Evaluation(NamedTuple):
 class Judge(nn.Module):
     """Output and truth of a batch -> errors of each sample."""
 
-    def __init__(self, batch_maker: BatchMaker, *, network_root: int, protocol: Protocol,
-                 grid: tuple[Protocol, ...] = (), details: bool = False,
-                 annotated: Callable[[Tensor], Tensor] | None = None):
+    def __init__(
+        self,
+        batch_maker: BatchMaker,
+        *,
+        network_root: int,
+        protocol: Protocol,
+        grid: tuple[Protocol, ...] = (),
+        details: bool = False,
+        annotated: Callable[[Tensor], Tensor] | None = None,
+    ):
         super().__init__()
         hand_models = batch_maker.hand_layer.models
         self.network_root, self.protocol, self.grid, self.annotated = network_root, protocol, grid, annotated
@@ -70,22 +77,32 @@ class Judge(nn.Module):
         self.penetration = PenetrationDepth(hand_models) if details else None
         self.register_buffer('faces', two_hand_faces(hand_models), persistent=False)
 
-    def forward(self, output: DIROutput, batch: Batch) -> tuple[list[SampleErrors], list[SampleErrors],
-                                                                SampleDetails | None]:
+    def forward(
+        self, output: DIROutput, batch: Batch
+    ) -> tuple[list[SampleErrors], list[SampleErrors], SampleDetails | None]:
         """-> errors of each stage, of the last stage in each protocol of the grid, details of the last stage."""
         joints = None
         if self.protocol.joints == 'annotated':
             joints = self.annotated(batch.index.cpu()).to(batch.intrinsics)
 
         def errors(hands: HandPrediction, protocol: Protocol) -> SampleErrors:
-            return sample_errors(self.regressor, hands.vertices, hands.offset, true_vertices=batch.target.vertices,
-                                 intrinsics=batch.intrinsics, network_root=self.network_root, protocol=protocol,
-                                 annotated=joints)
+            return sample_errors(
+                self.regressor,
+                hands.vertices,
+                hands.offset,
+                true_vertices=batch.target.vertices,
+                intrinsics=batch.intrinsics,
+                network_root=self.network_root,
+                protocol=protocol,
+                annotated=joints,
+            )
 
         last = output.stages[-1]
-        return ([errors(hands, self.protocol) for hands in output.stages],
-                [errors(last, protocol) for protocol in self.grid],
-                self._details(output, batch, joints) if self.penetration else None)
+        return (
+            [errors(hands, self.protocol) for hands in output.stages],
+            [errors(last, protocol) for protocol in self.grid],
+            self._details(output, batch, joints) if self.penetration else None,
+        )
 
     def _details(self, output: DIROutput, batch: Batch, joints: Tensor | None) -> SampleDetails:
         hands, true = output.stages[-1], batch.target.vertices
@@ -97,15 +114,24 @@ class Judge(nn.Module):
             METRES_TO_MM * hand_distance(true),
             *(METRES_TO_MM * metres for metres in depth),
             visible_shares(true, batch.intrinsics, self.faces),
-            *(METRES_TO_MM * metres for metres in placement_error(
-                placement, batch.target.joints[:, :, self.network_root])),
+            *(
+                METRES_TO_MM * metres
+                for metres in placement_error(placement, batch.target.joints[:, :, self.network_root])
+            ),
             *segmentation_overlap(output.segmentation, batch.target.segmentation),
         )
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: DataLoader, batch_maker: BatchMaker, *, title: str = 'evaluate',
-             precision: str = 'float32', **judgement) -> Evaluation:
+def evaluate(
+    model: nn.Module,
+    loader: DataLoader,
+    batch_maker: BatchMaker,
+    *,
+    title: str = 'evaluate',
+    precision: str = 'float32',
+    **judgement,
+) -> Evaluation:
     """Errors of every stage of ``model`` over ``loader`` (this process's share of it); the model's mode is restored.
 
     precision: the network's, as EVAL.PRECISION. judgement: what ``Judge`` takes. Raises UserError if a prediction is
@@ -132,8 +158,10 @@ def _check_finite(output: DIROutput, batch: Batch, loader: DataLoader) -> None:
     finite = hands.vertices.flatten(1).isfinite().all(1) & hands.offset.isfinite().all(1)
     if not bool(finite.all()):
         names = [loader.dataset.name(i) for i in batch.index[~finite].tolist()]
-        raise UserError(f'The network predicts NaN or infinity for {len(names)} samples, the first is {names[0]}: the '
-                        'checkpoint is damaged or its training diverged.')
+        raise UserError(
+            f'The network predicts NaN or infinity for {len(names)} samples, the first is {names[0]}: the '
+            'checkpoint is damaged or its training diverged.'
+        )
 
 
 def _gather(indices: list[Tensor], judged: list[tuple], judge: Judge) -> Evaluation:
@@ -141,8 +169,12 @@ def _gather(indices: list[Tensor], judged: list[tuple], judge: Judge) -> Evaluat
     mine = None
     if indices:  # a process may have no share of a small split
         stages, grid, details = zip(*judged)
-        mine = (torch.cat(indices).cpu(), _columns(stages), _columns(grid),
-                concatenate(list(details)) if details[0] else None)
+        mine = (
+            torch.cat(indices).cpu(),
+            _columns(stages),
+            _columns(grid),
+            concatenate(list(details)) if details[0] else None,
+        )
     parts = [part for part in distributed.gather_objects(mine) if part is not None]
     if not parts:
         raise UserError('There are no samples to evaluate.')
@@ -154,9 +186,12 @@ def _gather(indices: list[Tensor], judged: list[tuple], judge: Judge) -> Evaluat
         return type(table)(*(values[order] for values in table))
 
     return Evaluation(
-        index[order], judge.protocol, [ordered(table) for table in _columns(stages)],
+        index[order],
+        judge.protocol,
+        [ordered(table) for table in _columns(stages)],
         ordered(concatenate(list(details))) if details[0] else None,
-        dict(zip(judge.grid, [ordered(table) for table in _columns(grid)])))
+        dict(zip(judge.grid, [ordered(table) for table in _columns(grid)])),
+    )
 
 
 def _columns(parts: tuple[list[SampleErrors], ...]) -> list[SampleErrors]:

@@ -75,5 +75,6 @@ def read_json(path: str | Path) -> Any:
     except FileNotFoundError:
         raise UserError(f'{path} does not exist.') from None
     except ValueError as error:
-        raise UserError(f'{path} is not valid JSON ({error}): it is cut short or damaged, make or get it '
-                        'again.') from None
+        raise UserError(
+            f'{path} is not valid JSON ({error}): it is cut short or damaged, make or get it again.'
+        ) from None

@@ -17,8 +17,9 @@ FINGERS = ('thumb', 'index', 'middle', 'ring', 'little')
 JOINT_NAMES = ('wrist', *(f'{finger}_{part}' for finger in FINGERS for part in (1, 2, 3, 'tip')))
 
 # (parent, child) of the 20 bones, finger by finger from the wrist outwards.
-BONES = tuple((0 if part == 0 else 4 * finger + part, 4 * finger + part + 1)
-              for finger in range(5) for part in range(4))
+BONES = tuple(
+    (0 if part == 0 else 4 * finger + part, 4 * finger + part + 1) for finger in range(5) for part in range(4)
+)
 LENGTH_BONE = (WRIST, MIDDLE_MCP)  # the bone that the field's scale alignment measures
 
 # MANO's kinematic chain: wrist, then index, middle, little, ring, thumb with three joints each.

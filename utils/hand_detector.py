@@ -8,8 +8,10 @@ import numpy as np
 from utils.errors import UserError
 
 MODEL = 'misc/hand_landmarker.task'
-WHERE_TO_GET = ('download hand_landmarker.task from https://ai.google.dev/edge/mediapipe/solutions/vision/'
-                f'hand_landmarker#models and put it at {MODEL}, or name it with --detector')
+WHERE_TO_GET = (
+    'download hand_landmarker.task from https://ai.google.dev/edge/mediapipe/solutions/vision/'
+    f'hand_landmarker#models and put it at {MODEL}, or name it with --detector'
+)
 MARGIN = 0.1  # of the box's longer side, each way: landmarks lie inside of the hands
 
 
@@ -24,22 +26,27 @@ class HandDetector:
             import mediapipe
             from mediapipe.tasks.python import BaseOptions, vision
         except (ImportError, OSError):  # OSError: a shared library that it needs is missing
-            raise UserError('--detect needs MediaPipe: pip install -r requirements-demo.txt, or give the box of the '
-                            'hands with --box or --boxes.') from None
+            raise UserError(
+                '--detect needs MediaPipe: pip install -r requirements-demo.txt, or give the box of the '
+                'hands with --box or --boxes.'
+            ) from None
         if not Path(model).is_file():
             raise UserError(f'{model} is missing: {WHERE_TO_GET}.')
         self.mediapipe = mediapipe
         options = vision.HandLandmarkerOptions(
-            base_options=BaseOptions(model_asset_path=str(model)), num_hands=2, min_hand_detection_confidence=0.3)
+            base_options=BaseOptions(model_asset_path=str(model)), num_hands=2, min_hand_detection_confidence=0.3
+        )
         try:
             self.landmarker = vision.HandLandmarker.create_from_options(options)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f'{model} is not a model that MediaPipe reads ({str(error).splitlines()[0][:120]}): '
-                            f'{WHERE_TO_GET}.') from None
+            raise UserError(
+                f'{model} is not a model that MediaPipe reads ({str(error).splitlines()[0][:120]}): {WHERE_TO_GET}.'
+            ) from None
 
     def __call__(self, picture: np.ndarray) -> tuple[float, float, float, float] | None:
-        image = self.mediapipe.Image(image_format=self.mediapipe.ImageFormat.SRGB,
-                                     data=cv2.cvtColor(picture, cv2.COLOR_BGR2RGB))
+        image = self.mediapipe.Image(
+            image_format=self.mediapipe.ImageFormat.SRGB, data=cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
+        )
         hands = self.landmarker.detect(image).hand_landmarks
         if not hands:
             return None

@@ -8,8 +8,10 @@ import numpy as np
 
 from utils.errors import UserError
 
-PAGE = (b'<!doctype html><title>hands</title><style>body{margin:0;background:#1e1e1e;display:grid;place-items:center;'
-        b'min-height:100vh}img{max-width:100%;max-height:100vh}</style><img src="/stream" alt="overlay of both hands">')
+PAGE = (
+    b'<!doctype html><title>hands</title><style>body{margin:0;background:#1e1e1e;display:grid;place-items:center;'
+    b'min-height:100vh}img{max-width:100%;max-height:100vh}</style><img src="/stream" alt="overlay of both hands">'
+)
 BOUNDARY = b'next-picture'
 ANSWERS_WITHIN = 1.0  # s: how long a connection waits for a picture before it looks whether the view is closed
 
@@ -76,8 +78,10 @@ class _Handler(BaseHTTPRequestHandler):
                 number, jpeg = view.next_after(sent)
                 if number > sent:
                     sent = number
-                    self.wfile.write(b'--%b\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%b\r\n'
-                                     % (BOUNDARY, len(jpeg), jpeg))
+                    self.wfile.write(
+                        b'--%b\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%b\r\n'
+                        % (BOUNDARY, len(jpeg), jpeg)
+                    )
         except (BrokenPipeError, ConnectionResetError):
             pass  # the page was closed
 

@@ -19,10 +19,28 @@ from PIL import ExifTags, Image
 from utils.errors import UserError
 from utils.files import decode_image
 
-PICTURES = frozenset(('.jpg', '.jpeg', '.jpe', '.png', '.bmp', '.dib', '.webp', '.tif', '.tiff', '.jp2', '.pbm', '.pgm',
-                      '.ppm', '.pnm', '.avif'))
-VIDEOS = frozenset(('.mp4', '.m4v', '.mov', '.avi', '.mkv', '.webm', '.mpg', '.mpeg', '.wmv', '.flv', '.gif', '.ts',
-                    '.mts'))
+PICTURES = frozenset(
+    (
+        '.jpg',
+        '.jpeg',
+        '.jpe',
+        '.png',
+        '.bmp',
+        '.dib',
+        '.webp',
+        '.tif',
+        '.tiff',
+        '.jp2',
+        '.pbm',
+        '.pgm',
+        '.ppm',
+        '.pnm',
+        '.avif',
+    )
+)
+VIDEOS = frozenset(
+    ('.mp4', '.m4v', '.mov', '.avi', '.mkv', '.webm', '.mpg', '.mpeg', '.wmv', '.flv', '.gif', '.ts', '.mts')
+)
 DIAGONAL_35MM = math.hypot(36, 24)  # mm: of a frame of 35 mm film
 DEFAULT_RATE = 30.0  # frames/s, where a video or a camera does not say
 
@@ -90,8 +108,12 @@ def _exif_focal(content: bytes, height: int, width: int) -> float | None:
     """From the 35 mm equivalent, which compares the diagonals of the fields of view (CIPA DCG-001)."""
     try:
         with warnings.catch_warnings(action='ignore'):  # large pictures: only the head is read here
-            equivalent = Image.open(io.BytesIO(content)).getexif().get_ifd(ExifTags.IFD.Exif).get(
-                ExifTags.Base.FocalLengthIn35mmFilm)
+            equivalent = (
+                Image.open(io.BytesIO(content))
+                .getexif()
+                .get_ifd(ExifTags.IFD.Exif)
+                .get(ExifTags.Base.FocalLengthIn35mmFilm)
+            )
     except (OSError, ValueError, SyntaxError, TypeError, struct.error, Image.DecompressionBombError):
         return None  # no picture that Pillow knows, or damaged EXIF: then it is as if there were none
     known = isinstance(equivalent, int) and equivalent > 0  # 0: unknown
@@ -121,8 +143,11 @@ class Video:
         ok, self.first = self.capture.read()
         if not ok:
             self.capture.release()
-            raise UserError('there is no camera of this number, or it is in use.' if isinstance(source, int) else
-                            'this is not a video that OpenCV reads, or it holds no frame.')
+            raise UserError(
+                'there is no camera of this number, or it is in use.'
+                if isinstance(source, int)
+                else 'this is not a video that OpenCV reads, or it holds no frame.'
+            )
         rate, count = (self.capture.get(key) for key in (cv2.CAP_PROP_FPS, cv2.CAP_PROP_FRAME_COUNT))
         self.rate = rate if math.isfinite(rate) and 0 < rate <= 1000 else DEFAULT_RATE
         self.announced = int(count) if math.isfinite(count) and count > 0 and not isinstance(source, int) else None

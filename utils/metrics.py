@@ -91,9 +91,17 @@ class JointRegressor(nn.Module):
         return self.matrices.to(vertices) @ vertices
 
 
-def sample_errors(regressor: JointRegressor, vertices: Tensor, offset: Tensor, *, true_vertices: Tensor,
-                  intrinsics: Tensor, network_root: int, protocol: Protocol, annotated: Tensor | None = None
-                  ) -> SampleErrors:
+def sample_errors(
+    regressor: JointRegressor,
+    vertices: Tensor,
+    offset: Tensor,
+    *,
+    true_vertices: Tensor,
+    intrinsics: Tensor,
+    network_root: int,
+    protocol: Protocol,
+    annotated: Tensor | None = None,
+) -> SampleErrors:
     """Errors of a batch.
 
     vertices (B, 2, 778, 3) m, predicted, centred on the network's own root joint ``network_root``; offset (B, 3)
@@ -103,12 +111,14 @@ def sample_errors(regressor: JointRegressor, vertices: Tensor, offset: Tensor, *
     root = protocol.root_joint
     joints, fit_joints = regressor(vertices), regressor(true_vertices)
     true_joints = annotated if protocol.joints == 'annotated' else fit_joints
-    true_root, fit_root = true_joints[:, :, root:root + 1], fit_joints[:, :, root:root + 1]
+    true_root, fit_root = true_joints[:, :, root : root + 1], fit_joints[:, :, root : root + 1]
     root_error = torch.linalg.vector_norm(
         predicted_root_vector(joints, offset, network_root=network_root, root_joint=root)
-        - (true_root[:, RIGHT, 0] - true_root[:, LEFT, 0]), dim=-1)
+        - (true_root[:, RIGHT, 0] - true_root[:, LEFT, 0]),
+        dim=-1,
+    )
 
-    own_root = joints[:, :, root:root + 1]
+    own_root = joints[:, :, root : root + 1]
     joints, vertices = joints - own_root, vertices - own_root
     if protocol.scale:
         factor = bone_length(true_joints) / bone_length(joints)
@@ -158,12 +168,15 @@ def procrustes(points: Tensor, target: Tensor) -> Tensor:
     return scale[..., None, None] * a @ rotation.transpose(-1, -2) + there
 
 
-def procrustes_errors(regressor: JointRegressor, vertices: Tensor, *, true_vertices: Tensor,
-                      true_joints: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def procrustes_errors(
+    regressor: JointRegressor, vertices: Tensor, *, true_vertices: Tensor, true_joints: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(B, 2) mm each: mean error of joints and of vertices, each aligned by themselves as the field has it."""
     true_joints = regressor(true_vertices) if true_joints is None else true_joints
-    return tuple(METRES_TO_MM * distances(procrustes(ours, truth), truth).nanmean(-1)
-                 for ours, truth in ((regressor(vertices), true_joints), (vertices, true_vertices)))
+    return tuple(
+        METRES_TO_MM * distances(procrustes(ours, truth), truth).nanmean(-1)
+        for ours, truth in ((regressor(vertices), true_joints), (vertices, true_vertices))
+    )
 
 
 def box_iou(pixels: Tensor) -> Tensor:

@@ -68,7 +68,8 @@ def _camera_space(points: Tensor) -> Tensor:
     """(..., N, 3) -> (..., 2 N, 3): what scale, right and down shift of a weak-perspective camera add to all uv."""
     ones, zeros = torch.ones_like(points[..., 0]), torch.zeros_like(points[..., 0])
     return torch.stack([points[..., :2], torch.stack([ones, zeros], -1), torch.stack([zeros, ones], -1)], -1).flatten(
-        -3, -2)
+        -3, -2
+    )
 
 
 def to_uv_rows(intrinsics: Tensor) -> Tensor:

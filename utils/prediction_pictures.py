@@ -47,23 +47,28 @@ def spread_over(length: int, count: int) -> list[int]:
     return [i * length // min(count, length) for i in range(min(count, length))]
 
 
-def draw_samples(model: DIR, dataset: PreparedSplit, indices: Iterable[int], batch_maker: BatchMaker, *,
-                 path: str | Path) -> None:
+def draw_samples(
+    model: DIR, dataset: PreparedSplit, indices: Iterable[int], batch_maker: BatchMaker, *, path: str | Path
+) -> None:
     """Run ``model`` on some samples and write their sheet of predictions beside truth to ``path``."""
     seen = look(model, dataset, indices, batch_maker)
     write_image(path, prediction_sheet(seen, predicted_meshes(seen, -1), true_meshes(seen)))
 
 
-def draw_sheets(model: DIR, dataset: PreparedSplit, indices: Iterable[int], batch_maker: BatchMaker
-                ) -> dict[str, np.ndarray]:
+def draw_sheets(
+    model: DIR, dataset: PreparedSplit, indices: Iterable[int], batch_maker: BatchMaker
+) -> dict[str, np.ndarray]:
     """Every sheet of some samples, from one forward pass: {name: (H, W, 3) uint8 BGR}.
 
     A model without dense heads has no 'segmentation', one that draws no joint features no 'bone_features'.
     """
     seen = look(model, dataset, indices, batch_maker)
     stages, truth = [predicted_meshes(seen, stage) for stage in range(len(seen.output.stages))], true_meshes(seen)
-    sheets = {'validation': prediction_sheet(seen, stages[-1], truth), 'stages': stage_sheet(seen, stages, truth),
-              'attention': attention_sheet(seen)}
+    sheets = {
+        'validation': prediction_sheet(seen, stages[-1], truth),
+        'stages': stage_sheet(seen, stages, truth),
+        'attention': attention_sheet(seen),
+    }
     if seen.maps.bone_features:
         sheets['bone_features'] = bone_feature_sheet(seen)
     if seen.output.segmentation.numel():
@@ -81,8 +86,15 @@ def look(model: DIR, dataset: PreparedSplit, indices: Iterable[int], batch_maker
     batch = batch_maker(samples)
     output, maps = forward_with_maps(model, batch.image)
     model.train(was_training)
-    return Seen([f'{dataset.folder.name} sample {index}' for index in indices], samples.image.numpy(), batch, output,
-                maps, model.hand_head.root_joint, batch_maker.hand_layer.models)
+    return Seen(
+        [f'{dataset.folder.name} sample {index}' for index in indices],
+        samples.image.numpy(),
+        batch,
+        output,
+        maps,
+        model.hand_head.root_joint,
+        batch_maker.hand_layer.models,
+    )
 
 
 def predicted_meshes(seen: Seen, stage: int) -> list[np.ndarray]:
@@ -97,8 +109,10 @@ def true_meshes(seen: Seen) -> list[np.ndarray]:
 
 
 def _meshes(seen: Seen, vertices: Tensor) -> list[np.ndarray]:
-    return [mesh_overlay(crop, hands, intrinsics, seen.models, smooth_edges=1)
-            for crop, hands, intrinsics in zip(seen.crops, vertices, seen.batch.intrinsics)]
+    return [
+        mesh_overlay(crop, hands, intrinsics, seen.models, smooth_edges=1)
+        for crop, hands, intrinsics in zip(seen.crops, vertices, seen.batch.intrinsics)
+    ]
 
 
 def prediction_sheet(seen: Seen, predicted: list[np.ndarray], true: list[np.ndarray]) -> np.ndarray:
@@ -113,8 +127,12 @@ def prediction_sheet(seen: Seen, predicted: list[np.ndarray], true: list[np.ndar
 
 def stage_sheet(seen: Seen, stages: list[list[np.ndarray]], true: list[np.ndarray]) -> np.ndarray:
     """What the network sees, the meshes of every stage, the true ones; the meshes are already drawn."""
-    captions = [_input_caption(seen), 'stage 0, the first estimate',
-                *(f'stage {stage}' for stage in range(1, len(stages))), 'truth']
+    captions = [
+        _input_caption(seen),
+        'stage 0, the first estimate',
+        *(f'stage {stage}' for stage in range(1, len(stages))),
+        'truth',
+    ]
     return picture_sheet([captioned_row(row, captions) for row in zip(_inputs(seen), *stages, true)], seen.titles)
 
 
@@ -133,8 +151,10 @@ def segmentation_sheet(seen: Seen) -> np.ndarray:
     true = seen.batch.target.segmentation
     predicted = predicted_classes(seen.output.segmentation, true.shape[-2:])
     captions = [_input_caption(seen), 'predicted classes', 'true classes']
-    rows = [captioned_row([image, segmentation_picture(ours), segmentation_picture(theirs)], captions)
-            for image, ours, theirs in zip(_inputs(seen), predicted, true)]
+    rows = [
+        captioned_row([image, segmentation_picture(ours), segmentation_picture(theirs)], captions)
+        for image, ours, theirs in zip(_inputs(seen), predicted, true)
+    ]
     return picture_sheet(rows, seen.titles)
 
 

@@ -31,8 +31,16 @@ from utils.hand import PUBLISHED_LEFT_MIDDLE_TIP, SIDES
 # What the published file does not say: it is the network of configs/dir_interhand.yaml with a fingertip of its own.
 CONFIGURATION = ['MODEL.LEFT_MIDDLE_TIP', str(PUBLISHED_LEFT_MIDDLE_TIP), 'MODEL.PRETRAINED', 'false']
 # Keys that the published code has fixed: only such a network can be written in its form.
-_FIXED = ('MODEL.BACKBONE', 'MODEL.IMAGE_SIZE', 'MODEL.MAP_CHANNELS', 'MODEL.STAGES', 'MODEL.BONE_RADIUS',
-          'MODEL.INTERACTION', 'MODEL.PROJECTION', 'MODEL.DENSE_HEADS')
+_FIXED = (
+    'MODEL.BACKBONE',
+    'MODEL.IMAGE_SIZE',
+    'MODEL.MAP_CHANNELS',
+    'MODEL.STAGES',
+    'MODEL.BONE_RADIUS',
+    'MODEL.INTERACTION',
+    'MODEL.PROJECTION',
+    'MODEL.DENSE_HEADS',
+)
 _NAMES_SHOWN = 20  # of each kind, in an error
 _SAME_HAND = 1e-6  # of an array's largest entry: float32 rounding
 
@@ -91,30 +99,58 @@ def _stage(index: int, number: int) -> list[Entry]:
     entries += _sequential(f'{ours}.interaction.global_position', f'{theirs}.global_pos_emb')
     for layer in range(4):
         graph, gconv = f'{ours}.interaction.graph.{layer}', f'{theirs}.gcn_{{side}}.gconv_layers.{layer}'
-        entries.append(Entry(
-            f'{graph}.weight', tuple(f'{gconv.format(side=s)}.gconv.W' for s in ('left', 'right')),
-            lambda left, right: torch.stack([torch.cat([w[0], w[1]], -1) for w in (left, right)]),
-            lambda y: tuple(torch.stack(hand.chunk(2, -1)) for hand in y)))
+        entries.append(
+            Entry(
+                f'{graph}.weight',
+                tuple(f'{gconv.format(side=s)}.gconv.W' for s in ('left', 'right')),
+                lambda left, right: torch.stack([torch.cat([w[0], w[1]], -1) for w in (left, right)]),
+                lambda y: tuple(torch.stack(hand.chunk(2, -1)) for hand in y),
+            )
+        )
         entries.append(_per_hand(f'{graph}.bias', f'{gconv}.gconv.bias', stack=True))
         entries.append(_per_hand(f'{graph}.neighbour_logits', f'{gconv}.gconv.e_1'))
         entries += [_per_hand(f'{graph}.norm.{leaf}', f'{gconv}.bn.{leaf}') for leaf in _NORM]
     transformer, ste = f'{ours}.interaction.transformer', f'{theirs}.interaction'
-    entries.append(Entry(f'{transformer}.position', (f'{ste}.spatial_pos_embed',),
-                         lambda x: x.view(2, 21, -1), lambda y: (y.reshape(1, 42, -1),)))
-    names = {'norm1': 'norm1', 'qkv': 'attn.qkv', 'out': 'attn.proj', 'norm2': 'norm2', 'mlp.0': 'mlp.fc1',
-             'mlp.2': 'mlp.fc2'}
-    entries += [_same(f'{transformer}.blocks.{block}.{a}.{leaf}', f'{ste}.STEblocks.{block + 1}.{b}.{leaf}')
-                for block in range(3) for a, b in names.items() for leaf in _AFFINE]
+    entries.append(
+        Entry(
+            f'{transformer}.position',
+            (f'{ste}.spatial_pos_embed',),
+            lambda x: x.view(2, 21, -1),
+            lambda y: (y.reshape(1, 42, -1),),
+        )
+    )
+    names = {
+        'norm1': 'norm1',
+        'qkv': 'attn.qkv',
+        'out': 'attn.proj',
+        'norm2': 'norm2',
+        'mlp.0': 'mlp.fc1',
+        'mlp.2': 'mlp.fc2',
+    }
+    entries += [
+        _same(f'{transformer}.blocks.{block}.{a}.{leaf}', f'{ste}.STEblocks.{block + 1}.{b}.{leaf}')
+        for block in range(3)
+        for a, b in names.items()
+        for leaf in _AFFINE
+    ]
     entries += [_same(f'{transformer}.norm.{leaf}', f'{ste}.spatial_norm.{leaf}') for leaf in _AFFINE]
-    entries += [_same(f'{ours}.interaction.head.{i}.{leaf}', f'{ste}.head.{i}.{leaf}')
-                for i in (0, 1) for leaf in _AFFINE]
-    entries += [_per_hand(f'{ours}.parameters_head.{leaf}', f'{theirs}.regressor.mano_{{side}}.{leaf}', stack=True)
-                for leaf in _AFFINE]
+    entries += [
+        _same(f'{ours}.interaction.head.{i}.{leaf}', f'{ste}.head.{i}.{leaf}') for i in (0, 1) for leaf in _AFFINE
+    ]
+    entries += [
+        _per_hand(f'{ours}.parameters_head.{leaf}', f'{theirs}.regressor.mano_{{side}}.{leaf}', stack=True)
+        for leaf in _AFFINE
+    ]
     entries += [_same(f'{ours}.offset_head.{leaf}', f'{theirs}.regressor.offset.{leaf}') for leaf in _AFFINE]
     entries += _sequential(f'{ours}.projected', f'{theirs}.proj_feat_emb')
-    entries.append(Entry(f'{ours}.projection.weight', (f'{theirs}.fusion.0.weight',),
-                         lambda x: ProjectedConvolution.from_conv_weight(x, JOINT_FEATURES),
-                         lambda y: (ProjectedConvolution.as_conv_weight(y),)))
+    entries.append(
+        Entry(
+            f'{ours}.projection.weight',
+            (f'{theirs}.fusion.0.weight',),
+            lambda x: ProjectedConvolution.from_conv_weight(x, JOINT_FEATURES),
+            lambda y: (ProjectedConvolution.as_conv_weight(y),),
+        )
+    )
     entries.append(_same(f'{ours}.projection.bias', f'{theirs}.fusion.0.bias'))
     entries += [_same(f'{ours}.fuse.0.{leaf}', f'{theirs}.fusion.1.{leaf}') for leaf in _NORM]
     entries += [_same(f'{ours}.fuse.2.{leaf}', f'{theirs}.fusion.3.{leaf}') for leaf in _AFFINE]
@@ -123,11 +159,16 @@ def _stage(index: int, number: int) -> list[Entry]:
 
 def entries(published_keys) -> list[Entry]:
     """The whole map; the backbone's names follow torchvision's and are taken from ``published_keys``."""
-    table = [_same(f'backbone.{backbone_key(key[9:])}', key) for key in published_keys
-             if key.startswith('backbone.') and not key.startswith('backbone.fc.')]
+    table = [
+        _same(f'backbone.{backbone_key(key[9:])}', key)
+        for key in published_keys
+        if key.startswith('backbone.') and not key.startswith('backbone.fc.')
+    ]
     table += _sequential('initial_regressor.attention', 'init_regressor.attention_{side}', _per_hand)
-    table += [_per_hand(f'initial_regressor.parameters_head.{leaf}', f'init_regressor.mano_{{side}}.{leaf}', stack=True)
-              for leaf in _AFFINE]
+    table += [
+        _per_hand(f'initial_regressor.parameters_head.{leaf}', f'init_regressor.mano_{{side}}.{leaf}', stack=True)
+        for leaf in _AFFINE
+    ]
     table += [_same(f'initial_regressor.offset_head.{leaf}', f'init_regressor.offset.{leaf}') for leaf in _AFFINE]
     table += _stage(0, 4) + _stage(1, 3)
     heads = 'dense_heads'
@@ -158,8 +199,9 @@ def is_published(content: Any) -> bool:
     return isinstance(content, dict) and isinstance(content.get('net'), dict)
 
 
-def load_published(content: dict[str, Any], *, path: str | Path, overrides: Iterable[str] = ()
-                   ) -> tuple[DIR, CfgNode, dict[str, Tensor]]:
+def load_published(
+    content: dict[str, Any], *, path: str | Path, overrides: Iterable[str] = ()
+) -> tuple[DIR, CfgNode, dict[str, Tensor]]:
     """Content of a published file -> (our network in evaluation mode, its configuration, what was dropped of it).
 
     Raises UserError for names that are missing, unknown or misshapen, and if the file's hands are not MANO.PATH's.
@@ -171,13 +213,18 @@ def load_published(content: dict[str, Any], *, path: str | Path, overrides: Iter
     arrays = hand_arrays(hand_models)
     for key, array in arrays.items():
         if not torch.allclose(net[key], array, rtol=0, atol=_SAME_HAND * max(array.abs().max().item(), 1)):
-            raise UserError(f'{path} was trained on other hands than those of {cfg.MANO.PATH} ({key} differs): set '
-                            'MANO.PATH to the files it was trained on.')
+            raise UserError(
+                f'{path} was trained on other hands than those of {cfg.MANO.PATH} ({key} differs): set '
+                'MANO.PATH to the files it was trained on.'
+            )
     model, state = build_model(cfg, hand_models, pretrained=False), to_ours(net)
     model.load_state_dict(state)
     back = to_published(state)
-    rest = {key: value for key, value in net.items()
-            if key not in arrays and not (key in back and torch.equal(back[key], value))}
+    rest = {
+        key: value
+        for key, value in net.items()
+        if key not in arrays and not (key in back and torch.equal(back[key], value))
+    }
     return model.eval(), cfg, rest
 
 
@@ -189,12 +236,14 @@ def to_ours(net: dict[str, Tensor]) -> dict[str, Tensor]:
 def to_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our state_dict -> the part of the published one that it determines."""
     backbone = [f'backbone.{torchvision_key(key[9:])}' for key in state if key.startswith('backbone.')]
-    return {name: value.contiguous() for entry in entries(backbone)
-            for name, value in zip(entry.published, entry.to_published(state[entry.key]))}
+    return {
+        name: value.contiguous()
+        for entry in entries(backbone)
+        for name, value in zip(entry.published, entry.to_published(state[entry.key]))
+    }
 
 
-def whole_published(state: dict[str, Tensor], cfg: CfgNode, rest: dict[str, Tensor] | None = None
-                    ) -> dict[str, Tensor]:
+def whole_published(state: dict[str, Tensor], cfg: CfgNode, rest: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Our state_dict -> all 963 entries of the published one, MANO arrays from MANO.PATH included.
 
     rest: what a converted checkpoint kept of its source. Without it the parts that never run are zeros.
@@ -212,10 +261,18 @@ def hand_arrays(hand_models: tuple[HandModel, HandModel]) -> dict[str, Tensor]:
     """The 60 MANO arrays of a published checkpoint: ten for each hand in three places."""
     arrays = {}
     for side, hand in zip(SIDES, hand_models):
-        of_hand = {'betas': np.zeros((1, 10)), 'shapedirs': hand.shape_dirs, 'posedirs': hand.pose_dirs,
-                   'v_template': hand.template[None], 'J_regressor': hand.joint_regressor,
-                   'weights': hand.skinning_weights, 'hands_mean': hand.pose_mean[None],
-                   'comps': hand.pose_components, 'selected_comps': hand.pose_components, 'faces': hand.faces}
+        of_hand = {
+            'betas': np.zeros((1, 10)),
+            'shapedirs': hand.shape_dirs,
+            'posedirs': hand.pose_dirs,
+            'v_template': hand.template[None],
+            'J_regressor': hand.joint_regressor,
+            'weights': hand.skinning_weights,
+            'hands_mean': hand.pose_mean[None],
+            'comps': hand.pose_components,
+            'selected_comps': hand.pose_components,
+            'faces': hand.faces,
+        }
         for place in ('init_regressor', 'decoder.projecter_4.regressor', 'decoder.projecter_3.regressor'):
             for name, array in of_hand.items():
                 kind = torch.int64 if name == 'faces' else torch.float32
@@ -225,8 +282,11 @@ def hand_arrays(hand_models: tuple[HandModel, HandModel]) -> dict[str, Tensor]:
 
 def _idle_parts(net: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the published network holds and does not use: zeros, but for its constants."""
-    idle = {'backbone.fc.weight': torch.zeros(1000, 2048), 'backbone.fc.bias': torch.zeros(1000),
-            'seg_loss.weight': torch.tensor(SEGMENTATION_CLASS_WEIGHTS)}
+    idle = {
+        'backbone.fc.weight': torch.zeros(1000, 2048),
+        'backbone.fc.bias': torch.zeros(1000),
+        'seg_loss.weight': torch.tensor(SEGMENTATION_CLASS_WEIGHTS),
+    }
     for key, value in net.items():
         if '.STEblocks.1.' in key:
             idle[key.replace('.STEblocks.1.', '.STEblocks.0.')] = torch.zeros_like(value)
@@ -251,12 +311,22 @@ def _check_names(net: dict[str, Any], path: str | Path) -> None:
     """Raises UserError, listing names, unless ``net`` holds tensors of the published names and shapes."""
     shapes = published_shapes()
     tensors = {key: value for key, value in net.items() if isinstance(value, Tensor)}
-    odd = [f'{key} is {tuple(tensors[key].shape)}, not {shape}' for key, shape in shapes.items()
-           if key in tensors and tuple(tensors[key].shape) != shape]
-    problems = {'missing': sorted(shapes.keys() - tensors.keys()),
-                'unknown': sorted(map(str, net.keys() - shapes.keys())), 'misshapen': odd}
-    listed = [f'{len(names)} {what}: {", ".join(names[:_NAMES_SHOWN])}{", ..." if len(names) > _NAMES_SHOWN else ""}'
-              for what, names in problems.items() if names]
+    odd = [
+        f'{key} is {tuple(tensors[key].shape)}, not {shape}'
+        for key, shape in shapes.items()
+        if key in tensors and tuple(tensors[key].shape) != shape
+    ]
+    problems = {
+        'missing': sorted(shapes.keys() - tensors.keys()),
+        'unknown': sorted(map(str, net.keys() - shapes.keys())),
+        'misshapen': odd,
+    }
+    listed = [
+        f'{len(names)} {what}: {", ".join(names[:_NAMES_SHOWN])}{", ..." if len(names) > _NAMES_SHOWN else ""}'
+        for what, names in problems.items()
+        if names
+    ]
     if listed:
-        raise UserError(f'{path} is not the published DIR checkpoint, whose {len(shapes)} names are known '
-                        f'({"; ".join(listed)}).')
+        raise UserError(
+            f'{path} is not the published DIR checkpoint, whose {len(shapes)} names are known ({"; ".join(listed)}).'
+        )

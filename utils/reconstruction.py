@@ -1,10 +1,10 @@
 """From pictures to hands in metres before their camera: what apps/demo.py runs, and what other programs call.
 
-    from utils.reconstruction import load_reconstructor
+from utils.reconstruction import load_reconstructor
 
-    reconstruct = load_reconstructor('checkpoint/xxx', device='auto')
-    hands = reconstruct(images_bgr, boxes)          # lists: (H, W, 3) uint8 and (x, y, width, height) in pixels
-    hands.vertices                                  # (N, 2, 778, 3) m: left hand, right hand; camera axes
+reconstruct = load_reconstructor('checkpoint/xxx', device='auto')
+hands = reconstruct(images_bgr, boxes)          # lists: (H, W, 3) uint8 and (x, y, width, height) in pixels
+hands.vertices                                  # (N, 2, 778, 3) m: left hand, right hand; camera axes
 """
 
 from collections.abc import Sequence
@@ -109,11 +109,15 @@ def check_box(box: Sequence[float], width: int, height: int) -> np.ndarray:
         raise UserError(f'a box is four numbers, x y width height in pixels; this is {box!r}.')
     left, top, across, down = numbers
     if min(across, down) < SMALLEST_SIDE:
-        raise UserError(f'the box {_words(numbers)} (x y width height) is {across:g} x {down:g} pixels; hands need at '
-                        f'least {SMALLEST_SIDE} each way.')
+        raise UserError(
+            f'the box {_words(numbers)} (x y width height) is {across:g} x {down:g} pixels; hands need at '
+            f'least {SMALLEST_SIDE} each way.'
+        )
     if left >= width or top >= height or left + across <= 0 or top + down <= 0:
-        raise UserError(f'the box {_words(numbers)} (x y width height) lies outside of the picture, which is {width} x '
-                        f'{height} pixels.')
+        raise UserError(
+            f'the box {_words(numbers)} (x y width height) lies outside of the picture, which is {width} x '
+            f'{height} pixels.'
+        )
     return numbers
 
 
@@ -143,8 +147,15 @@ def _warp(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 class Reconstructor:
     """A trained network, made ready for pictures."""
 
-    def __init__(self, model: DIR, *, image_size: int, precision: str = 'float32',
-                 device: str | torch.device = 'cpu', batch_size: int = 16):
+    def __init__(
+        self,
+        model: DIR,
+        *,
+        image_size: int,
+        precision: str = 'float32',
+        device: str | torch.device = 'cpu',
+        batch_size: int = 16,
+    ):
         self.device, self.precision, self.batch_size = torch.device(device), precision, batch_size
         self.hand_models: tuple[HandModel, HandModel] = model.hand_head.hand_layer.models
         self.network = to_device(for_inference(model.eval()), self.device)
@@ -152,8 +163,13 @@ class Reconstructor:
             keep_kernels(self.network)
         self.batch_maker = BatchMaker(TwoHandLayer(self.hand_models), image_size=image_size).to(self.device)
 
-    def __call__(self, images_bgr: Sequence[np.ndarray], boxes: Sequence[Box | None] | None = None, *,
-                 intrinsics: Sequence[np.ndarray | None] | np.ndarray | None = None) -> Reconstruction:
+    def __call__(
+        self,
+        images_bgr: Sequence[np.ndarray],
+        boxes: Sequence[Box | None] | None = None,
+        *,
+        intrinsics: Sequence[np.ndarray | None] | np.ndarray | None = None,
+    ) -> Reconstruction:
         """Pictures (H, W, 3) uint8 BGR, of any sizes, with the box of both hands in each -> Reconstruction.
 
         boxes: (x, y, width, height) pixels, or None for the whole picture; a picture with two people is given twice.
@@ -165,8 +181,9 @@ class Reconstructor:
         if (isinstance(intrinsics, np.ndarray) and intrinsics.ndim == 2) or intrinsics is None:
             intrinsics = [intrinsics] * count
         if not len(boxes) == len(intrinsics) == count:
-            raise UserError(f'{count} pictures with {len(boxes)} boxes and {len(intrinsics)} intrinsics: each picture '
-                            'needs one.')
+            raise UserError(
+                f'{count} pictures with {len(boxes)} boxes and {len(intrinsics)} intrinsics: each picture needs one.'
+            )
         return self.from_crops([cut_crop(*each) for each in zip(images_bgr, boxes, intrinsics)])
 
     @torch.inference_mode()
@@ -176,7 +193,7 @@ class Reconstructor:
         if not crops:
             raise UserError('there are no pictures to reconstruct hands from.')
         set_float32_precision(self.precision)
-        parts = [self._part(crops[begin:begin + self.batch_size]) for begin in range(0, len(crops), self.batch_size)]
+        parts = [self._part(crops[begin : begin + self.batch_size]) for begin in range(0, len(crops), self.batch_size)]
         return Reconstruction(*map(torch.cat, zip(*parts)))
 
     def _part(self, crops: Sequence[Crop]) -> Reconstruction:
@@ -190,8 +207,10 @@ class Reconstructor:
 
 def placed_in_picture(hands: HandPrediction, crops: Sequence[Crop]) -> Reconstruction:
     """A network's last estimate for each crop -> the hands before the whole picture's camera."""
-    to_crop, intrinsics = (torch.from_numpy(np.stack(matrices)).to(hands.joints.device)
-                           for matrices in zip(*((crop.matrix, crop.intrinsics) for crop in crops)))
+    to_crop, intrinsics = (
+        torch.from_numpy(np.stack(matrices)).to(hands.joints.device)
+        for matrices in zip(*((crop.matrix, crop.intrinsics) for crop in crops))
+    )
     parameters = hands.parameters
     placement = place_hands(hands.joints, parameters[..., CAMERA], hands.offset, to_crop @ intrinsics)
     scale, corner = to_crop[:, None, None, :1, 0], to_crop[:, None, None, :2, 2]
@@ -202,9 +221,12 @@ def placed_in_picture(hands: HandPrediction, crops: Sequence[Crop]) -> Reconstru
         roots=placement.roots,
         joints_px=((from_uv(hands.joints_uv, CROP_SIZE) - corner) / scale).float(),
         root_rotation=symmetric_6d_to_matrix(parameters[..., ROOT_ROTATION]),
-        pose=parameters[..., POSE], shape=parameters[..., SHAPE], camera=parameters[..., CAMERA],
+        pose=parameters[..., POSE],
+        shape=parameters[..., SHAPE],
+        camera=parameters[..., CAMERA],
         offset=hands.offset * HAND_SCALE,
-        intrinsics=intrinsics.float(), to_crop=to_crop.float(),
+        intrinsics=intrinsics.float(),
+        to_crop=to_crop.float(),
         residual_px=placement.residual_px,
         size_in_crop=extent.amax(-1) / 2,
     )
@@ -217,5 +239,6 @@ def load_reconstructor(checkpoint: str | Path, *, device: str = 'auto', override
     and where the hand model's files are. Raises UserError where the checkpoint, hand model or device cannot be had.
     """
     model, cfg, _ = load_model(checkpoint, [*overrides, 'DEVICE', device])
-    return Reconstructor(model, image_size=cfg.MODEL.IMAGE_SIZE, precision=cfg.EVAL.PRECISION,
-                         device=choose_device(cfg.DEVICE))
+    return Reconstructor(
+        model, image_size=cfg.MODEL.IMAGE_SIZE, precision=cfg.EVAL.PRECISION, device=choose_device(cfg.DEVICE)
+    )

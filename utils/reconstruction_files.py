@@ -68,8 +68,16 @@ def view(vertices: Tensor, turn: np.ndarray, models: tuple[HandModel, HandModel]
     bar = round(SCALE_BAR * focal / float(vertices[..., 2].mean()))
     if 4 < bar < VIEW_SIDE - 40:
         cv2.rectangle(picture, (16, VIEW_SIDE - 22), (16 + bar, VIEW_SIDE - 18), (60, 60, 60), cv2.FILLED)
-        cv2.putText(picture, f'{100 * SCALE_BAR:g} cm', (16, VIEW_SIDE - 28), cv2.FONT_HERSHEY_SIMPLEX, 0.5,
-                    (60, 60, 60), 1, cv2.LINE_AA)
+        cv2.putText(
+            picture,
+            f'{100 * SCALE_BAR:g} cm',
+            (16, VIEW_SIDE - 28),
+            cv2.FONT_HERSHEY_SIMPLEX,
+            0.5,
+            (60, 60, 60),
+            1,
+            cv2.LINE_AA,
+        )
     return picture
 
 
@@ -81,14 +89,22 @@ def draw_overlay(shown: Shown, hands: Reconstruction, models: tuple[HandModel, H
 
 def meshes(vertices: Tensor, models: tuple[HandModel, HandModel]) -> dict[str, trimesh.Trimesh]:
     """vertices (2, 778, 3) m, camera axes -> {'left', 'right'}, coloured as in the pictures."""
-    return {side: trimesh.Trimesh(points.numpy(), model.faces, process=False, validate=False,
-                                  visual=trimesh.visual.TextureVisuals(material=_material(colour)))
-            for side, points, model, colour in zip(SIDES, vertices, models, HAND_COLOURS_BGR)}
+    return {
+        side: trimesh.Trimesh(
+            points.numpy(),
+            model.faces,
+            process=False,
+            validate=False,
+            visual=trimesh.visual.TextureVisuals(material=_material(colour)),
+        )
+        for side, points, model, colour in zip(SIDES, vertices, models, HAND_COLOURS_BGR)
+    }
 
 
 def _material(colour_bgr: tuple[int, int, int]) -> trimesh.visual.material.PBRMaterial:
     return trimesh.visual.material.PBRMaterial(
-        baseColorFactor=[*colour_bgr[::-1], 255], metallicFactor=0.0, roughnessFactor=0.8, doubleSided=True)
+        baseColorFactor=[*colour_bgr[::-1], 255], metallicFactor=0.0, roughnessFactor=0.8, doubleSided=True
+    )
 
 
 def write_meshes(folder: Path, vertices: Tensor, models: tuple[HandModel, HandModel]) -> None:
@@ -109,17 +125,30 @@ def write_meshes(folder: Path, vertices: Tensor, models: tuple[HandModel, HandMo
 
 def as_numbers(hands: Reconstruction) -> dict[str, Any]:
     """One reconstruction (no leading axis) as hands.json and a line of hands.jsonl hold it."""
+
     def plain(values: Tensor) -> list:
         return np.round(values.double().numpy(), 6).tolist()
 
-    sides = {side: {
-        'root_rotation': plain(hands.root_rotation[hand]), 'pose_pca': plain(hands.pose[hand]),
-        'shape': plain(hands.shape[hand]), 'camera': plain(hands.camera[hand]), 'root_m': plain(hands.roots[hand]),
-        'joints_m': plain(hands.joints[hand]), 'joints_px': plain(hands.joints_px[hand]),
-    } for hand, side in enumerate(SIDES)}
-    return {**sides, 'offset_m': plain(hands.offset), 'intrinsics_px': plain(hands.intrinsics),
-            'to_crop': plain(hands.to_crop), 'residual_px': round(float(hands.residual_px), 3),
-            'size_in_crop': round(float(hands.size_in_crop), 4)}
+    sides = {
+        side: {
+            'root_rotation': plain(hands.root_rotation[hand]),
+            'pose_pca': plain(hands.pose[hand]),
+            'shape': plain(hands.shape[hand]),
+            'camera': plain(hands.camera[hand]),
+            'root_m': plain(hands.roots[hand]),
+            'joints_m': plain(hands.joints[hand]),
+            'joints_px': plain(hands.joints_px[hand]),
+        }
+        for hand, side in enumerate(SIDES)
+    }
+    return {
+        **sides,
+        'offset_m': plain(hands.offset),
+        'intrinsics_px': plain(hands.intrinsics),
+        'to_crop': plain(hands.to_crop),
+        'residual_px': round(float(hands.residual_px), 3),
+        'size_in_crop': round(float(hands.size_in_crop), 4),
+    }
 
 
 def header(models: tuple[HandModel, HandModel], **more: Any) -> dict[str, Any]:
@@ -127,8 +156,14 @@ def header(models: tuple[HandModel, HandModel], **more: Any) -> dict[str, Any]:
     return {'format': FORMAT, 'hand_model': describe(models), 'joint_names': list(JOINT_NAMES), **more}
 
 
-def write_picture_files(folder: Path, shown: Shown, crop: np.ndarray, hands: Reconstruction,
-                        models: tuple[HandModel, HandModel], **more: Any) -> None:
+def write_picture_files(
+    folder: Path,
+    shown: Shown,
+    crop: np.ndarray,
+    hands: Reconstruction,
+    models: tuple[HandModel, HandModel],
+    **more: Any,
+) -> None:
     """All files of one picture into ``folder``; hands.json comes last, so where it is, all are.
 
     crop (256, 256, 3) uint8 BGR; hands: one reconstruction, without the leading axis; more: see ``header``.

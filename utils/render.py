@@ -47,14 +47,17 @@ def rasterize(vertices: Tensor, faces: Tensor, intrinsics: Tensor, size: tuple[i
     homogeneous = torch.where(usable[..., None], homogeneous, 1.0)  # any harmless place: the face is dropped below
     pixels = ((homogeneous[..., :2] / homogeneous[..., 2:] - 0.5) * SUBPIXELS).round() / SUBPIXELS
     # Samples now lie at integers. Every quantity is (3 corners, B F): faces last, which is what vectorises.
-    x, y, depth, divisor, usable = (_at_corners(values, faces) for values in (
-        pixels[..., 0], pixels[..., 1], vertices[..., 2].double(), homogeneous[..., 2], usable))
+    x, y, depth, divisor, usable = (
+        _at_corners(values, faces)
+        for values in (pixels[..., 0], pixels[..., 1], vertices[..., 2].double(), homogeneous[..., 2], usable)
+    )
 
     left, right = x.amin(0).ceil().clamp_min(0), x.amax(0).floor().clamp_max(width - 1)
     top, bottom = y.amin(0).ceil().clamp_min(0), y.amax(0).floor().clamp_max(height - 1)
     kept = (usable.all(0) & (right >= left) & (bottom >= top)).nonzero().squeeze(1)
     x, y, depth, divisor, left, right, top, bottom = (
-        _take(values, kept) for values in (x, y, depth, divisor, left, right, top, bottom))
+        _take(values, kept) for values in (x, y, depth, divisor, left, right, top, bottom)
+    )
     edges = _edge_functions(x - left, y - top)
     # On the screen depth is the ratio of two affine functions, mixed from those of the edges.
     ratio = torch.stack([(edges * (depth / divisor)).sum(1), (edges / divisor).sum(1)], 1)  # (3 coefficients, 2, N)
@@ -97,8 +100,11 @@ def rasterize(vertices: Tensor, faces: Tensor, intrinsics: Tensor, size: tuple[i
     across = offset - down * width - _take(left, face)
     slope, step, value = _take(edges, face)
     weights = (slope * across + step * down + value) / _take(divisor, face)
-    out = Fragments(torch.full((batch * height * width,), -1, device=device),
-                    vertices.new_zeros(batch * height * width, 3), vertices.new_zeros(batch * height * width))
+    out = Fragments(
+        torch.full((batch * height * width,), -1, device=device),
+        vertices.new_zeros(batch * height * width, 3),
+        vertices.new_zeros(batch * height * width),
+    )
     out.face[seen] = _take(kept, face) % len(faces)
     out.barycentric[seen] = (weights / weights.sum(0)).to(vertices.dtype).T
     out.depth[seen] = (nearest >> 32).int().view(torch.float32).to(vertices.dtype)
@@ -160,7 +166,7 @@ def interpolate(fragments: Fragments, faces: Tensor, attributes: Tensor) -> Tens
         corners = corners + torch.div(seen, height * width, rounding_mode='floor')[:, None] * attributes.shape[1]
     table = attributes.flatten(0, -2)
     weights = fragments.barycentric.flatten(0, 2).index_select(0, seen).to(table.dtype)
-    values = sum(weights[:, k:k + 1] * table.index_select(0, corners[:, k]) for k in range(3))
+    values = sum(weights[:, k : k + 1] * table.index_select(0, corners[:, k]) for k in range(3))
     return table.new_zeros(len(face), table.shape[1]).index_copy(0, seen, values).unflatten(0, (batch, height, width))
 
 
@@ -194,8 +200,16 @@ def shade(fragments: Fragments, vertices: Tensor, faces: Tensor, colours: Tensor
     return interpolate(fragments, faces, colours * (AMBIENT + (1 - AMBIENT) * cosine))
 
 
-def overlay(image: np.ndarray, vertices: Tensor, intrinsics: Tensor, faces: Tensor, *,
-            alpha: float = 0.8, colours_bgr=HAND_COLOURS_BGR, smooth_edges: int = 2) -> np.ndarray:
+def overlay(
+    image: np.ndarray,
+    vertices: Tensor,
+    intrinsics: Tensor,
+    faces: Tensor,
+    *,
+    alpha: float = 0.8,
+    colours_bgr=HAND_COLOURS_BGR,
+    smooth_edges: int = 2,
+) -> np.ndarray:
     """Draw both meshes over a picture, each hand in its colour.
 
     image (H, W, 3) uint8 BGR, vertices (2, 778, 3) m in camera axes, intrinsics (3, 3) of this picture, faces (F, 3) of
@@ -239,20 +253,26 @@ def rasterize_pytorch3d(vertices: Tensor, faces: Tensor, intrinsics: Tensor, siz
         from pytorch3d.renderer.mesh.rasterize_meshes import rasterize_meshes
         from pytorch3d.structures import Meshes
     except ImportError:
-        raise UserError('the renderer pytorch3d is not installed: build it as https://github.com/facebookresearch/'
-                        'pytorch3d/blob/main/INSTALL.md says, or leave it at torch, which needs nothing.') from None
+        raise UserError(
+            'the renderer pytorch3d is not installed: build it as https://github.com/facebookresearch/'
+            'pytorch3d/blob/main/INSTALL.md says, or leave it at torch, which needs nothing.'
+        ) from None
     height, width = size
     homogeneous = vertices @ intrinsics.transpose(1, 2)
     pixels = homogeneous[..., :2] / homogeneous[..., 2:]
     # Its screen has x to the left and y up; the shorter side spans [-1, 1].
     screen = (pixels.new_tensor([width, height]) - 2 * pixels) / min(size)
     mesh = Meshes(torch.cat([screen, vertices[..., 2:]], -1), faces.expand(len(vertices), -1, -1))
-    face, depth, barycentric, _ = rasterize_meshes(mesh, image_size=size, blur_radius=0.0, faces_per_pixel=1,
-                                                   perspective_correct=True, cull_backfaces=False)
+    face, depth, barycentric, _ = rasterize_meshes(
+        mesh, image_size=size, blur_radius=0.0, faces_per_pixel=1, perspective_correct=True, cull_backfaces=False
+    )
     face, depth, barycentric = face[..., 0], depth[..., 0], barycentric[..., 0, :]
     background = face < 0
-    return Fragments(torch.where(background, -1, face % len(faces)),
-                     torch.where(background[..., None], 0.0, barycentric), torch.where(background, 0.0, depth))
+    return Fragments(
+        torch.where(background, -1, face % len(faces)),
+        torch.where(background[..., None], 0.0, barycentric),
+        torch.where(background, 0.0, depth),
+    )
 
 
 RENDERERS = {'torch': rasterize, 'pytorch3d': rasterize_pytorch3d}

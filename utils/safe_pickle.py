@@ -83,8 +83,11 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ('chumpy.reordering', 'Select'): ChumpySelect,
     ('scipy.sparse.csc', 'csc_matrix'): SparseColumns,
     ('scipy.sparse._csc', 'csc_matrix'): SparseColumns,
-    **{(f'numpy.{core}.{module}', name): function for core in ('core', '_core')
-       for (module, name), function in _NUMPY_CORE.items()},
+    **{
+        (f'numpy.{core}.{module}', name): function
+        for core in ('core', '_core')
+        for (module, name), function in _NUMPY_CORE.items()
+    },
 }
 
 
@@ -110,5 +113,6 @@ def load(path: str | Path) -> Any:
     except OSError:
         raise
     except Exception as error:  # a damaged pickle raises almost anything
-        raise UserError(f'{path} cannot be read ({type(error).__name__}: {error}): it is cut short or damaged, '
-                        'get it again.') from None
+        raise UserError(
+            f'{path} cannot be read ({type(error).__name__}: {error}): it is cut short or damaged, get it again.'
+        ) from None

@@ -13,8 +13,13 @@ from utils.hand import FINGERS, JOINT_NAMES, SIDES
 from utils.metrics import Protocol, SampleDetails, SampleErrors
 
 PER_HAND = ('joint_mm', 'vert_mm', 'joint_px', 'vert_px')  # the headline figures, with root_mm
-TITLES = {'joint_mm': 'joint mean error', 'vert_mm': 'vert mean error', 'joint_px': 'pixel joint mean error',
-          'vert_px': 'pixel vert mean error', 'root_mm': 'root error'}
+TITLES = {
+    'joint_mm': 'joint mean error',
+    'vert_mm': 'vert mean error',
+    'joint_px': 'pixel joint mean error',
+    'vert_px': 'pixel vert mean error',
+    'root_mm': 'root error',
+}
 RESAMPLES = 1000
 PCK_THRESHOLDS = tuple(range(51))  # mm
 BOX_IOU_EDGES = (0.0, 0.05, 0.15, 0.3, 0.5, 1.0)
@@ -53,13 +58,16 @@ def intervals(errors: SampleErrors, *, resamples: int = RESAMPLES, seed: int = 0
     table = torch.cat([values.nan_to_num(0), known.double()], 1)
     generator = torch.Generator().manual_seed(seed)
     frames = len(table)
-    sums = torch.stack([
-        torch.bincount(torch.randint(frames, (frames,), generator=generator), minlength=frames).double() @ table
-        for _ in range(resamples)])
-    means = sums[:, :values.shape[1]] / sums[:, values.shape[1]:]
+    sums = torch.stack(
+        [
+            torch.bincount(torch.randint(frames, (frames,), generator=generator), minlength=frames).double() @ table
+            for _ in range(resamples)
+        ]
+    )
+    means = sums[:, : values.shape[1]] / sums[:, values.shape[1] :]
     result = {}
     for number, name in enumerate(PER_HAND):
-        hands = means[:, 2 * number:2 * number + 2]
+        hands = means[:, 2 * number : 2 * number + 2]
         columns = zip((*SIDES, 'all'), (hands[:, 0], hands[:, 1], hands.mean(1)))
         result[name] = {side: _central(column) for side, column in columns}
     return result | {'root_mm': _central(means[:, -1]), 'resamples': resamples, 'level': 0.95}
@@ -77,16 +85,21 @@ def pck(joints_mm: Tensor) -> dict:
         known = hand[hand.isfinite()].sort().values
         curves.append(torch.searchsorted(known, thresholds, right=True).double() / max(len(known), 1))
     areas = [torch.trapezoid(curve, thresholds.double()).item() / PCK_THRESHOLDS[-1] for curve in curves]
-    return {'thresholds_mm': list(PCK_THRESHOLDS), **{side: c.tolist() for side, c in zip(SIDES, curves)},
-            'auc': sides(*areas)}
+    return {
+        'thresholds_mm': list(PCK_THRESHOLDS),
+        **{side: c.tolist() for side, c in zip(SIDES, curves)},
+        'auc': sides(*areas),
+    }
 
 
 def by_joint(joints_mm: Tensor) -> tuple[dict, dict]:
     """(N, 2, 21) -> mean error of each joint and of each finger (its four joints), left / right / all."""
     means = joints_mm.double().nanmean(0)  # (2, 21)
     joints = {name: sides(*means[:, joint].tolist()) for joint, name in enumerate(JOINT_NAMES)}
-    fingers = {name: sides(*means[:, 1 + 4 * number:5 + 4 * number].nanmean(1).tolist())
-               for number, name in enumerate(FINGERS)}
+    fingers = {
+        name: sides(*means[:, 1 + 4 * number : 5 + 4 * number].nanmean(1).tolist())
+        for number, name in enumerate(FINGERS)
+    }
     return joints, {'wrist': joints['wrist']} | fingers
 
 
@@ -103,8 +116,11 @@ def binned(errors: SampleErrors, by: Tensor, edges: tuple[float, ...]) -> list[d
         row = {'from': low, 'to': high if high != float('inf') else None, 'frames': int(inside.sum())}
         if row['frames']:
             chosen = headline(SampleErrors(*(values[inside] for values in errors)))
-            row |= {'joint_mm': chosen['joint_mm']['all'], 'vert_mm': chosen['vert_mm']['all'],
-                    'root_mm': chosen['root_mm']}
+            row |= {
+                'joint_mm': chosen['joint_mm']['all'],
+                'vert_mm': chosen['vert_mm']['all'],
+                'root_mm': chosen['root_mm'],
+            }
         rows.append(row)
     return rows
 
@@ -123,14 +139,18 @@ def by_visibility(errors: SampleErrors, visible: Tensor) -> list[dict]:
 def placement(details: SampleDetails) -> dict:
     """Mean error of the root joints' place in the camera, with the true intrinsics, and how much of it is depth."""
     return sides(*details.placement_mm.double().mean(0).tolist()) | {
-        'depth': details.placement_depth_mm.double().mean().item()}
+        'depth': details.placement_depth_mm.double().mean().item()
+    }
 
 
 def penetration(depth_mm: Tensor) -> dict:
     """(N,) -> share of frames whose hands intersect, mean depth of those, and the deepest."""
     deep = depth_mm[depth_mm > 0].double()
-    return {'share': len(deep) / len(depth_mm), 'mean_mm': deep.mean().item() if len(deep) else 0.0,
-            'worst_mm': deep.max().item() if len(deep) else 0.0}
+    return {
+        'share': len(deep) / len(depth_mm),
+        'mean_mm': deep.mean().item() if len(deep) else 0.0,
+        'worst_mm': deep.max().item() if len(deep) else 0.0,
+    }
 
 
 def segmentation_iou(details: SampleDetails) -> dict | None:
@@ -166,13 +186,17 @@ def breakdown(errors: SampleErrors, details: SampleDetails) -> dict:
 # Text
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def format_summary(summary: dict) -> str:
     """The lines that this field's evaluations print, in their order."""
     lines = []
     for key in PER_HAND:
         value, unit = summary[key], key[-2:]
-        lines += [f'{TITLES[key]}:', '    ' + ', '.join(f'{side}: {value[side]:.6f} {unit}' for side in SIDES),
-                  f'    all: {value["all"]:.6f} {unit}']
+        lines += [
+            f'{TITLES[key]}:',
+            '    ' + ', '.join(f'{side}: {value[side]:.6f} {unit}' for side in SIDES),
+            f'    all: {value["all"]:.6f} {unit}',
+        ]
     return '\n'.join([*lines, f'root error: {summary["root_mm"]:.6f} mm'])
 
 
@@ -183,43 +207,59 @@ def format_breakdown(summary: dict) -> str:
     rows.append((TITLES['root_mm'], interval['root_mm'], 'mm'))
     lines = [f'95 % intervals (bootstrap over {summary["frames"]} frames):']
     lines += [f'    {title + ":":24}{low:9.3f} to {high:9.3f} {unit}' for title, (low, high), unit in rows]
-    lines.append(f'Procrustes-aligned: joint {summary["pa_joint_mm"]["all"]:.3f} mm, vert '
-                 f'{summary["pa_vert_mm"]["all"]:.3f} mm')
+    lines.append(
+        f'Procrustes-aligned: joint {summary["pa_joint_mm"]["all"]:.3f} mm, vert {summary["pa_vert_mm"]["all"]:.3f} mm'
+    )
     lines.append(f'PCK area, 0 to 50 mm: left {auc["left"]:.4f}, right {auc["right"]:.4f}, all {auc["all"]:.4f}')
-    lines.append('by finger (mm):         ' + ', '.join(
-        f'{name} {value["all"]:.2f}' for name, value in summary['per_finger_mm'].items()))
+    lines.append(
+        'by finger (mm):         '
+        + ', '.join(f'{name} {value["all"]:.2f}' for name, value in summary['per_finger_mm'].items())
+    )
     lines += ['by stage:               joint mm   vert mm  joint px   vert px   root mm']
-    lines += [f'    {number:<20}' + ''.join(f'{value:10.3f}' for value in _all(stage))
-              for number, stage in enumerate(summary['stages'])]
+    lines += [
+        f'    {number:<20}' + ''.join(f'{value:10.3f}' for value in _all(stage))
+        for number, stage in enumerate(summary['stages'])
+    ]
     for title, key in (('box IoU', 'by_box_iou'), ('distance between the hands, mm', 'by_distance_mm')):
         lines.append(f'by {title}:')
         for row in summary[key]:
             upper = 'inf' if row['to'] is None else f'{row["to"]:g}'
-            figures = (f'joint {row["joint_mm"]:.3f} mm, vert {row["vert_mm"]:.3f} mm, root {row["root_mm"]:.3f} mm'
-                       if row['frames'] else '-')
+            figures = (
+                f'joint {row["joint_mm"]:.3f} mm, vert {row["vert_mm"]:.3f} mm, root {row["root_mm"]:.3f} mm'
+                if row['frames']
+                else '-'
+            )
             lines.append(f'    {row["from"]:>5g} to {upper:5}{row["frames"]:>9,} frames: {figures}')
     lines.append('by visible share of a hand:')
     for row in summary['by_visibility']:
         figures = f'joint {row["joint_mm"]:.3f} mm, vert {row["vert_mm"]:.3f} mm' if row['hands'] else '-'
         lines.append(f'    {row["from"]:>5g} to {row["to"]:<5g}{row["hands"]:>9,} hands:  {figures}')
     place = summary['placement_mm']
-    lines.append(f'{"place in the camera:":24}left {place["left"]:.1f} mm, right {place["right"]:.1f} mm, all '
-                 f'{place["all"]:.1f} mm, of which depth {place["depth"]:.1f} mm')
+    lines.append(
+        f'{"place in the camera:":24}left {place["left"]:.1f} mm, right {place["right"]:.1f} mm, all '
+        f'{place["all"]:.1f} mm, of which depth {place["depth"]:.1f} mm'
+    )
     for title, key in (('penetration, predicted', 'penetration'), ('penetration, true', 'true_penetration')):
         value = summary[key]
-        lines.append(f'{title + ":":24}{100 * value["share"]:.1f} % of frames, {value["mean_mm"]:.2f} mm deep on '
-                     f'average, {value["worst_mm"]:.2f} mm at worst')
+        lines.append(
+            f'{title + ":":24}{100 * value["share"]:.1f} % of frames, {value["mean_mm"]:.2f} mm deep on '
+            f'average, {value["worst_mm"]:.2f} mm at worst'
+        )
     if summary['segmentation_iou']:
-        lines.append('segmentation IoU:       ' + ', '.join(
-            f'{name} {value:.4f}' for name, value in summary['segmentation_iou'].items()))
+        lines.append(
+            'segmentation IoU:       '
+            + ', '.join(f'{name} {value:.4f}' for name, value in summary['segmentation_iou'].items())
+        )
     return '\n'.join(lines)
 
 
 def format_grid(grid: list[dict]) -> str:
     """Several protocols side by side: one column each, from ``summarise``."""
     protocols = [summary['protocol'] for summary in grid]
-    lines = [f'{"every protocol":36}' + ''.join(f'{"root " + str(p["root_joint"]):>12}' for p in protocols),
-             ' ' * 36 + ''.join(f'{"scale on" if p["scale"] else "scale off":>12}' for p in protocols)]
+    lines = [
+        f'{"every protocol":36}' + ''.join(f'{"root " + str(p["root_joint"]):>12}' for p in protocols),
+        ' ' * 36 + ''.join(f'{"scale on" if p["scale"] else "scale off":>12}' for p in protocols),
+    ]
     for key in PER_HAND:
         for side in (*SIDES, 'all'):
             name = f'{TITLES[key]}, {side}'

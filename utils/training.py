@@ -56,8 +56,10 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 def compiled(module: nn.Module, device: torch.device) -> nn.Module:
     """``torch.compile``; raises UserError where its compiler is missing."""
     if device.type == 'cpu' and not (os.environ.get('CXX') or shutil.which('g++') or shutil.which('clang++')):
-        raise UserError('TRAIN.COMPILE needs a C++ compiler on a CPU, and there is no g++: install one (Debian: apt '
-                        'install g++), or leave it off.')
+        raise UserError(
+            'TRAIN.COMPILE needs a C++ compiler on a CPU, and there is no g++: install one (Debian: apt '
+            'install g++), or leave it off.'
+        )
     return torch.compile(module)
 
 
@@ -124,8 +126,12 @@ class RunLog:
     def picture(self, tag: str, picture: np.ndarray, step: int) -> None:
         """A picture (H, W, 3) uint8 BGR for TensorBoard; as JPEG, in a thirtieth of the time of ``add_image``'s PNG."""
         height, width, channels = picture.shape
-        image = Summary.Image(height=height, width=width, colorspace=channels,
-                              encoded_image_string=cv2.imencode('.jpg', picture)[1].tobytes())
+        image = Summary.Image(
+            height=height,
+            width=width,
+            colorspace=channels,
+            encoded_image_string=cv2.imencode('.jpg', picture)[1].tobytes(),
+        )
         self.board.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
     def close(self) -> None:

@@ -22,8 +22,15 @@ from utils.hand import BONES, LEFT, RIGHT
 FINGER_COLOURS_BGR = ((90, 90, 250), (70, 210, 250), (110, 220, 90), (250, 215, 90), (235, 110, 215))  # thumb .. little
 BACKGROUND_BGR = (30, 30, 30)
 TEXT_BGR = (240, 240, 240)
-CAPTIONS = ('input', 'predicted skeleton', 'true skeleton', 'predicted meshes', 'true meshes', 'predicted mask',
-            'true mask')
+CAPTIONS = (
+    'input',
+    'predicted skeleton',
+    'true skeleton',
+    'predicted meshes',
+    'true meshes',
+    'predicted mask',
+    'true mask',
+)
 PANEL = CROP_SIZE  # pixels, the side of each picture in a row
 CAPTION_HEIGHT, GAP = 22, 4  # pixels
 _SUBPIXEL_BITS = 4  # OpenCV draws at fractions of 1 / 16 pixel
@@ -56,28 +63,46 @@ def draw_skeletons(image_bgr: np.ndarray, pixels: Tensor | np.ndarray, *, scale:
     fixed = np.where(drawable[..., None], pixels, 0) * (1 << _SUBPIXEL_BITS)
     points = fixed.round().astype(int).tolist()
     for hand in (LEFT, RIGHT):
-        bones = [(a, b, FINGER_COLOURS_BGR[number // 4]) for number, (a, b) in enumerate(BONES)
-                 if drawable[hand, a] and drawable[hand, b]]
+        bones = [
+            (a, b, FINGER_COLOURS_BGR[number // 4])
+            for number, (a, b) in enumerate(BONES)
+            if drawable[hand, a] and drawable[hand, b]
+        ]
         edges = [(a, b, render.HAND_COLOURS_BGR[hand]) for a, b, _ in bones]
         for strokes, width in ((edges, edge), (bones, line)):
             for a, b, colour in strokes:
                 cv2.line(picture, points[hand][a], points[hand][b], colour, width, cv2.LINE_AA, _SUBPIXEL_BITS)
         for joint in np.flatnonzero(drawable[hand]):
-            cv2.circle(picture, points[hand][joint], dot << _SUBPIXEL_BITS, render.HAND_COLOURS_BGR[hand], cv2.FILLED,
-                       cv2.LINE_AA, _SUBPIXEL_BITS)
+            cv2.circle(
+                picture,
+                points[hand][joint],
+                dot << _SUBPIXEL_BITS,
+                render.HAND_COLOURS_BGR[hand],
+                cv2.FILLED,
+                cv2.LINE_AA,
+                _SUBPIXEL_BITS,
+            )
     return picture
 
 
-def mesh_overlay(image_bgr: np.ndarray, vertices: Tensor | np.ndarray, intrinsics: Tensor | np.ndarray,
-                 models: tuple[HandModel, HandModel], *, alpha: float = 0.8, smooth_edges: int = 2) -> np.ndarray:
+def mesh_overlay(
+    image_bgr: np.ndarray,
+    vertices: Tensor | np.ndarray,
+    intrinsics: Tensor | np.ndarray,
+    models: tuple[HandModel, HandModel],
+    *,
+    alpha: float = 0.8,
+    smooth_edges: int = 2,
+) -> np.ndarray:
     """Both meshes, shaded, over a picture; the nearer surface hides the farther one. Returns a new picture.
 
     image_bgr (H, W, 3) uint8, vertices (2, 778, 3) m in camera axes, intrinsics (3, 3) of this picture.
     ``smooth_edges`` is the number of samples across a pixel; the time grows with its square.
     """
     vertices, intrinsics = (torch.as_tensor(value).detach().float().cpu() for value in (vertices, intrinsics))
-    return render.overlay(image_bgr, vertices, intrinsics, render.two_hand_faces(models), alpha=alpha,
-                          smooth_edges=smooth_edges)
+    return render.overlay(
+        image_bgr, vertices, intrinsics, render.two_hand_faces(models), alpha=alpha, smooth_edges=smooth_edges
+    )
 
 
 def segmentation_picture(labels: Tensor | np.ndarray) -> np.ndarray:
@@ -123,8 +148,10 @@ def prediction_row(inputs: RowInputs) -> np.ndarray:
 
 def captioned_row(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
     """Pictures of any size side by side, each 256 x 256 under its caption -> (H, W, 3) uint8."""
-    panels = [np.concatenate([_text_strip(caption, PANEL), _panel(picture)])
-              for caption, picture in zip(captions, pictures, strict=True)]
+    panels = [
+        np.concatenate([_text_strip(caption, PANEL), _panel(picture)])
+        for caption, picture in zip(captions, pictures, strict=True)
+    ]
     gap = np.full((len(panels[0]), GAP, 3), BACKGROUND_BGR, np.uint8)
     return np.concatenate([part for panel in panels for part in (panel, gap)][:-1], 1)
 

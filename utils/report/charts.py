@@ -38,8 +38,11 @@ class Axis(NamedTuple):
     def ticks(self, count: int) -> list[float]:
         if self.logarithmic:
             decades = range(math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1)
-            marks = [factor * 10.0 ** power for power in (decades.start - 1, *decades)
-                     for factor in ((1,) if len(decades) > 2 else (1, 2, 5))]
+            marks = [
+                factor * 10.0**power
+                for power in (decades.start - 1, *decades)
+                for factor in ((1,) if len(decades) > 2 else (1, 2, 5))
+            ]
         else:
             step = max(nice_step((self.high - self.low) / count), self.whole)
             first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
@@ -73,10 +76,10 @@ def axis_of(title: str, series: list[Series], *, digits: int = 1) -> Axis:
     return axis_to(title, max((y for one in series for y in one.y if y is not None), default=1.0), digits=digits)
 
 
-def line_chart(title: str, x_axis: Axis, y_axis: Axis, series: list[Series], *, marks: bool = False,
-               steps: float | None = None) -> Html:
-    """Lines; ``marks`` puts a dot on every value; ``steps`` is the width of a histogram's bins, whose left edges are x.
-    """
+def line_chart(
+    title: str, x_axis: Axis, y_axis: Axis, series: list[Series], *, marks: bool = False, steps: float | None = None
+) -> Html:
+    """Lines; ``marks``: a dot on every value; ``steps``: width of a histogram's bins, whose left edges are x."""
     drawn = []
     for one in series:
         points = [(x, y) for x, y in zip(one.x, one.y) if y is not None]
@@ -84,16 +87,29 @@ def line_chart(title: str, x_axis: Axis, y_axis: Axis, series: list[Series], *, 
             points = [corner for x, y in points for corner in ((x, y), (x + steps, y))]
         places = [(_x(x_axis, x), _y(y_axis, y)) for x, y in points]
         if steps and places:
-            drawn.append(tag('path', d=_path([(places[0][0], BOTTOM), *places, (places[-1][0], BOTTOM)]),
-                             class_=f'area s{one.slot % COLOURS}'))
+            drawn.append(
+                tag(
+                    'path',
+                    d=_path([(places[0][0], BOTTOM), *places, (places[-1][0], BOTTOM)]),
+                    class_=f'area s{one.slot % COLOURS}',
+                )
+            )
         drawn.append(tag('path', d=_path(places), class_=_style(one.slot)))
         if marks:
-            drawn += [tag('circle', cx=f'{x:.1f}', cy=f'{y:.1f}', r=4, class_=f'dot s{one.slot % COLOURS}')
-                      for x, y in places]
+            drawn += [
+                tag('circle', cx=f'{x:.1f}', cy=f'{y:.1f}', r=4, class_=f'dot s{one.slot % COLOURS}') for x, y in places
+            ]
     summary = ' '.join(_in_words(one, y_axis) for one in series)
     x_ticks = [(tick, _x(x_axis, tick)) for tick in x_axis.ticks(X_TICKS)]
-    return _figure(title, [*_grid(y_axis), *_x_labels([(f'{tick:,g}', place) for tick, place in x_ticks]), *drawn],
-                   x_axis.title, y_axis.title, legend(series), _line_stops(series, x_axis, y_axis, steps), summary)
+    return _figure(
+        title,
+        [*_grid(y_axis), *_x_labels([(f'{tick:,g}', place) for tick, place in x_ticks]), *drawn],
+        x_axis.title,
+        y_axis.title,
+        legend(series),
+        _line_stops(series, x_axis, y_axis, steps),
+        summary,
+    )
 
 
 def bar_chart(title: str, x_title: str, categories: list[tuple[str, str]], y_axis: Axis, series: list[Series]) -> Html:
@@ -106,20 +122,40 @@ def bar_chart(title: str, x_title: str, categories: list[tuple[str, str]], y_axi
             stops[x].append(f'{one.name}: {number(y, y_axis.digits)}')
             if y is not None:
                 left, top = LEFT + (x + 0.5) * room + (place - len(series) / 2) * width, _y(y_axis, y)
-                drawn.append(tag('rect', x=f'{left:.1f}', y=f'{top:.1f}', width=f'{max(width - 1, 1):.1f}',
-                                 height=f'{BOTTOM - top:.1f}', class_=f'bar s{one.slot % COLOURS}'))
+                drawn.append(
+                    tag(
+                        'rect',
+                        x=f'{left:.1f}',
+                        y=f'{top:.1f}',
+                        width=f'{max(width - 1, 1):.1f}',
+                        height=f'{BOTTOM - top:.1f}',
+                        class_=f'bar s{one.slot % COLOURS}',
+                    )
+                )
     centres = [LEFT + (i + 0.5) * room for i in range(len(categories))]
     summary = '. '.join(', '.join(lines) for lines in stops) + '.'
-    return _figure(title, [*_grid(y_axis), *drawn, *_x_labels([(c[0], x) for c, x in zip(categories, centres)])],
-                   x_title, y_axis.title, legend(series, bars=True),
-                   [[round(x, 1), '\n'.join(lines)] for x, lines in zip(centres, stops)], summary)
+    return _figure(
+        title,
+        [*_grid(y_axis), *drawn, *_x_labels([(c[0], x) for c, x in zip(categories, centres)])],
+        x_title,
+        y_axis.title,
+        legend(series, bars=True),
+        [[round(x, 1), '\n'.join(lines)] for x, lines in zip(centres, stops)],
+        summary,
+    )
 
 
 def sparkline(values: list[float], words: str) -> Html:
     """A line without axes, from 0, inside a table."""
     top, last = max(*values, 1e-12), max(len(values) - 1, 1)
-    return tag('svg', tag('path', d=_path([(2 + 96 * i / last, 24 - 22 * v / top) for i, v in enumerate(values)]),
-                          class_='line s0'), viewBox='0 0 100 26', class_='spark', role='img', aria_label=words)
+    return tag(
+        'svg',
+        tag('path', d=_path([(2 + 96 * i / last, 24 - 22 * v / top) for i, v in enumerate(values)]), class_='line s0'),
+        viewBox='0 0 100 26',
+        class_='spark',
+        role='img',
+        aria_label=words,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,26 +188,62 @@ def _grid(axis: Axis) -> list[Html]:
 
 
 def _x_labels(labels: list[tuple[str, float]]) -> list[Html]:
-    return [tag('line', x1=LEFT, x2=RIGHT, y1=BOTTOM, y2=BOTTOM, class_='axis'),
-            *(tag('text', label, y=BOTTOM + 16, **({'x': f'{x:.1f}', 'text_anchor': 'middle'} if x < RIGHT - 8 else {
-                'x': WIDTH - 1, 'text_anchor': 'end'})) for label, x in labels)]
+    return [
+        tag('line', x1=LEFT, x2=RIGHT, y1=BOTTOM, y2=BOTTOM, class_='axis'),
+        *(
+            tag(
+                'text',
+                label,
+                y=BOTTOM + 16,
+                **(
+                    {'x': f'{x:.1f}', 'text_anchor': 'middle'}
+                    if x < RIGHT - 8
+                    else {'x': WIDTH - 1, 'text_anchor': 'end'}
+                ),
+            )
+            for label, x in labels
+        ),
+    ]
 
 
-def _figure(title: str, drawn: list[Any], x_title: str, y_title: str, key: Html | None, stops: list, summary: str
-            ) -> Html:
-    axes = [tag('text', y_title, x=2, y=12, class_='title'),
-            tag('text', x_title, x=(LEFT + RIGHT) / 2, y=HEIGHT - 8, class_='title', text_anchor='middle')]
-    svg = tag('svg', *drawn, *axes, viewBox=f'0 0 {WIDTH} {HEIGHT}', role='img',
-              aria_label=f'{title}. {x_title} across, {y_title} upwards. {summary}')
-    return tag('figure', tag('figcaption', title), key,
-               tag('div', svg, class_='plot', data_stops=json.dumps(stops, separators=(',', ':')), data_title=title,
-                   data_area=f'{TOP},{BOTTOM},{WIDTH}'), class_='chart')
+def _figure(
+    title: str, drawn: list[Any], x_title: str, y_title: str, key: Html | None, stops: list, summary: str
+) -> Html:
+    axes = [
+        tag('text', y_title, x=2, y=12, class_='title'),
+        tag('text', x_title, x=(LEFT + RIGHT) / 2, y=HEIGHT - 8, class_='title', text_anchor='middle'),
+    ]
+    svg = tag(
+        'svg',
+        *drawn,
+        *axes,
+        viewBox=f'0 0 {WIDTH} {HEIGHT}',
+        role='img',
+        aria_label=f'{title}. {x_title} across, {y_title} upwards. {summary}',
+    )
+    return tag(
+        'figure',
+        tag('figcaption', title),
+        key,
+        tag(
+            'div',
+            svg,
+            class_='plot',
+            data_stops=json.dumps(stops, separators=(',', ':')),
+            data_title=title,
+            data_area=f'{TOP},{BOTTOM},{WIDTH}',
+        ),
+        class_='chart',
+    )
 
 
 def legend(series: list[Series], *, bars: bool = False) -> Html | None:
     def swatch(slot: int) -> Html:
-        shape = (tag('rect', x=8, width=12, height=10, class_=f'bar s{slot % COLOURS}') if bars
-                 else tag('path', d='M1 5H27', class_=_style(slot)))
+        shape = (
+            tag('rect', x=8, width=12, height=10, class_=f'bar s{slot % COLOURS}')
+            if bars
+            else tag('path', d='M1 5H27', class_=_style(slot))
+        )
         return tag('svg', shape, viewBox='0 0 28 10', aria_hidden='true')
 
     if len(series) < 2:
@@ -182,7 +254,7 @@ def legend(series: list[Series], *, bars: bool = False) -> Html | None:
 def _line_stops(series: list[Series], x_axis: Axis, y_axis: Axis, steps: float | None) -> list:
     """[place, what to read there]: every series at the values of x, at most ``MOST_STOPS`` of them."""
     xs = sorted({x for one in series for x in one.x})
-    xs = xs[::math.ceil(len(xs) / MOST_STOPS)] if xs else []
+    xs = xs[:: math.ceil(len(xs) / MOST_STOPS)] if xs else []
     stops = []
     for x in xs:
         lines = [f'{x:,g} to {x + steps:,g}' if steps else f'{x_axis.title.split(",")[0]} {x:,g}']

@@ -30,8 +30,11 @@ def tag(name: str, /, *children: Any, **attributes: Any) -> Html:
 
 
 def joined(children: Iterable[Any]) -> Html:
-    return Html(''.join(child if isinstance(child, Html) else html.escape(str(child))
-                        for child in children if child is not None))
+    return Html(
+        ''.join(
+            child if isinstance(child, Html) else html.escape(str(child)) for child in children if child is not None
+        )
+    )
 
 
 def json_script(identity: str, value: Any) -> Html:
@@ -56,5 +59,9 @@ def scrolling_table(caption: str, head: list[Any], rows: list[list[Any]], *, cla
     columns = tag('tr', *(tag('th', cell, scope='col') for cell in head))
     table = tag('table', tag('thead', columns), tag('tbody', *body), class_=class_ or None, aria_label=caption)
     # A <caption> would be as wide as the table, and cut off with it.
-    return joined([tag('p', caption, class_='caption'),
-                   tag('div', table, class_='scroll', tabindex='0', role='region', aria_label=caption)])
+    return joined(
+        [
+            tag('p', caption, class_='caption'),
+            tag('div', table, class_='scroll', tabindex='0', role='region', aria_label=caption),
+        ]
+    )

@@ -34,16 +34,24 @@ HEADLINE = dict.fromkeys(PER_HAND, SIDED) | {'root_mm': FIGURE}
 PENETRATION = {'share': FIGURE, 'mean_mm': FIGURE, 'worst_mm': FIGURE}
 NEEDED = {**HEADLINE, 'frames': int, 'data': str, 'protocol': {'name': str, 'description': str}}
 OPTIONAL = {
-    'subset': {'description': str}, 'config': dict, 'training': dict, 'stages': [HEADLINE],
-    'interval_95': {name: {'all': (FIGURE, FIGURE)} if form is SIDED else (FIGURE, FIGURE)
-                    for name, form in HEADLINE.items()},
-    'pa_joint_mm': SIDED, 'pa_vert_mm': SIDED, 'placement_mm': {**SIDED, 'depth': FIGURE},
+    'subset': {'description': str},
+    'config': dict,
+    'training': dict,
+    'stages': [HEADLINE],
+    'interval_95': {
+        name: {'all': (FIGURE, FIGURE)} if form is SIDED else (FIGURE, FIGURE) for name, form in HEADLINE.items()
+    },
+    'pa_joint_mm': SIDED,
+    'pa_vert_mm': SIDED,
+    'placement_mm': {**SIDED, 'depth': FIGURE},
     'pck': {'thresholds_mm': [NUMBER], 'left': [FIGURE], 'right': [FIGURE], 'auc': SIDED},
-    'per_joint_mm': dict.fromkeys(JOINT_NAMES, SIDED), 'per_finger_mm': dict.fromkeys(('wrist', *FINGERS), SIDED),
+    'per_joint_mm': dict.fromkeys(JOINT_NAMES, SIDED),
+    'per_finger_mm': dict.fromkeys(('wrist', *FINGERS), SIDED),
     'by_box_iou': [{'from': NUMBER, 'to': FIGURE, 'frames': int}],
     'by_distance_mm': [{'from': NUMBER, 'to': FIGURE, 'frames': int}],
     'by_visibility': [{'from': NUMBER, 'to': FIGURE, 'hands': int}],
-    'penetration': PENETRATION, 'true_penetration': PENETRATION,
+    'penetration': PENETRATION,
+    'true_penetration': PENETRATION,
     'segmentation_iou': dict.fromkeys(('background', 'left', 'right', 'hands'), FIGURE),
 }
 
@@ -110,10 +118,18 @@ def read_evaluated(runs: list[Run]) -> list[Evaluated]:
     result = []
     for slot, run in enumerate(runs):
         group = letters(groups.index(run.measured_on))
-        result.append(Evaluated(
-            f'{run.name} [{group}]' if len(groups) > 1 else run.name, group, slot, run.metrics, run,
-            read_per_sample(run.path.with_name('per_sample.csv')), read_samples(run.path.with_name('samples.npz')),
-            read_log(find_log(run))))
+        result.append(
+            Evaluated(
+                f'{run.name} [{group}]' if len(groups) > 1 else run.name,
+                group,
+                slot,
+                run.metrics,
+                run,
+                read_per_sample(run.path.with_name('per_sample.csv')),
+                read_samples(run.path.with_name('samples.npz')),
+                read_log(find_log(run)),
+            )
+        )
     return result
 
 
@@ -127,8 +143,10 @@ def check_metrics(run: Run) -> None:
         for key, wanted in form.items():
             value = run.metrics.get(key)
             if not ((value is None and not needed) or has_form(value, wanted)):
-                raise UserError(f'{run.path}: {key} is missing or not as this version writes it: evaluate the run '
-                                'again with apps/eval_interhand.py.')
+                raise UserError(
+                    f'{run.path}: {key} is missing or not as this version writes it: evaluate the run '
+                    'again with apps/eval_interhand.py.'
+                )
 
 
 def has_form(value: Any, form: Any) -> bool:
@@ -147,6 +165,7 @@ def has_form(value: Any, form: Any) -> bool:
 # per_sample.csv
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def read_per_sample(path: Path) -> PerSample | None:
     if not path.is_file():
         return None
@@ -158,8 +177,11 @@ def read_per_sample(path: Path) -> PerSample | None:
         places |= {name: head.index(name) for name in OPTIONAL_COLUMNS if name in head}
         if not rows or any(len(row) != len(head) for row in rows):
             raise ValueError
-        columns = {name: np.array([float(row[place] or 'nan') for row in rows])
-                   for name, place in places.items() if name not in ('index', 'file')}
+        columns = {
+            name: np.array([float(row[place] or 'nan') for row in rows])
+            for name, place in places.items()
+            if name not in ('index', 'file')
+        }
     except (ValueError, csv.Error):
         raise UserError(f'{path} is not a whole table of per-sample errors: {again}') from None
     return PerSample([row[places['index']] for row in rows], [row[places['file']] for row in rows], columns)
@@ -171,10 +193,17 @@ def read_per_sample(path: Path) -> PerSample | None:
 
 # name -> (shape with K samples and S stages, kinds of numpy's dtype)
 ARRAYS = {
-    'index': (('K',), 'iu'), 'kind': (('K',), 'U'), 'name': (('K',), 'U'), 'image': (('K', 256, 256, 3), 'u'),
-    'vertices': (('K', 'S', 2, NUM_VERTICES, 3), 'f'), 'offset': (('K', 'S', 3), 'f'),
-    'true_vertices': (('K', 2, NUM_VERTICES, 3), 'f'), 'true_roots': (('K', 2, 3), 'f'),
-    'intrinsics': (('K', 3, 3), 'f'), 'faces': ((2, NUM_FACES, 3), 'iu'), 'joint_mm': (('K', 2), 'f'),
+    'index': (('K',), 'iu'),
+    'kind': (('K',), 'U'),
+    'name': (('K',), 'U'),
+    'image': (('K', 256, 256, 3), 'u'),
+    'vertices': (('K', 'S', 2, NUM_VERTICES, 3), 'f'),
+    'offset': (('K', 'S', 3), 'f'),
+    'true_vertices': (('K', 2, NUM_VERTICES, 3), 'f'),
+    'true_roots': (('K', 2, 3), 'f'),
+    'intrinsics': (('K', 3, 3), 'f'),
+    'faces': ((2, NUM_FACES, 3), 'iu'),
+    'joint_mm': (('K', 2), 'f'),
     'root_mm': (('K',), 'f'),
 }
 MAY_BE_NAN = ('joint_mm', 'root_mm')
@@ -217,6 +246,7 @@ def _is_sound(name: str, values: np.ndarray, arrays: dict[str, np.ndarray]) -> b
 # ---------------------------------------------------------------------------------------------------------------------
 # log.jsonl
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 def find_log(run: Run) -> Path | None:
     """Of the run folder that was evaluated, or of the one that the evaluation lies in."""

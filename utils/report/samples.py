@@ -26,11 +26,18 @@ def draw(samples: dict[str, np.ndarray]) -> list[Pictures]:
     """The crop, the last stage's prediction at the true roots, as pixel errors are measured, and the truth."""
     placed = samples['vertices'][:, -1] + samples['true_roots'][:, :, None]
     faces = as_one_mesh(*torch.from_numpy(samples['faces'].astype(np.int64)))
-    return [Pictures(_address(image), *(
-        _address(overlay(image, torch.from_numpy(mesh).float(), torch.from_numpy(camera).float(), faces))
-        for mesh in (prediction, truth)))
-        for image, camera, prediction, truth in zip(samples['image'], samples['intrinsics'], placed,
-                                                    samples['true_vertices'])]
+    return [
+        Pictures(
+            _address(image),
+            *(
+                _address(overlay(image, torch.from_numpy(mesh).float(), torch.from_numpy(camera).float(), faces))
+                for mesh in (prediction, truth)
+            ),
+        )
+        for image, camera, prediction, truth in zip(
+            samples['image'], samples['intrinsics'], placed, samples['true_vertices']
+        )
+    ]
 
 
 def _address(image: np.ndarray) -> str:
@@ -47,11 +54,16 @@ def meshes(samples: dict[str, np.ndarray]) -> dict[str, Any]:
     vector = samples['true_roots'][:, RIGHT] - samples['true_roots'][:, LEFT]
     return {
         'faces': [_base64(faces.astype('<u2')) for faces in samples['faces']],
-        'samples': [{
-            'step': (step := max(1e3 * float(max(np.abs(stages).max(), np.abs(truth).max())) / INT16, 1e-6)),
-            'stages': [_quantised(mesh, step) for mesh in stages], 'truth': _quantised(truth, step),
-            'offsets': _millimetres(offsets), 'true_offset': _millimetres(true_offset),
-        } for stages, truth, offsets, true_offset in zip(samples['vertices'], own, samples['offset'], vector)],
+        'samples': [
+            {
+                'step': (step := max(1e3 * float(max(np.abs(stages).max(), np.abs(truth).max())) / INT16, 1e-6)),
+                'stages': [_quantised(mesh, step) for mesh in stages],
+                'truth': _quantised(truth, step),
+                'offsets': _millimetres(offsets),
+                'true_offset': _millimetres(true_offset),
+            }
+            for stages, truth, offsets, true_offset in zip(samples['vertices'], own, samples['offset'], vector)
+        ],
     }
 
 

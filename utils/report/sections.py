@@ -20,14 +20,18 @@ TAIL = 0.995  # the share of frames that a histogram's axis covers
 CURVE_POINTS = 200  # of a learning curve, each the mean of its neighbours
 QUANTILES = (0.5, 0.9, 0.99)
 ERRORS: dict[str, Callable[[PerSample], np.ndarray]] = {
-    'joint error': PerSample.joint_mm, 'vert error': PerSample.vert_mm, 'root error': PerSample.root_mm}
+    'joint error': PerSample.joint_mm,
+    'vert error': PerSample.vert_mm,
+    'root error': PerSample.root_mm,
+}
 HEADLINE = {'joint error': ('joint_mm', 'all'), 'vert error': ('vert_mm', 'all'), 'root error': ('root_mm',)}
 NOT_LOSSES = frozenset(('kind', 'step', 'epoch', 'lr', 'samples_per_second', 'waiting_for_data', 'total'))
 
 
 def section(identity: str, title: str, *children: Any) -> Html:
-    return tag('section', tag('h2', title, id=f'{identity}-title'), *children, id=identity,
-               aria_labelledby=f'{identity}-title')
+    return tag(
+        'section', tag('h2', title, id=f'{identity}-title'), *children, id=identity, aria_labelledby=f'{identity}-title'
+    )
 
 
 def charts(*drawn: Any) -> Html:
@@ -36,16 +40,25 @@ def charts(*drawn: Any) -> Html:
 
 def lacks(run: Evaluated, what: str, *, evaluation: bool = True) -> Html:
     """The line that stands for what is missing."""
-    return tag('p', f'{run.label}: {what} is missing. It is made by ', tag('code', run.command(evaluation=evaluation)),
-               '.', class_='missing')
+    return tag(
+        'p',
+        f'{run.label}: {what} is missing. It is made by ',
+        tag('code', run.command(evaluation=evaluation)),
+        '.',
+        class_='missing',
+    )
 
 
 def having(runs: list[Evaluated], key: str) -> tuple[list[Evaluated], Html]:
     """The runs whose metrics have ``key``, and lines about those that do not."""
     found = [run for run in runs if run.metrics.get(key)]
     return found, joined(
-        tag('p', f'{run.label}: {key} was not measured.', class_='missing') if key in run.metrics
-        else lacks(run, f'{key} in {run.run.path}') for run in runs if run not in found)
+        tag('p', f'{run.label}: {key} was not measured.', class_='missing')
+        if key in run.metrics
+        else lacks(run, f'{key} in {run.run.path}')
+        for run in runs
+        if run not in found
+    )
 
 
 def named(what: str, run: Evaluated, runs: list[Evaluated]) -> str:
@@ -57,28 +70,48 @@ def named(what: str, run: Evaluated, runs: list[Evaluated]) -> str:
 # Figures
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def headline(runs: list[Evaluated]) -> Html:
     groups = {run.group for run in runs}
-    warning = tag('p', tag('strong', 'Not all columns can be compared. '), 'Runs with different letters were measured '
-                  'in different protocols or on different frames; bold marks the best figure among runs of one letter.',
-                  class_='warning') if len(groups) > 1 else None
+    warning = (
+        tag(
+            'p',
+            tag('strong', 'Not all columns can be compared. '),
+            'Runs with different letters were measured '
+            'in different protocols or on different frames; bold marks the best figure among runs of one letter.',
+            class_='warning',
+        )
+        if len(groups) > 1
+        else None
+    )
     rows = [['group', *(run.group for run in runs)]] if warning else []
-    rows += [['protocol', *(f'{run.metrics["protocol"]["name"]}: {run.metrics["protocol"]["description"]}'
-                            for run in runs)],
-             ['frames', *(_frames(run) for run in runs)]]
+    rows += [
+        ['protocol', *(f'{run.metrics["protocol"]["name"]}: {run.metrics["protocol"]["description"]}' for run in runs)],
+        ['frames', *(_frames(run) for run in runs)],
+    ]
     if len(runs) > 1:
-        rows.append([f'differs from {runs[0].run.name} in',
-                     *(differences(run.run, runs[0].run) or '–' for run in runs)])
+        rows.append(
+            [f'differs from {runs[0].run.name} in', *(differences(run.run, runs[0].run) or '–' for run in runs)]
+        )
     rows += [[title, *(_figure_cell(run, runs, title) for run in runs)] for title in FIGURES]
-    table = scrolling_table('Figures of the last stage. In brackets the 95 % interval over frames, below it each hand.',
-                            ['', *(run.label for run in runs)], rows, class_='headline')
+    table = scrolling_table(
+        'Figures of the last stage. In brackets the 95 % interval over frames, below it each hand.',
+        ['', *(run.label for run in runs)],
+        rows,
+        class_='headline',
+    )
     return section('figures', 'Figures', warning, table, joined(map(glance, runs)))
 
 
 def _frames(run: Evaluated) -> Html:
     subset = run.metrics.get('subset')
-    return joined([f'{run.metrics["frames"]:,} of ', tag('span', run.metrics['data'], class_='file'),
-                   f', {subset["description"]}' if subset else None])
+    return joined(
+        [
+            f'{run.metrics["frames"]:,} of ',
+            tag('span', run.metrics['data'], class_='file'),
+            f', {subset["description"]}' if subset else None,
+        ]
+    )
 
 
 def _figure_cell(run: Evaluated, runs: list[Evaluated], title: str) -> Html:
@@ -101,20 +134,35 @@ def glance(run: Evaluated) -> Html:
     """Where this run fails, in a few sentences of its own figures."""
     metrics, said = run.metrics, []
     if joints := metrics.get('per_joint_mm'):
-        known = [(joints[name][side], f'{side} {spoken(name)}') for name in JOINT_NAMES for side in SIDES
-                 if joints[name][side] is not None]
+        known = [
+            (joints[name][side], f'{side} {spoken(name)}')
+            for name in JOINT_NAMES
+            for side in SIDES
+            if joints[name][side] is not None
+        ]
         if known:
-            said.append('Joints: worst are the ' + ', the '.join(
-                f'{name} ({number(value)} mm)' for value, name in sorted(known, reverse=True)[:3]) + '.')
+            said.append(
+                'Joints: worst are the '
+                + ', the '.join(f'{name} ({number(value)} mm)' for value, name in sorted(known, reverse=True)[:3])
+                + '.'
+            )
     if run.per_sample:
         median, high, tail = quantiles(run.per_sample.joint_mm())
-        said.append(f'Frames: half have a joint error above {number(median)} mm, one in ten above {number(high)} mm, '
-                    f'one in a hundred above {number(tail)} mm.')
-    for key, what in (('by_distance_mm', 'Distance between the hands, mm'), ('by_box_iou', 'Box IoU'),
-                      ('by_visibility', 'Visible share of a hand')):
+        said.append(
+            f'Frames: half have a joint error above {number(median)} mm, one in ten above {number(high)} mm, '
+            f'one in a hundred above {number(tail)} mm.'
+        )
+    for key, what in (
+        ('by_distance_mm', 'Distance between the hands, mm'),
+        ('by_box_iou', 'Box IoU'),
+        ('by_visibility', 'Visible share of a hand'),
+    ):
         counted = BINNED[key].counted
-        rows = [(value, f'{span_of(row)} (joint error {number(value)} mm, {row[counted]:,} {counted})')
-                for row in metrics.get(key) or [] if (value := value_of(row, 'joint_mm')) is not None]
+        rows = [
+            (value, f'{span_of(row)} (joint error {number(value)} mm, {row[counted]:,} {counted})')
+            for row in metrics.get(key) or []
+            if (value := value_of(row, 'joint_mm')) is not None
+        ]
         if len(rows) > 1:
             said.append(f'{what}: hardest is {max(rows)[1]}, easiest {min(rows)[1]}.')
     if not said:
@@ -126,21 +174,32 @@ def glance(run: Evaluated) -> Html:
 # Distributions and curves
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def distributions(runs: list[Evaluated]) -> Html:
     found = [run for run in runs if run.per_sample]
     missing = joined(lacks(run, 'per_sample.csv') for run in runs if not run.per_sample)
     if not found:
         return section('distribution', 'Distribution of errors', missing)
     errors = {title: {run.slot: _finite(pick(run.per_sample)) for run in found} for title, pick in ERRORS.items()}
-    rows = [[named(title, run, runs), f'{len(errors[title][run.slot]):,}',
-             *(number(value) for value in quantiles(errors[title][run.slot])),
-             number(errors[title][run.slot].max(initial=0.0))] for title in ERRORS for run in found]
+    rows = [
+        [
+            named(title, run, runs),
+            f'{len(errors[title][run.slot]):,}',
+            *(number(value) for value in quantiles(errors[title][run.slot])),
+            number(errors[title][run.slot].max(initial=0.0)),
+        ]
+        for title in ERRORS
+        for run in found
+    ]
     head = ['mm', 'frames', 'median', '90 %', '99 %', 'greatest']
     return section(
-        'distribution', 'Distribution of errors', missing,
+        'distribution',
+        'Distribution of errors',
+        missing,
         tag('p', 'Each frame counts with the mean of its two hands. At most the greatest 0.5 % lie beyond the charts.'),
         charts(*(chart for title in ERRORS for chart in _distribution(title, found, errors[title]))),
-        scrolling_table('Quantiles over frames, mm', head, rows))
+        scrolling_table('Quantiles over frames, mm', head, rows),
+    )
 
 
 def _finite(values: np.ndarray) -> np.ndarray:
@@ -164,9 +223,10 @@ def _distribution(title: str, runs: list[Evaluated], errors: dict[int, np.ndarra
         shares.append(Series(run.label, run.slot, edges[:-1].tolist(), _percent(counts, len(values))))
         sums.append(Series(run.label, run.slot, edges.tolist(), _percent(within, len(values))))
     name = title.capitalize()
-    return [line_chart(f'{name}: histogram', x_axis, axis_of('share of frames, %', shares), shares,
-                       steps=edges[1].item()),
-            line_chart(f'{name}: cumulative', x_axis, Axis('frames with at most this error, %', 0, 100), sums)]
+    return [
+        line_chart(f'{name}: histogram', x_axis, axis_of('share of frames, %', shares), shares, steps=edges[1].item()),
+        line_chart(f'{name}: cumulative', x_axis, Axis('frames with at most this error, %', 0, 100), sums),
+    ]
 
 
 def _percent(counts: np.ndarray, total: int) -> list[float]:
@@ -177,33 +237,62 @@ def pck(runs: list[Evaluated]) -> Html:
     found, missing = having(runs, 'pck')
     drawn = []
     for side in SIDES:
-        series = [Series(run.label, run.slot, run.metrics['pck']['thresholds_mm'],
-                         [None if share is None else 100 * share for share in run.metrics['pck'][side]])
-                  for run in found]
+        series = [
+            Series(
+                run.label,
+                run.slot,
+                run.metrics['pck']['thresholds_mm'],
+                [None if share is None else 100 * share for share in run.metrics['pck'][side]],
+            )
+            for run in found
+        ]
         if series:
             x_axis = Axis('threshold, mm', 0, max((x for one in series for x in one.x), default=1))
-            drawn.append(line_chart(f'PCK, {side} hand', x_axis, Axis('joints within the threshold, %', 0, 100),
-                                    series))
+            drawn.append(
+                line_chart(f'PCK, {side} hand', x_axis, Axis('joints within the threshold, %', 0, 100), series)
+            )
     rows = [[run.label, *(number(run.metrics['pck']['auc'][side], 4) for side in (*SIDES, 'all'))] for run in found]
-    return section('pck', 'Share of correct joints', missing, charts(*drawn), scrolling_table(
-        'Area under the PCK curve', ['run', *SIDES, 'all'], rows) if rows else None)
+    return section(
+        'pck',
+        'Share of correct joints',
+        missing,
+        charts(*drawn),
+        scrolling_table('Area under the PCK curve', ['run', *SIDES, 'all'], rows) if rows else None,
+    )
 
 
 def hands(runs: list[Evaluated]) -> Html:
     found, missing = having(runs, 'per_joint_mm')
-    values = [value[side] for run in found for value in run.metrics['per_joint_mm'].values() for side in SIDES
-              if value[side] is not None]
+    values = [
+        value[side]
+        for run in found
+        for value in run.metrics['per_joint_mm'].values()
+        for side in SIDES
+        if value[side] is not None
+    ]
     span = (min(values, default=0.0), max(values, default=0.0))
-    drawn = [hand_diagram(f'{run.label}: {side} hand', run.metrics['per_joint_mm'], hand, span)
-             for run in found for hand, side in enumerate(SIDES)]
+    drawn = [
+        hand_diagram(f'{run.label}: {side} hand', run.metrics['per_joint_mm'], hand, span)
+        for run in found
+        for hand, side in enumerate(SIDES)
+    ]
     fingered, missing_fingers = having(runs, 'per_finger_mm')
-    rows = [[named(finger, run, runs),
-             *(number(run.metrics['per_finger_mm'][finger][side]) for side in (*SIDES, 'all'))]
-            for finger in ('wrist', *FINGERS) for run in fingered]
-    return section('joints', 'Joints and fingers', missing, tag(
-        'p', 'Mean error of each joint in mm; hands are seen from their backs, and share one scale of colours.')
-        if drawn else None, charts(*drawn), missing_fingers,
-        scrolling_table('Mean error by finger, mm', ['mm', *SIDES, 'all'], rows) if fingered else None)
+    rows = [
+        [named(finger, run, runs), *(number(run.metrics['per_finger_mm'][finger][side]) for side in (*SIDES, 'all'))]
+        for finger in ('wrist', *FINGERS)
+        for run in fingered
+    ]
+    return section(
+        'joints',
+        'Joints and fingers',
+        missing,
+        tag('p', 'Mean error of each joint in mm; hands are seen from their backs, and share one scale of colours.')
+        if drawn
+        else None,
+        charts(*drawn),
+        missing_fingers,
+        scrolling_table('Mean error by finger, mm', ['mm', *SIDES, 'all'], rows) if fingered else None,
+    )
 
 
 def stages(runs: list[Evaluated]) -> Html:
@@ -212,14 +301,27 @@ def stages(runs: list[Evaluated]) -> Html:
     x_axis = Axis('stage (0 is the initial estimate)', -0.2, last + 0.2, whole=True)
     drawn = []
     for title, keys in HEADLINE.items() if found else ():
-        series = [Series(run.label, run.slot, list(range(len(run.metrics['stages']))),
-                         [figure(stage, keys) for stage in run.metrics['stages']]) for run in found]
-        drawn.append(line_chart(f'{title.capitalize()} by stage', x_axis, axis_of('mm', series, digits=2), series,
-                                marks=True))
+        series = [
+            Series(
+                run.label,
+                run.slot,
+                list(range(len(run.metrics['stages']))),
+                [figure(stage, keys) for stage in run.metrics['stages']],
+            )
+            for run in found
+        ]
+        drawn.append(
+            line_chart(f'{title.capitalize()} by stage', x_axis, axis_of('mm', series, digits=2), series, marks=True)
+        )
     head = ['mm', *(cell for title in HEADLINE for cell in (title, 'gain'))]
     rows = [row for run in found for row in _stage_rows(run, runs)]
-    return section('stages', 'Gain of each stage', missing, charts(*drawn), scrolling_table(
-        'Errors of each stage and what it gains over the one before, mm', head, rows) if rows else None)
+    return section(
+        'stages',
+        'Gain of each stage',
+        missing,
+        charts(*drawn),
+        scrolling_table('Errors of each stage and what it gains over the one before, mm', head, rows) if rows else None,
+    )
 
 
 def _stage_rows(run: Evaluated, runs: list[Evaluated]) -> list[list[str]]:
@@ -227,8 +329,9 @@ def _stage_rows(run: Evaluated, runs: list[Evaluated]) -> list[list[str]]:
     for count, stage in enumerate(run.metrics['stages']):
         figures = [figure(stage, keys) for keys in HEADLINE.values()]
         gains = [None if None in (old, new) else old - new for old, new in zip(before, figures)]
-        rows.append([named(f'stage {count}', run, runs),
-                     *(number(value) for pair in zip(figures, gains) for value in pair)])
+        rows.append(
+            [named(f'stage {count}', run, runs), *(number(value) for pair in zip(figures, gains) for value in pair)]
+        )
         before = figures
     return rows
 
@@ -236,6 +339,7 @@ def _stage_rows(run: Evaluated, runs: list[Evaluated]) -> list[list[str]]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Interaction and visibility
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 class Binned(NamedTuple):
     """How one of the tables of metrics.json is shown."""
@@ -249,10 +353,12 @@ class Binned(NamedTuple):
 
 BINNED = {
     'by_box_iou': Binned('Overlap of the hands’ boxes in the picture', 'box IoU', 'overlap', 'frames', tuple(HEADLINE)),
-    'by_distance_mm': Binned('Distance between the hands', 'smallest distance, mm', 'distance', 'frames',
-                             tuple(HEADLINE)),
-    'by_visibility': Binned('Visibility', 'share of a hand not hidden by the other', 'visibility', 'hands',
-                            ('joint error', 'vert error')),
+    'by_distance_mm': Binned(
+        'Distance between the hands', 'smallest distance, mm', 'distance', 'frames', tuple(HEADLINE)
+    ),
+    'by_visibility': Binned(
+        'Visibility', 'share of a hand not hidden by the other', 'visibility', 'hands', ('joint error', 'vert error')
+    ),
 }
 
 
@@ -272,16 +378,37 @@ def _binned(runs: list[Evaluated], key: str) -> Html:
     drawn = []
     for error in errors if found else ():
         name = HEADLINE[error][0]
-        series = [Series(run.label, run.slot, list(range(len(spans))),
-                         [value_of(tables[run.slot].get(span, {}), name) for span in spans]) for run in found]
-        categories = [(span.replace(' to ', '–').replace(' and more', '+'), ', '.join(
-            f'{tables[run.slot].get(span, {}).get(counted, 0):,} {counted}' for run in found)) for span in spans]
-        drawn.append(bar_chart(f'{error.capitalize()} by {short}', by, categories, axis_of('mm', series, digits=2),
-                               series))
-    rows = [[named(span, run, runs), *_binned_cells(tables[run.slot].get(span, {}), counted, errors)]
-            for span in spans for run in found]
-    return tag('div', tag('h3', title), missing, charts(*drawn), scrolling_table(
-        f'{title}: {counted} and mean errors, mm', [by, counted, *errors], rows) if rows else None)
+        series = [
+            Series(
+                run.label,
+                run.slot,
+                list(range(len(spans))),
+                [value_of(tables[run.slot].get(span, {}), name) for span in spans],
+            )
+            for run in found
+        ]
+        categories = [
+            (
+                span.replace(' to ', '–').replace(' and more', '+'),
+                ', '.join(f'{tables[run.slot].get(span, {}).get(counted, 0):,} {counted}' for run in found),
+            )
+            for span in spans
+        ]
+        drawn.append(
+            bar_chart(f'{error.capitalize()} by {short}', by, categories, axis_of('mm', series, digits=2), series)
+        )
+    rows = [
+        [named(span, run, runs), *_binned_cells(tables[run.slot].get(span, {}), counted, errors)]
+        for span in spans
+        for run in found
+    ]
+    return tag(
+        'div',
+        tag('h3', title),
+        missing,
+        charts(*drawn),
+        scrolling_table(f'{title}: {counted} and mean errors, mm', [by, counted, *errors], rows) if rows else None,
+    )
 
 
 def _binned_cells(row: dict[str, Any], counted: str, errors: tuple[str, ...]) -> list[str]:
@@ -292,21 +419,44 @@ def _binned_cells(row: dict[str, Any], counted: str, errors: tuple[str, ...]) ->
 # Learning curves
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def learning(runs: list[Evaluated]) -> Html:
     found = [run for run in runs if run.log and (run.log.train or run.log.validation)]
     missing = joined(
-        lacks(run, 'log.jsonl of its training', evaluation=False) if run.metrics.get('training')
-        else tag('p', f'{run.label}: was not trained here.', class_='missing') for run in runs if run not in found)
-    drawn = [chart for chart in (
-        _curves('Training loss', 'loss', found, 'total', logarithmic=True),
-        _curves('Learning rate', 'rate, 10⁻⁴', found, 'lr', factor=1e4),
-        _curves('Throughput', 'samples per second', found, 'samples_per_second'),
-        *(_validation(title, found, key) for title, key in (
-            ('joint error', 'joint_mm_all'), ('vert error', 'vert_mm_all'), ('root error', 'root_mm'))),
-        *map(_validation_of_stages, found)) if chart]
-    return section('learning', 'Learning curves', missing, joined(tag(
-        'p', f'{run.label}: from ', tag('span', run.log.path, class_='file'), class_='quiet') for run in found),
-        charts(*drawn), *map(_loss_table, found))
+        lacks(run, 'log.jsonl of its training', evaluation=False)
+        if run.metrics.get('training')
+        else tag('p', f'{run.label}: was not trained here.', class_='missing')
+        for run in runs
+        if run not in found
+    )
+    drawn = [
+        chart
+        for chart in (
+            _curves('Training loss', 'loss', found, 'total', logarithmic=True),
+            _curves('Learning rate', 'rate, 10⁻⁴', found, 'lr', factor=1e4),
+            _curves('Throughput', 'samples per second', found, 'samples_per_second'),
+            *(
+                _validation(title, found, key)
+                for title, key in (
+                    ('joint error', 'joint_mm_all'),
+                    ('vert error', 'vert_mm_all'),
+                    ('root error', 'root_mm'),
+                )
+            ),
+            *map(_validation_of_stages, found),
+        )
+        if chart
+    ]
+    return section(
+        'learning',
+        'Learning curves',
+        missing,
+        joined(
+            tag('p', f'{run.label}: from ', tag('span', run.log.path, class_='file'), class_='quiet') for run in found
+        ),
+        charts(*drawn),
+        *map(_loss_table, found),
+    )
 
 
 def curve(name: str, slot: int, records: list[dict[str, Any]], key: str, factor: float = 1.0) -> Series:
@@ -318,8 +468,9 @@ def curve(name: str, slot: int, records: list[dict[str, Any]], key: str, factor:
     return Series(name, slot, *np.array([part.mean(0) for part in parts]).T.tolist())
 
 
-def _chart_over_steps(title: str, y_title: str, series: list[Series], *, logarithmic: bool = False, digits: int = 2,
-                      marks: bool = False) -> Html | None:
+def _chart_over_steps(
+    title: str, y_title: str, series: list[Series], *, logarithmic: bool = False, digits: int = 2, marks: bool = False
+) -> Html | None:
     series = [one for one in series if one.x]
     if not series:
         return None
@@ -332,21 +483,32 @@ def _chart_over_steps(title: str, y_title: str, series: list[Series], *, logarit
     return line_chart(title, x_axis, y_axis, series, marks=marks)
 
 
-def _curves(title: str, y_title: str, runs: list[Evaluated], key: str, *, factor: float = 1.0, **options
-            ) -> Html | None:
-    return _chart_over_steps(title, y_title, [curve(run.label, run.slot, run.log.train, key, factor) for run in runs],
-                             **options)
+def _curves(
+    title: str, y_title: str, runs: list[Evaluated], key: str, *, factor: float = 1.0, **options
+) -> Html | None:
+    return _chart_over_steps(
+        title, y_title, [curve(run.label, run.slot, run.log.train, key, factor) for run in runs], **options
+    )
 
 
 def _validation(title: str, runs: list[Evaluated], key: str) -> Html | None:
-    return _chart_over_steps(f'Validation {title}, last stage', 'mm', [
-        curve(run.label, run.slot, run.log.validation[max(run.log.validation)], key)
-        for run in runs if run.log.validation], marks=True)
+    return _chart_over_steps(
+        f'Validation {title}, last stage',
+        'mm',
+        [
+            curve(run.label, run.slot, run.log.validation[max(run.log.validation)], key)
+            for run in runs
+            if run.log.validation
+        ],
+        marks=True,
+    )
 
 
 def _validation_of_stages(run: Evaluated) -> Html | None:
-    series = [curve(f'stage {stage}', stage, run.log.validation[stage], 'joint_mm_all')
-              for stage in sorted(run.log.validation)]
+    series = [
+        curve(f'stage {stage}', stage, run.log.validation[stage], 'joint_mm_all')
+        for stage in sorted(run.log.validation)
+    ]
     if len(series) < 2:
         return None
     return _chart_over_steps(f'Validation joint error by stage, {run.label}', 'mm', series, marks=True)
@@ -368,10 +530,20 @@ def _loss_table(run: Evaluated) -> Html | None:
     for kind, values in sorted(terms.items(), key=lambda item: -item[1][-tenth:].mean()):
         first, last = values[:tenth].mean(), values[-tenth:].mean()
         line = [part.mean() for part in np.array_split(values, min(len(values), 60))]
-        rows.append([kind, sparkline(line, f'{kind} falls or rises from {first:.3g} to {last:.3g}'), f'{first:.4g}',
-                     f'{last:.4g}', f'{100 * last / (end or 1.0):.1f} %'])
-    return scrolling_table(f'{run.label}: terms of the loss, means of the first and the last tenth of training',
-                           ['term', 'curve', 'first', 'last', 'share of the last'], rows)
+        rows.append(
+            [
+                kind,
+                sparkline(line, f'{kind} falls or rises from {first:.3g} to {last:.3g}'),
+                f'{first:.4g}',
+                f'{last:.4g}',
+                f'{100 * last / (end or 1.0):.1f} %',
+            ]
+        )
+    return scrolling_table(
+        f'{run.label}: terms of the loss, means of the first and the last tenth of training',
+        ['term', 'curve', 'first', 'last', 'share of the last'],
+        rows,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -379,13 +551,19 @@ def _loss_table(run: Evaluated) -> Html | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 OTHER_FIGURES = {  # title -> keys in metrics.json, factor, digits
-    **{f'penetration, {who}: {what}': ((key, name), factor, digits)
-       for who, key in (('predicted', 'penetration'), ('true', 'true_penetration'))
-       for what, name, factor, digits in (('share of frames, %', 'share', 100, 1), ('mean depth, mm', 'mean_mm', 1, 2),
-                                          ('greatest depth, mm', 'worst_mm', 1, 2))},
+    **{
+        f'penetration, {who}: {what}': ((key, name), factor, digits)
+        for who, key in (('predicted', 'penetration'), ('true', 'true_penetration'))
+        for what, name, factor, digits in (
+            ('share of frames, %', 'share', 100, 1),
+            ('mean depth, mm', 'mean_mm', 1, 2),
+            ('greatest depth, mm', 'worst_mm', 1, 2),
+        )
+    },
     **{f'segmentation IoU, {name}': (('segmentation_iou', name), 1, 4) for name in ('background', *SIDES, 'hands')},
-    **{f'root placement in the camera, {name}, mm': (('placement_mm', name), 1, 2)
-       for name in (*SIDES, 'all', 'depth')},
+    **{
+        f'root placement in the camera, {name}, mm': (('placement_mm', name), 1, 2) for name in (*SIDES, 'all', 'depth')
+    },
 }
 
 
@@ -396,8 +574,12 @@ def other(runs: list[Evaluated]) -> Html:
         if any(value is not None for value in values):
             rows.append([title, *(number(None if value is None else factor * value, digits) for value in values)])
     missing = joined(having(runs, key)[1] for key in ('penetration', 'segmentation_iou', 'placement_mm'))
-    return section('other', 'Penetration, segmentation, placement', missing, scrolling_table(
-        'Further figures', ['', *(run.label for run in runs)], rows) if rows else None)
+    return section(
+        'other',
+        'Penetration, segmentation, placement',
+        missing,
+        scrolling_table('Further figures', ['', *(run.label for run in runs)], rows) if rows else None,
+    )
 
 
 def samples(runs: list[Evaluated], pictures: dict[int, list[Pictures]]) -> Html:
@@ -405,12 +587,28 @@ def samples(runs: list[Evaluated], pictures: dict[int, list[Pictures]]) -> Html:
     missing = joined(lacks(run, 'samples.npz') for run in runs if run not in found)
     if not found:
         return section('samples', 'Samples', missing)
-    note = tag('p', 'Meshes are drawn as the network predicts them, without the protocol’s scale alignment. In the '
-               'overlays each predicted hand stands at its true root; left hand blue, right hand orange.')
-    without = tag('p', 'The 3D view needs WebGL2 and JavaScript, which this browser does not offer here.',
-                  id='no-viewer', class_='missing')
-    return section('samples', 'Samples', missing, note, without, *(tag(
-        'div', tag('h3', run.label), tag('div', *_cards(run, pictures[run.slot]), class_='cards')) for run in found))
+    note = tag(
+        'p',
+        'Meshes are drawn as the network predicts them, without the protocol’s scale alignment. In the '
+        'overlays each predicted hand stands at its true root; left hand blue, right hand orange.',
+    )
+    without = tag(
+        'p',
+        'The 3D view needs WebGL2 and JavaScript, which this browser does not offer here.',
+        id='no-viewer',
+        class_='missing',
+    )
+    return section(
+        'samples',
+        'Samples',
+        missing,
+        note,
+        without,
+        *(
+            tag('div', tag('h3', run.label), tag('div', *_cards(run, pictures[run.slot]), class_='cards'))
+            for run in found
+        ),
+    )
 
 
 def _cards(run: Evaluated, pictures: list[Pictures]) -> list[Html]:
@@ -426,14 +624,30 @@ def _card(run: Evaluated, place: int, title: str, pictures: Pictures) -> Html:
     left, right = run.samples['joint_mm'][place].tolist()
     root, file = run.samples['root_mm'][place].item(), run.samples['name'][place].item()
     figures = f'joint {number(left)} left, {number(right)} right, root {number(root)} mm'
-    images = [tag('figure', tag('img', src=address, alt=f'{title}: {what}', width=256, height=256),
-                  tag('figcaption', what)) for what, address in zip(('input', 'prediction', 'truth'), pictures)]
-    return tag('article', tag('h4', title.capitalize()), tag('p', figures),
-               tag('p', f'sample {run.samples["index"][place]}, ', tag('span', file, class_='file'), class_='quiet'),
-               tag('div', *images, class_='pictures'),
-               tag('button', '3D view', type='button', class_='open-viewer', hidden=True, data_run=run.slot,
-                   data_sample=place, data_title=f'{run.label}, {title}', data_figures=figures,
-                   aria_label=f'3D view of {title}, {run.label}'), class_='card')
+    images = [
+        tag('figure', tag('img', src=address, alt=f'{title}: {what}', width=256, height=256), tag('figcaption', what))
+        for what, address in zip(('input', 'prediction', 'truth'), pictures)
+    ]
+    return tag(
+        'article',
+        tag('h4', title.capitalize()),
+        tag('p', figures),
+        tag('p', f'sample {run.samples["index"][place]}, ', tag('span', file, class_='file'), class_='quiet'),
+        tag('div', *images, class_='pictures'),
+        tag(
+            'button',
+            '3D view',
+            type='button',
+            class_='open-viewer',
+            hidden=True,
+            data_run=run.slot,
+            data_sample=place,
+            data_title=f'{run.label}, {title}',
+            data_figures=figures,
+            aria_label=f'3D view of {title}, {run.label}',
+        ),
+        class_='card',
+    )
 
 
 def worst(runs: list[Evaluated]) -> Html:
@@ -444,10 +658,25 @@ def worst(runs: list[Evaluated]) -> Html:
 def _worst_table(run: Evaluated) -> Html:
     table, mean = run.per_sample, run.per_sample.joint_mm()
     order = np.argsort(-np.nan_to_num(mean, nan=-1.0), kind='stable')[:WORST].tolist()
-    columns = {'joint mm': mean, 'left': table.columns['joint_mm_left'], 'right': table.columns['joint_mm_right'],
-               'vert mm': table.vert_mm(), 'root mm': table.root_mm()}
+    columns = {
+        'joint mm': mean,
+        'left': table.columns['joint_mm_left'],
+        'right': table.columns['joint_mm_right'],
+        'vert mm': table.vert_mm(),
+        'root mm': table.root_mm(),
+    }
     columns |= {title: table.columns[name] for name, title in OPTIONAL_COLUMNS.items() if name in table.columns}
-    rows = [[table.index[i], *(number(column[i].item()) for column in columns.values()),
-             tag('span', table.file[i], class_='file')] for i in order]
-    return scrolling_table(f'{run.label}: the {len(rows)} frames with the greatest mean joint error',
-                           ['sample', *columns, 'file'], rows, class_='sortable')
+    rows = [
+        [
+            table.index[i],
+            *(number(column[i].item()) for column in columns.values()),
+            tag('span', table.file[i], class_='file'),
+        ]
+        for i in order
+    ]
+    return scrolling_table(
+        f'{run.label}: the {len(rows)} frames with the greatest mean joint error',
+        ['sample', *columns, 'file'],
+        rows,
+        class_='sortable',
+    )
