@@ -23,21 +23,21 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from dataset.batch import BatchMaker, build_batch_maker, parts_of
-from dataset.interhand import PreparedSplit, Sample
+from dataset.hand_model_record import check_hand_model_record
 from dataset.loader import EpochSampler, evaluation_loader, evaluation_split, training_loader
-from dataset.raw import check_hand_model_record
-from manopth import load_hand_models
-from manopth.assets import describe
+from dataset.prepared import PreparedSplit, Sample
+from dataset.targets import BatchMaker, build_batch_maker, parts_of
+from evaluation.evaluate import Evaluation, evaluate
+from evaluation.metrics import Protocol, SampleErrors
+from evaluation.pictures import draw_sheets, spread_over
 from models import build_criterion, build_model
+from models.checkpoint import check_hand_model, load_state, read_checkpoint, save_checkpoint, to_device, to_plain
+from models.hands import load_hands
 from utils import distributed
-from utils.checkpoint import check_hand_model, load_state, read_checkpoint, save_checkpoint, to_device, to_plain
 from utils.config import add_config_arguments, flatten, load_config
+from utils.drawing import write_image
 from utils.errors import UserError, user_facing
-from utils.evaluation import Evaluation, evaluate
 from utils.hand import SIDES
-from utils.metrics import Protocol, SampleErrors
-from utils.prediction_pictures import draw_sheets, spread_over
 from utils.training import (
     RunLog,
     StopRequest,
@@ -48,7 +48,6 @@ from utils.training import (
     learning_rate,
     set_float32_precision,
 )
-from utils.visualize import write_image
 
 # Keys that may change when a run is resumed: none of them changes what is learned.
 FREE_KEYS = (
@@ -57,11 +56,12 @@ FREE_KEYS = (
     'DATASET.PATH',
     'MANO.PATH',
     'MODEL.PRETRAINED',
-    'MODEL.WEIGHTS',
+    'MODEL.BACKBONE_WEIGHTS',
     'EVAL.BATCH_SIZE',
     'EVAL.PRECISION',
     'TRAIN.COMPILE',
     'TRAIN.WORKERS',
+    'EVAL.WORKERS',
     'TRAIN.SAVE_EVERY',
     'TRAIN.LOG_EVERY',
     'TRAIN.PICTURES',
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_training(cfg: CfgNode, device: torch.device, *, fresh: bool) -> Training:
-    hand_models = load_hand_models(cfg.MANO.SOURCE, cfg.MANO.PATH)
+    hand_models = load_hands(cfg.MANO.SOURCE, cfg.MANO.PATH)
     check_hand_model_record(cfg.DATASET.PATH, hand_models)
     loader, sampler = training_loader(cfg)
     validation = validation_split(cfg)  # now, not after the first epoch, it should turn out that it cannot be read
@@ -163,7 +163,7 @@ def build_training(cfg: CfgNode, device: torch.device, *, fresh: bool) -> Traini
         loader,
         sampler,
         validation,
-        describe(hand_models),
+        hand_models.identity,
     )
 
 
@@ -171,7 +171,7 @@ def parallelised(model: nn.Module, cfg: CfgNode, device: torch.device) -> nn.Mod
     """The network as it is called in training: over all processes, compiled if TRAIN.COMPILE."""
     parallel = model
     if distributed.rank_and_world()[1] > 1:
-        unused = not (cfg.MODEL.DENSE_HEADS and all(v for v in cfg.LOSS.values() if isinstance(v, float)))
+        unused = not (cfg.MODEL.DENSE_HEADS and all(cfg.LOSS.WEIGHT.values()))
         parallel = DistributedDataParallel(
             model, [device] if device.type == 'cuda' else None, find_unused_parameters=unused
         )

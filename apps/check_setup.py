@@ -30,11 +30,10 @@ try:
     import torchvision
     from yacs.config import CfgNode
 
-    from dataset.pack import open_split
-    from dataset.raw import HAND_MODEL_RECORD, check_hand_model_record
-    from manopth import load_hand_models
-    from manopth.assets import describe
+    from dataset import open_split
+    from dataset.hand_model_record import HAND_MODEL_RECORD, check_hand_model_record
     from models.backbone import ResNetBackbone, load_imagenet
+    from models.hands import load_hands
     from utils.config import add_config_arguments, load_config
     from utils.distributed import choose_device, usable_cores
     from utils.errors import UserError, user_facing
@@ -176,7 +175,7 @@ def check_device(what: str, cfg: CfgNode) -> Check:
 def check_hands(what: str, cfg: CfgNode) -> Check:
     """The hand model: its files there, whole, and not swapped."""
     try:
-        return Check(OK, what, describe(load_hand_models(cfg.MANO.SOURCE, cfg.MANO.PATH)))
+        return Check(OK, what, load_hands(cfg.MANO.SOURCE, cfg.MANO.PATH).identity)
     except UserError as error:
         files = [Path(cfg.MANO.PATH) / f'MANO_{side}.pkl' for side in ('LEFT', 'RIGHT')]
         missing = not all(file.is_file() for file in files)
@@ -249,7 +248,7 @@ def check_hands_of_data(what: str, cfg: CfgNode) -> Check | None:
     if not (Path(cfg.DATASET.PATH) / HAND_MODEL_RECORD).exists():
         return None
     try:
-        models = load_hand_models(cfg.MANO.SOURCE, cfg.MANO.PATH)
+        models = load_hands(cfg.MANO.SOURCE, cfg.MANO.PATH)
     except (UserError, OSError):
         return None
     try:
@@ -261,7 +260,7 @@ def check_hands_of_data(what: str, cfg: CfgNode) -> Check | None:
 
 def check_weights(what: str, cfg: CfgNode) -> Check:
     """What the backbone starts from; weights that are on this machine are read and tried on."""
-    name, file = cfg.MODEL.BACKBONE, cfg.MODEL.WEIGHTS
+    name, file = cfg.MODEL.BACKBONE, cfg.MODEL.BACKBONE_WEIGHTS
     if not cfg.MODEL.PRETRAINED:
         return Check(OK, what, f'{name} from random weights (MODEL.PRETRAINED false)')
     url = torchvision.models.get_model_weights(name).DEFAULT.url
@@ -272,7 +271,7 @@ def check_weights(what: str, cfg: CfgNode) -> Check:
             what,
             f'{name}: the first run downloads {url}',
             f'Without a network: get that file elsewhere and put it into {cached.parent} or give it with '
-            'MODEL.WEIGHTS FILE, or start from random weights with MODEL.PRETRAINED false.',
+            'MODEL.BACKBONE_WEIGHTS FILE, or train from scratch with MODEL.PRETRAINED false.',
         )
     source = file or str(cached)
     again = '' if file else f' Or remove {cached}: the first run then downloads it again.'

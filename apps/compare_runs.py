@@ -16,8 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from evaluation.runs import FIGURES, Run, read_runs, row
 from utils.errors import user_facing
-from utils.evaluated_runs import FIGURES, Run, read_runs, row
 from utils.files import write_atomically
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from manopth.assets import describe
-from utils import published
-from utils.checkpoint import load_model, read_tensors, save_checkpoint, write_tensors
+
+from models import published
+from models.checkpoint import load_model, read_tensors, save_checkpoint, write_tensors
 from utils.errors import UserError, user_facing
 from utils.hand import PUBLISHED_LEFT_MIDDLE_TIP
 
@@ -39,7 +39,7 @@ def to_our_form(src: str, dst: str, overrides: list[str]) -> None:
     if not published.is_published(content):
         raise UserError(f"{src} does not have the published form {{'net': ...}}; from ours to that one goes --reverse.")
     model, cfg, rest = published.load_published(content, path=src, overrides=overrides)
-    hand_model = describe(model.hand_head.hand_layer.models)
+    hand_model = model.hand_head.hand_layer.models.identity
     save_checkpoint(dst, model=model, cfg=cfg, hand_model=hand_model, published_rest=rest)
     names = list(content['net'])
     dropped = Counter(filter(None, map(published.why_dropped, names)))

@@ -31,25 +31,9 @@ os.environ.setdefault('OPENCV_LOG_LEVEL', 'SILENT')  # what cannot be opened is 
 import numpy as np
 from tqdm import tqdm
 
-from utils.config import default_config, flatten
-from utils.distributed import keep_freed_memory
-from utils.errors import UserError, user_facing
-from utils.files import read_json, write_json, written_aside
-from utils.hand_detector import MODEL as DETECTOR_MODEL
-from utils.hand_detector import HandDetector
-from utils.live_view import LiveView
-from utils.media import Inputs, Video, find_inputs, read_picture, video_writer
-from utils.reconstruction import (
-    SMALL_HANDS,
-    Box,
-    Crop,
-    Reconstruction,
-    Reconstructor,
-    assumed_intrinsics,
-    cut_crop,
-    load_reconstructor,
-)
-from utils.reconstruction_files import (
+from inference.detector import MODEL as DETECTOR_MODEL
+from inference.detector import HandDetector
+from inference.files import (
     JOINT_COLUMNS,
     Shown,
     as_numbers,
@@ -61,6 +45,22 @@ from utils.reconstruction_files import (
     reduced,
     write_picture_files,
 )
+from inference.live_view import LiveView
+from inference.media import Inputs, Video, find_inputs, read_picture, video_writer
+from inference.reconstruct import (
+    SMALL_HANDS,
+    Box,
+    Crop,
+    Reconstruction,
+    Reconstructor,
+    assumed_intrinsics,
+    cut_crop,
+    load_reconstructor,
+)
+from utils.config import default_config, flatten
+from utils.distributed import keep_freed_memory
+from utils.errors import UserError, user_facing
+from utils.files import read_json, write_json, written_aside
 from utils.training import StopRequest
 
 Boxes = Callable[[Path, np.ndarray], list[Box | None]]  # input, picture -> where the pairs of hands are in it

@@ -18,17 +18,18 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from apps.eval_interhand import add_evaluation_arguments, evaluate_split, report
-from dataset.interhand import PreparedSplit
-from dataset.pack import open_split
-from manopth import TwoHandLayer, load_hand_models
+from dataset import open_split
+from dataset.prepared import PreparedSplit
+from manopth import TwoHandLayer
 from models.hand_head import HandHead
+from models.hands import load_hands
+from models.placement import nearest_camera
 from models.predictions import CAMERA, NUM_PARAMETERS, POSE, ROOT_ROTATION, SHAPE, DIROutput
 from utils import distributed
 from utils.config import flatten, load_config
 from utils.errors import user_facing
 from utils.geometry import project, to_uv, world_to_camera
 from utils.hand import HAND_SCALE, LEFT, RIGHT
-from utils.placement import nearest_camera
 
 
 class ConstantPrediction(nn.Module):
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
 
     cfg = load_config(args.cfg, [*args.opts, 'DATASET.PATH', args.data_path])
-    hand_layer = TwoHandLayer(load_hand_models(cfg.MANO.SOURCE, cfg.MANO.PATH))
+    hand_layer = TwoHandLayer(load_hands(cfg.MANO.SOURCE, cfg.MANO.PATH))
     labels = open_split(args.data_path, 'train', with_mask=False, with_dense=False)
     means = mean_prediction(labels, hand_layer, root_joint=cfg.ROOT_JOINT, workers=cfg.TRAIN.WORKERS)
     model = ConstantPrediction(HandHead(hand_layer, root_joint=cfg.ROOT_JOINT), *means)

@@ -19,23 +19,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from yacs.config import CfgNode
 
-from dataset.batch import BatchMaker, build_batch_maker
-from dataset.interhand import PreparedSplit
+from dataset.hand_model_record import check_hand_model_record
 from dataset.loader import evaluation_loader, evaluation_split
-from dataset.raw import check_hand_model_record
+from dataset.prepared import PreparedSplit
 from dataset.subsets import AnnotatedJoints, Subset, choose
-from manopth import load_hand_models
+from dataset.targets import BatchMaker, build_batch_maker
+from evaluation.evaluate import Evaluation, evaluate
+from evaluation.metrics import GRID, NEEDS_SUBSET, PROTOCOLS, Protocol
+from evaluation.runs import METRICS_VERSION
+from evaluation.samples import write_chosen_samples
+from evaluation.summary import PER_HAND, format_breakdown, format_grid, format_summary
+from models.checkpoint import load_model, to_device
+from models.hands import load_hands
 from utils import distributed
-from utils.checkpoint import load_model, to_device
-from utils.chosen_samples import write_chosen_samples
 from utils.config import flatten
 from utils.errors import UserError, user_facing
-from utils.evaluated_runs import METRICS_VERSION
-from utils.evaluation import Evaluation, evaluate
 from utils.files import write_atomically, write_json
 from utils.hand import SIDES
-from utils.metrics import GRID, NEEDS_SUBSET, PROTOCOLS, Protocol
-from utils.summary import PER_HAND, format_breakdown, format_grid, format_summary
 
 
 class Measured(NamedTuple):
@@ -120,7 +120,7 @@ def evaluate_split(model: torch.nn.Module, cfg: CfgNode, args: argparse.Namespac
     """Errors of ``model`` on what ``args`` asks for, shared out over the processes of ``torchrun``."""
     name, protocol = chosen_protocol(args)
     device = distributed.start(cfg.DEVICE)
-    hand_models = load_hand_models(cfg.MANO.SOURCE, cfg.MANO.PATH)
+    hand_models = load_hands(cfg.MANO.SOURCE, cfg.MANO.PATH)
     check_hand_model_record(cfg.DATASET.PATH, hand_models)
     batch_maker = build_batch_maker(cfg, hand_models).to(device)
     dataset = evaluation_split(cfg, args.split)

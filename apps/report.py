@@ -13,11 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from evaluation.report.inputs import read_evaluated
+from evaluation.report.page import report_page
+from evaluation.runs import read_runs
 from utils.errors import user_facing
-from utils.evaluated_runs import read_runs
 from utils.files import write_atomically
-from utils.report.inputs import read_evaluated
-from utils.report.page import report_page
 
 
 @user_facing

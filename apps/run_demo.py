@@ -16,12 +16,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dataset.batch import build_batch_maker
 from dataset.loader import evaluation_split
-from utils.checkpoint import load_model
+from dataset.targets import build_batch_maker
+from evaluation.pictures import draw_samples, spread_over
+from models.checkpoint import load_model
 from utils.errors import UserError, user_facing
 from utils.files import read_json, write_json
-from utils.prediction_pictures import draw_samples, spread_over
 
 CONFIG = 'configs/demo.yaml'
 FRAMES = (2400, 60, 200)

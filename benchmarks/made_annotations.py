@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.raw import SPLITS
+from dataset.prepare.raw import SPLITS
 from utils.errors import UserError, user_facing
 from utils.files import write_atomically, written_aside
 

@@ -46,22 +46,27 @@ from torchvision import __version__ as torchvision_version
 from yacs.config import CfgNode
 
 from apps import export
-from dataset import pack, preparation, synthesize
-from dataset.batch import build_batch_maker, parts_of
+from dataset import open_split
+from dataset import packed as pack
 from dataset.loader import training_loader
-from manopth import load_hand_models
+from dataset.prepare import pack as pack_command
+from dataset.prepare import split as preparation
+from dataset.synthetic import synthesize
+from dataset.targets import build_batch_maker, parts_of
+from dataset.vertex_colours import canonical_colours
+from inference.files import reduced, write_picture_files
+from inference.folding import fold_batch_norms, for_inference
+from inference.reconstruct import Reconstructor, cut_crop
 from models import build_criterion, build_model
 from models.backbone import ResNetBackbone
 from models.bone_projection import ProjectedConvolution, bone_weights, draw
-from models.folding import fold_batch_norms, for_inference
+from models.checkpoint import to_device
+from models.hands import load_hands
 from train import Progress, accumulate, build_training
-from utils.checkpoint import to_device
 from utils.config import load_config, split_off_pairs
 from utils.distributed import choose_device, keep_freed_memory, usable_cores
 from utils.errors import UserError, user_facing
 from utils.files import write_atomically, write_json
-from utils.reconstruction import Reconstructor, cut_crop
-from utils.reconstruction_files import reduced, write_picture_files
 from utils.training import autocast, build_optimizer, compiled, set_float32_precision
 
 MADE_FRAMES = 320  # of the data set that is made for the loader
@@ -147,7 +152,7 @@ def rows_of(seconds: dict[str, list[float]], yardstick: str | None = None, *, pe
 def make_network(setting: Setting, *words: str) -> nn.Module:
     torch.manual_seed(0)
     cfg = setting.config('MODEL.INIT', 'identity', *words)
-    return to_device(build_model(cfg, load_hand_models('standin')), setting.device)
+    return to_device(build_model(cfg, load_hands('standin')), setting.device)
 
 
 def make_images(setting: Setting, batch: int) -> Tensor:
@@ -252,7 +257,7 @@ class MadeStep(NamedTuple):
 
 def made_step(setting: Setting, batch: int, *words: str, compile: bool = False) -> MadeStep:
     cfg = setting.config(*words)
-    hand_models, device = load_hand_models('standin'), setting.device
+    hand_models, device = load_hands('standin'), setting.device
     model, bare = make_network(setting, *words), to_device(ResNetBackbone('resnet50'), device)
     criterion, images = build_criterion(cfg, hand_models).to(device), make_images(setting, batch)
     optimizer, bare_optimizer = build_optimizer(model, cfg), build_optimizer(bare, cfg)
@@ -279,7 +284,7 @@ def made_step(setting: Setting, batch: int, *words: str, compile: bool = False) 
 def made_target(setting: Setting, batch: int):
     cfg = made_config(setting, 'packed', 'TRAIN.BATCH_SIZE', '4', 'TRAIN.WORKERS', '0')
     loader, _ = training_loader(cfg)
-    made = build_batch_maker(cfg, load_hand_models('standin')).to(setting.device)(next(iter(loader))).target
+    made = build_batch_maker(cfg, load_hands('standin')).to(setting.device)(next(iter(loader))).target
     return type(made)(*(values.repeat(-(-batch // 4), *[1] * (values.ndim - 1))[:batch] for values in made))
 
 
@@ -391,7 +396,7 @@ def made_data(setting: Setting) -> Path:
         with threads(1):  # the command sets that for good
             _run(preparation.main, '--data_path', raw, '--save_path', folder, '--workers', 1, 'MANO.SOURCE', 'standin')
         for name, more in (('packed', ()), ('bits', ('--masks', 'bits')), ('bare', ('--no-targets',))):
-            _run(pack.main, '--data_path', folder, '--save_path', setting.work / name, '--workers', 1, *more)
+            _run(pack_command.main, '--data_path', folder, '--save_path', setting.work / name, '--workers', 1, *more)
     return setting.work
 
 
@@ -452,7 +457,7 @@ def opening(setting: Setting) -> Table:
     )
 
     def open_and_read() -> None:
-        pack.open_split(folder.parent, 'train').labels(PACKED_SAMPLES // 2)
+        open_split(folder.parent, 'train').labels(PACKED_SAMPLES // 2)
 
     seconds = in_turn(
         {f'open {PACKED_SAMPLES:,} samples, read one': open_and_read}, setting.repeats, torch.device('cpu')
@@ -465,7 +470,7 @@ def augmentation(setting: Setting) -> Table:
     for title, words in (('targets read and warped', ('packed',)), ('targets drawn', ('bare', *DRAWN))):
         cfg = made_config(setting, *words, 'TRAIN.WORKERS', '0')
         samples[title] = parts_of(next(iter(training_loader(cfg)[0])), setting.batch)[0]
-        makers[title] = build_batch_maker(cfg, load_hand_models('standin')).to(setting.device)
+        makers[title] = build_batch_maker(cfg, load_hands('standin')).to(setting.device)
     with threads(1):
         seconds = in_turn(
             {title: lambda title=title: makers[title](samples[title]) for title in makers},
@@ -518,8 +523,8 @@ def waiting(setting: Setting) -> Table:
 
 def prepare(setting: Setting) -> Table:
     """All that is done for a frame, reading and writing included; the hand models are there already."""
-    split, models = preparation.RawSplit(made_data(setting) / 'raw', 'train'), load_hand_models('standin')
-    preparer = preparation.FramePreparer(models, preparation.canonical_colours(models))
+    split, models = preparation.RawSplit(made_data(setting) / 'raw', 'train'), load_hands('standin')
+    preparer = preparation.FramePreparer(models, canonical_colours(models))
     rates = []
     with threads(1):
         for number in range(setting.repeats):

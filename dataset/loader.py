@@ -1,15 +1,15 @@
 """Loaders and the order of samples: all follows from (seed, epoch, index), so a resumed run sees what it would have."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 from yacs.config import CfgNode
 
+from dataset import open_split
 from dataset.augmentation import AugmentationRanges
-from dataset.batch import learns_dense
-from dataset.interhand import PreparedSplit, Sample
-from dataset.pack import open_split
+from dataset.prepared import PreparedSplit, Sample
+from dataset.targets import learns_dense
 from utils.distributed import rank_and_world, usable_cores
 from utils.errors import UserError
 
@@ -70,7 +70,8 @@ def training_loader(cfg: CfgNode) -> tuple[DataLoader, EpochSampler]:
             f'{cfg.TRAIN.BATCH_SIZE}: set it to {len(dataset)} or less.'
         )
     sampler = EpochSampler(len(dataset), batch_size=cfg.TRAIN.BATCH_SIZE, seed=cfg.SEED)
-    return _loader(dataset, cfg, batch_size=cfg.TRAIN.BATCH_SIZE // world, sampler=sampler), sampler
+    loader = _loader(dataset, batch_size=cfg.TRAIN.BATCH_SIZE // world, sampler=sampler, workers=cfg.TRAIN.WORKERS)
+    return loader, sampler
 
 
 def evaluation_split(cfg: CfgNode, split: str) -> PreparedSplit:
@@ -82,11 +83,12 @@ def evaluation_loader(dataset: PreparedSplit, cfg: CfgNode, indices: Sequence[in
     """Loader of this process's share of a data set, or of some samples of it: over all processes each comes once."""
     rank, world = rank_and_world()
     indices = range(len(dataset)) if indices is None else indices
-    return _loader(dataset, cfg, batch_size=cfg.EVAL.BATCH_SIZE, sampler=indices[rank::world])
+    workers = cfg.TRAIN.WORKERS if cfg.EVAL.WORKERS < 0 else cfg.EVAL.WORKERS
+    return _loader(dataset, batch_size=cfg.EVAL.BATCH_SIZE, sampler=indices[rank::world], workers=workers)
 
 
-def _loader(dataset: PreparedSplit, cfg: CfgNode, *, batch_size: int, sampler) -> DataLoader:
-    workers = min(cfg.TRAIN.WORKERS, usable_cores())  # more of them only get in each other's way
+def _loader(dataset: PreparedSplit, *, batch_size: int, sampler: Iterable, workers: int) -> DataLoader:
+    workers = min(workers, usable_cores())  # more of them would only compete for the cores
     return DataLoader(
         dataset,
         batch_size=batch_size,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset.interhand import PreparedSplit
-from dataset.raw import RawSplit, RecordError
+from dataset.prepare.raw import RawSplit, RecordError
+from dataset.prepared import PreparedSplit
 from utils.errors import UserError
 
 

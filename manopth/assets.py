@@ -8,17 +8,15 @@ import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from utils import safe_pickle
-from utils.errors import UserError
-from utils.hand import NUM_CHAIN_JOINTS, NUM_FACES, NUM_VERTICES, SIDES
+from manopth import safe_pickle
+from manopth.errors import ManoError
+from manopth.tables import NUM_CHAIN_JOINTS, NUM_FACES, NUM_VERTICES, SIDES
 
-WHERE_TO_GET = (
-    'register at https://mano.is.tue.mpg.de, download "Models & Code" and put its MANO_LEFT.pkl and '
-    'MANO_RIGHT.pkl there (misc/README.md), or set MANO.SOURCE standin to run without them'
-)
+WHERE_TO_GET = 'register at https://mano.is.tue.mpg.de, download "Models & Code" and put its two .pkl files there'
 
 
 @dataclass(frozen=True)
@@ -65,11 +63,11 @@ class HandModel:
 def load_mano_pkl(path: str | Path, *, side: str) -> HandModel:
     """Read one official ``MANO_{LEFT,RIGHT}.pkl`` (arrays as stored: the left hand's defect is mended by the caller).
 
-    Raises UserError if the file is missing, damaged, holds foreign code, or does not hold a hand of this side.
+    Raises ManoError if the file is missing, damaged, holds foreign code, or does not hold a hand of this side.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f'{path} is missing: {WHERE_TO_GET}.')
+        raise ManoError(f'{path} is missing: {WHERE_TO_GET}.')
     raw = safe_pickle.load(path)
     names = {
         'template': 'v_template',
@@ -83,7 +81,7 @@ def load_mano_pkl(path: str | Path, *, side: str) -> HandModel:
     }
     if not isinstance(raw, dict) or not set(names.values()) <= raw.keys():
         missing = sorted(set(names.values()) - set(raw)) if isinstance(raw, dict) else sorted(names.values())
-        raise UserError(
+        raise ManoError(
             f'{path} is not a MANO file: {", ".join(missing)} missing; get it again from its official source.'
         )
     arrays = {}
@@ -91,19 +89,19 @@ def load_mano_pkl(path: str | Path, *, side: str) -> HandModel:
         try:
             array = np.asarray(safe_pickle.as_array(raw[key]), dtype=np.float64)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise UserError(
+            raise ManoError(
                 f'{path}: {key} is not an array of numbers ({type(error).__name__}: {error}); the file is '
                 'damaged, get it again.'
             ) from None
         if array.shape != HandModel.SHAPES[name]:
-            raise UserError(
+            raise ManoError(
                 f'{path}: {key} has shape {array.shape}, MANO has {HandModel.SHAPES[name]}; '
                 'this is a file of another model.'
             )
         if not np.isfinite(array).all():
-            raise UserError(f'{path}: {key} holds NaN or infinity; the file is damaged, get it again.')
+            raise ManoError(f'{path}: {key} holds NaN or infinity; the file is damaged, get it again.')
         if name == 'faces' and not ((array >= 0) & (array < NUM_VERTICES)).all():
-            raise UserError(
+            raise ManoError(
                 f'{path}: {key} names vertices outside 0 .. {NUM_VERTICES - 1}; the file is damaged, get it again.'
             )
         arrays[name] = array.astype(np.int64) if name == 'faces' else array
@@ -111,37 +109,47 @@ def load_mano_pkl(path: str | Path, *, side: str) -> HandModel:
     # Both rest poses point their fingers away from the wrist along x: towards -x on the right hand, +x on the left.
     wrist_to_mesh = model.template[:, 0].mean() - (model.joint_regressor[0] @ model.template)[0]
     if (wrist_to_mesh > 0) != (side == 'left'):
-        raise UserError(
+        raise ManoError(
             f'{path} holds a {SIDES[side == "left"]} hand: MANO_LEFT.pkl and MANO_RIGHT.pkl are swapped, rename them.'
         )
     return model
 
 
-def mend_left_shape_dirs(left: HandModel, right: HandModel) -> HandModel:
+def correct_left_shape_dirs(left: HandModel, right: HandModel) -> HandModel:
     """Negate x of the left ``shape_dirs`` if they still equal the right hand's (summed |difference| below 1 in x)."""
     if np.abs(left.shape_dirs[:, 0] - right.shape_dirs[:, 0]).sum() >= 1:
         return left
-    mended = left.shape_dirs * np.array([-1.0, 1.0, 1.0])[:, None]
-    return replace(left, shape_dirs=mended)
+    corrected = left.shape_dirs * np.array([-1.0, 1.0, 1.0])[:, None]
+    return replace(left, shape_dirs=corrected)
+
+
+class HandPair(NamedTuple):
+    """The hand models of both hands, loaded once and handed on to whatever needs hands."""
+
+    left: HandModel
+    right: HandModel
+
+    @property
+    def identity(self) -> str:
+        """'name:left digest:right digest', which checkpoints and data sets record."""
+        return f'{self.left.name}:{self.left.digest}:{self.right.digest}'
+
+    @property
+    def faces(self) -> np.ndarray:
+        """(2, 1538, 3) int64 faces of each hand."""
+        return np.stack([self.left.faces, self.right.faces])
+
+    @property
+    def mesh_faces(self) -> np.ndarray:
+        """(3076, 3) int64 faces of both hands as one mesh: vertices 0-777 are the left hand's, 778-1555 the right's."""
+        return np.concatenate([self.left.faces, self.right.faces + NUM_VERTICES])
 
 
 @lru_cache(maxsize=4)
-def load_hand_models(source: str = 'files', path: str = 'misc/mano') -> tuple[HandModel, HandModel]:
-    """(left, right) hand models; ``source`` 'files' reads ``path``/MANO_{LEFT,RIGHT}.pkl, 'standin' makes them by code.
+def load_hand_pair(folder: str | Path) -> HandPair:
+    """Both hands from ``folder``/MANO_LEFT.pkl and MANO_RIGHT.pkl, with the left hand's shape directions corrected.
 
-    Raises UserError if the files are missing, swapped, damaged or hold foreign code.
+    Raises ManoError if a file is missing, damaged, holds foreign code, or the two are swapped.
     """
-    if source == 'standin':
-        from manopth.standin import standin_hand
-
-        return standin_hand('left'), standin_hand('right')
-    if source != 'files':
-        raise UserError(f"MANO.SOURCE is '{source}'; it must be 'files' or 'standin'.")
-    left, right = (load_mano_pkl(Path(path) / f'MANO_{side.upper()}.pkl', side=side) for side in SIDES)
-    return mend_left_shape_dirs(left, right), right
-
-
-def describe(models: tuple[HandModel, HandModel]) -> str:
-    """'name:left digest:right digest', the identity that checkpoints record."""
-    left, right = models
-    return f'{left.name}:{left.digest}:{right.digest}'
+    left, right = (load_mano_pkl(Path(folder) / f'MANO_{side.upper()}.pkl', side=side) for side in SIDES)
+    return HandPair(correct_left_shape_dirs(left, right), right)

@@ -14,7 +14,7 @@ from torch import Tensor
 from manopth.assets import HandModel
 from manopth.lbs import forward_kinematics
 from manopth.rotations import axis_angle_to_matrix, cross_product_matrix, matrix_to_axis_angle
-from utils.hand import CHAIN_PARENTS, MANO_TO_JOINTS, RIGHT, SIDES, TIP_VERTICES
+from manopth.tables import CHAIN_PARENTS, MANO_TO_JOINTS, RIGHT, SIDES, TIP_VERTICES
 
 # How far each term may be off; the fit minimises the sum of squares of (error / sigma).
 JOINT_SIGMA = 0.003  # m, what annotation and model disagree by

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from manopth.assets import HandModel
-from utils.hand import CHAIN_PARENTS
+from manopth.tables import CHAIN_PARENTS
 
 
 class HandArrays(NamedTuple):

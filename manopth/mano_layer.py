@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from manopth.assets import HandModel, load_mano_pkl, mend_left_shape_dirs
+from manopth.assets import HandModel, correct_left_shape_dirs, load_mano_pkl
+from manopth.errors import ManoError
 from manopth.lbs import HandArrays, linear_blend_skinning
 from manopth.rotations import axis_angle_to_matrix, gram_schmidt_6d_to_matrix, symmetric_6d_to_matrix
-from utils.errors import UserError
-from utils.hand import MANO_TO_JOINTS, SIDES, TIP_VERTICES
+from manopth.tables import MANO_TO_JOINTS, SIDES, TIP_VERTICES
 
 
 class Hands(NamedTuple):
@@ -122,11 +122,11 @@ class ManoLayer(_HandLayer):
             ('joint_rot_mode', joint_rot_mode, ('axisang', 'rotmat')),
         ):
             if value not in allowed:
-                raise UserError(f'ManoLayer: {word} is {value!r}; it must be one of {", ".join(allowed)}.')
+                raise ManoError(f'ManoLayer: {word} is {value!r}; it must be one of {", ".join(allowed)}.')
         if not 1 <= ncomps <= 45:
-            raise UserError(f'ManoLayer: ncomps is {ncomps}; a hand has 1 to 45 pose components.')
+            raise ManoError(f'ManoLayer: ncomps is {ncomps}; a hand has 1 to 45 pose components.')
         if model is not None and model.side != side:
-            raise UserError(f'ManoLayer: side is {side!r}, but the model given is a {model.side} hand.')
+            raise ManoError(f'ManoLayer: side is {side!r}, but the model given is a {model.side} hand.')
         super().__init__((model or _load_one(mano_root, side),), tip_vertices=TIP_VERTICES, dtype=dtype)
         self.center_idx, self.flat_hand_mean, self.robust_rot = center_idx, flat_hand_mean, robust_rot
         self.ncomps = ncomps if use_pca else 45
@@ -168,4 +168,4 @@ def _load_one(mano_root: str, side: str) -> HandModel:
     right = load_mano_pkl(f'{mano_root}/MANO_RIGHT.pkl', side='right')
     if side == 'right':
         return right
-    return mend_left_shape_dirs(load_mano_pkl(f'{mano_root}/MANO_LEFT.pkl', side='left'), right)
+    return correct_left_shape_dirs(load_mano_pkl(f'{mano_root}/MANO_LEFT.pkl', side='left'), right)

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from manopth.assets import HandModel
-from utils.errors import UserError
-from utils.hand import CHAIN_PARENTS, FINGERS, NUM_CHAIN_JOINTS, PUBLISHED_LEFT_MIDDLE_TIP, SIDES, TIP_VERTICES
+from manopth.assets import HandModel, HandPair
+from manopth.errors import ManoError
+from manopth.tables import CHAIN_PARENTS, FINGERS, NUM_CHAIN_JOINTS, PUBLISHED_LEFT_MIDDLE_TIP, SIDES, TIP_VERTICES
 
 NAME = 'standin-v1'  # to be changed with every change of the arrays
 LONG_FINGERS = FINGERS[1:]
@@ -598,7 +598,7 @@ def pose_from_angles(
     the thumb's pad towards the fingers', as in opposition.
 
     Every base joint turns by flexion, then by spread about the axis so moved, then by twist (R = R_f R_s R_t), each
-    about its own anatomical axis. Raises UserError if side is neither 'left' nor 'right'.
+    about its own anatomical axis. Raises ManoError if side is neither 'left' nor 'right'.
     """
     _check_side(side)
     flexion, spread = np.asarray(flexion, float), np.asarray(spread, float)
@@ -743,14 +743,14 @@ def _right_hand() -> dict[str, np.ndarray]:
 
 def _check_side(side: str) -> None:
     if side not in SIDES:
-        raise UserError(f"side is '{side}'; it must be 'left' or 'right'.")
+        raise ManoError(f"side is '{side}'; it must be 'left' or 'right'.")
 
 
 @lru_cache(maxsize=2)
 def standin_hand(side: str) -> HandModel:
     """The stand-in hand of one side, 'left' or 'right'; the same at every call, its arrays read-only.
 
-    Raises UserError for any other side.
+    Raises ManoError for any other side.
     """
     _check_side(side)
     arrays = dict(_right_hand())
@@ -766,3 +766,8 @@ def standin_hand(side: str) -> HandModel:
     for array in arrays.values():
         array.setflags(write=False)
     return HandModel(side=side, name=NAME, **arrays)
+
+
+def standin_pair() -> HandPair:
+    """Both stand-in hands."""
+    return HandPair(standin_hand('left'), standin_hand('right'))

@@ -3,7 +3,7 @@
 from torch import nn
 from yacs.config import CfgNode
 
-from manopth import HandModel, TwoHandLayer
+from manopth import HandPair, TwoHandLayer
 from models.backbone import ResNetBackbone, load_imagenet
 from models.criterion import DIRCriterion
 from models.dir import DIR, DenseHeads, NoDenseHeads
@@ -16,7 +16,7 @@ from utils.hand import LEFT, TIP_VERTICES
 __all__ = ['DIR', 'DIRCriterion', 'build_criterion', 'build_model']
 
 
-def build_model(cfg: CfgNode, hand_models: tuple[HandModel, HandModel], *, pretrained: bool | None = None) -> DIR:
+def build_model(cfg: CfgNode, hand_models: HandPair, *, pretrained: bool | None = None) -> DIR:
     """DIR as ``cfg`` describes it, with fresh weights.
 
     pretrained: overrides MODEL.PRETRAINED (a checkpoint is about to be loaded: no need for ImageNet weights).
@@ -49,13 +49,13 @@ def build_model(cfg: CfgNode, hand_models: tuple[HandModel, HandModel], *, pretr
     )
     initialise(model, m.INIT)
     if m.PRETRAINED if pretrained is None else pretrained:
-        load_imagenet(backbone, m.BACKBONE, m.WEIGHTS)
+        load_imagenet(backbone, m.BACKBONE, m.BACKBONE_WEIGHTS)
     return model
 
 
-def build_criterion(cfg: CfgNode, hand_models: tuple[HandModel, HandModel]) -> nn.Module:
+def build_criterion(cfg: CfgNode, hand_models: HandPair) -> nn.Module:
     """The training objective as ``cfg`` describes it."""
-    weights = {name.lower(): value for name, value in cfg.LOSS.items() if isinstance(value, float)}
+    weights = {name.lower(): value for name, value in cfg.LOSS.WEIGHT.items()}
     return DIRCriterion(
         hand_models,
         weights=weights,

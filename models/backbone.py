@@ -53,7 +53,7 @@ def load_imagenet(backbone: ResNetBackbone, name: str, weights_file: str = '') -
         backbone.load_torchvision(imagenet_state(name, weights_file))
     except (RuntimeError, ValueError, AttributeError):
         raise UserError(
-            f'{weights_file or "The ImageNet weights"} do not fit {name}: MODEL.WEIGHTS takes a '
+            f'{weights_file or "The ImageNet weights"} do not fit {name}: MODEL.BACKBONE_WEIGHTS takes a '
             'torchvision state_dict of that very network.'
         ) from None
 
@@ -63,7 +63,7 @@ def imagenet_state(name: str, weights_file: str = '') -> dict[str, Tensor]:
 
     Raises UserError when they cannot be had, saying what to do.
     """
-    instead = 'give a local file with MODEL.WEIGHTS FILE, or start from random weights with MODEL.PRETRAINED false'
+    instead = 'give a local file with MODEL.BACKBONE_WEIGHTS FILE, or train from scratch with MODEL.PRETRAINED false'
     try:
         if weights_file:
             return torch.load(Path(weights_file), map_location='cpu', weights_only=True)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.geometry import bone_ends
 from utils.hand import BONES, NUM_JOINTS
 
 
@@ -19,17 +20,6 @@ def cell_centres(size: int, like: Tensor) -> Tensor:
     steps = torch.arange(size, dtype=like.dtype, device=like.device) + 0.5
     down, right = torch.meshgrid(steps, steps, indexing='ij')
     return torch.stack([right, down], -1)
-
-
-def bone_ends(joints: Tensor) -> Tensor:
-    """(..., 21, C) -> (..., 20, 2, C): parent and child of every bone, in the order of BONES.
-
-    By slices: an index would have to be copied to the device, which waits for it.
-    """
-    fingers = joints[..., 1:, :].unflatten(-2, (5, 4))
-    wrist = joints[..., None, :1, :].expand(*fingers.shape[:-2], 1, -1)
-    parents = torch.cat([wrist, fingers[..., :3, :]], -2).flatten(-3, -2)
-    return torch.stack([parents, joints[..., 1:, :]], -2)
 
 
 def bone_weights(joints_uv: Tensor, *, size: int, radius: float) -> Tensor:

@@ -7,24 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from manopth import HandModel
+from manopth import HandPair
 from models import losses
-from models.predictions import DIROutput, HandPrediction
+from models.predictions import DIROutput, HandPrediction, Target
 from utils.distributed import whole_batch
-from utils.hand import HAND_SCALE, LEFT, LENGTH_BONE, RIGHT, SIDES
+from utils.geometry import bone_length
+from utils.hand import HAND_SCALE, LEFT, RIGHT, SIDES
 
 SEGMENTATION_CLASS_WEIGHTS = (0.1, 0.45, 0.45)  # background, left, right
-
-
-class Target(NamedTuple):
-    """The truth of a batch. 3D in camera axes and metres, wherever the hands are: centring is the criterion's work."""
-
-    vertices: Tensor  # (B, 2, 778, 3) m
-    joints: Tensor  # (B, 2, 21, 3) m
-    vertices_uv: Tensor  # (B, 2, 778, 2) in [-1, 1] of the crop
-    joints_uv: Tensor  # (B, 2, 21, 2)
-    segmentation: Tensor  # (B, H, W) int64: 0 background, 1 left, 2 right
-    dense: Tensor  # (B, 3, H, W) in [0, 1], channels as in the files (BGR)
 
 
 class DIRCriterion(nn.Module):
@@ -38,7 +28,7 @@ class DIRCriterion(nn.Module):
 
     def __init__(
         self,
-        hand_models: tuple[HandModel, HandModel],
+        hand_models: HandPair,
         *,
         weights: dict[str, float],
         root_joint: int,
@@ -116,9 +106,3 @@ class _CentredTruth(NamedTuple):
     vertices: Tensor  # (B, 2, 778, 3)
     edges: Tensor  # (B, 2, 1538, 3, 3)
     offset: Tensor  # (B, 3)
-
-
-def bone_length(joints: Tensor) -> Tensor:
-    """(..., 21, 3) -> (..., 1, 1): length of the bone that scale alignment measures, wrist to middle MCP."""
-    start, end = LENGTH_BONE
-    return torch.linalg.vector_norm(joints[..., end, :] - joints[..., start, :], dim=-1)[..., None, None]

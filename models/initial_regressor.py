@@ -5,7 +5,6 @@ from torch import Tensor, nn
 
 from models.layers import PerHandLinear
 from models.predictions import NUM_PARAMETERS
-from models.winograd import Conv2dFewProducts
 
 
 class InitialRegressor(nn.Module):
@@ -16,7 +15,7 @@ class InitialRegressor(nn.Module):
         hidden = channels // 2
         # Both hands in one convolution: the first half of the hidden channels is the left hand's.
         self.attention = nn.Sequential(
-            Conv2dFewProducts(channels, 2 * hidden),
+            nn.Conv2d(channels, 2 * hidden, 3, padding=1),
             nn.BatchNorm2d(2 * hidden),
             nn.ReLU(inplace=True),
             nn.Conv2d(2 * hidden, 2, 1, groups=2),

@@ -32,3 +32,14 @@ class DIROutput(NamedTuple):
     stages: list[HandPrediction]  # the initial estimate, then one per refinement stage
     segmentation: Tensor  # (B, 3, S, S) logits: background, left, right; S = 0 for a model without dense heads
     dense: Tensor  # (B, 3, S, S) vertex colour of the visible surface, in [0, 1], channels as in the files (BGR)
+
+
+class Target(NamedTuple):
+    """The truth of a batch. 3D in camera axes and metres, wherever the hands are: centring is the criterion's work."""
+
+    vertices: Tensor  # (B, 2, 778, 3) m
+    joints: Tensor  # (B, 2, 21, 3) m
+    vertices_uv: Tensor  # (B, 2, 778, 2) in [-1, 1] of the crop
+    joints_uv: Tensor  # (B, 2, 21, 2)
+    segmentation: Tensor  # (B, H, W) int64: 0 background, 1 left, 2 right
+    dense: Tensor  # (B, 3, H, W) in [0, 1], channels as in the files (BGR)

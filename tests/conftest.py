@@ -7,7 +7,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from prepared_tree import write_prepared
 
-from manopth import load_hand_models
+from models.hands import load_hands
 
 # Each takes a minute or more: begun first, so that no process is left alone with one of them at the end.
 LONGEST_FILES = ('test_road.py', 'test_train.py', 'test_real_frames.py', 'test_convert_checkpoint.py')
@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope='session')
 def standin():
     """(left, right) stand-in hand models."""
-    return load_hand_models('standin')
+    return load_hands('standin')
 
 
 @pytest.fixture(scope='session')

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from manopth import HandModel
+from manopth import HandModel, HandPair
 from utils.hand import CHAIN_PARENTS
 
 
@@ -96,7 +96,7 @@ def write_pickle(path: Path, content, *, protocol: int = 2) -> Path:
     return path
 
 
-def write_mano_files(folder: Path, models: tuple[HandModel, HandModel]) -> Path:
+def write_mano_files(folder: Path, models: HandPair) -> Path:
     """``folder``/MANO_{LEFT,RIGHT}.pkl; the left one with the known defect, its shape directions the right hand's."""
     left, right = models
     defect = {'shapedirs': official_content(right)['shapedirs']}

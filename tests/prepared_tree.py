@@ -7,7 +7,8 @@ import cv2
 import numpy as np
 import torch
 
-from manopth import TwoHandLayer, load_hand_models
+from manopth import TwoHandLayer
+from models.hands import load_hands
 from utils.hand import SIDES
 
 FOCAL, DISTANCE = 400.0, 0.8  # pixels of the crop, m
@@ -18,7 +19,7 @@ MASK_COLOURS = {'left': (0, 0, 255), 'right': (0, 255, 0)}  # the field's: BGR c
 def make_annotations(count: int, *, seed: int = 0) -> list[dict]:
     """``count`` annotations as their pickles hold them; every hand projects into the crop."""
     random = np.random.default_rng(seed)
-    rest_wrists = [model.joint_regressor[0] @ model.template for model in load_hand_models('standin')]
+    rest_wrists = [model.joint_regressor[0] @ model.template for model in load_hands('standin')]
     annotations = []
     for index in range(count):
         camera_rotation = cv2.Rodrigues(random.normal(0, 1, 3))[0]
@@ -51,7 +52,7 @@ def hand_outlines(annotations: list[dict]) -> np.ndarray:
     def stack(key: str) -> torch.Tensor:
         return torch.from_numpy(np.stack([[a['mano_params'][side][key][0] for side in SIDES] for a in annotations]))
 
-    vertices = TwoHandLayer(load_hand_models('standin'))(stack('R'), stack('pose'), stack('shape')).vertices
+    vertices = TwoHandLayer(load_hands('standin'))(stack('R'), stack('pose'), stack('shape')).vertices
     world = (vertices + stack('trans')[:, :, None]).numpy()
     pixels = []
     for points, annotation in zip(world, annotations):

@@ -14,14 +14,25 @@ import cv2
 import numpy as np
 import torch
 
-from manopth import Hands, TwoHandLayer, load_hand_models
+from evaluation.metrics import PROTOCOLS, SampleErrors
+from evaluation.runs import METRICS_VERSION
+from evaluation.summary import (
+    BOX_IOU_EDGES,
+    DISTANCE_EDGES,
+    binned,
+    by_joint,
+    intervals,
+    pck,
+    penetration,
+    sides,
+    summarise,
+)
+from manopth import Hands, TwoHandLayer
 from manopth.rotations import axis_angle_to_matrix
+from models.hands import load_hands
 from utils.config import flatten, load_config
-from utils.evaluated_runs import METRICS_VERSION
 from utils.hand import NUM_JOINTS, SIDES
-from utils.metrics import PROTOCOLS, SampleErrors
-from utils.render import overlay, two_hand_faces
-from utils.summary import BOX_IOU_EDGES, DISTANCE_EDGES, binned, by_joint, intervals, pck, penetration, sides, summarise
+from utils.rasterizer import overlay, two_hand_faces
 
 STAGES = 3
 INTRINSICS = torch.tensor([[560.0, 0.0, 128.0], [0.0, 560.0, 128.0], [0.0, 0.0, 1.0]])
@@ -129,7 +140,7 @@ def make_samples(errors: SampleErrors, count: int, *, seed: int) -> dict[str, np
     ]
     chosen += [('best', i) for i in order[::-1][:third]]
     index = torch.tensor([i for _, i in chosen])
-    models = load_hand_models('standin')
+    models = load_hands('standin')
     generator = torch.Generator().manual_seed(seed)
     layer, true_pose, wrong_pose = TwoHandLayer(models), random_pose(generator, count), random_pose(generator, count)
     truth = posed(layer, true_pose)

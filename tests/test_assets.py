@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from mano_files import Ch, NewSparse, OldSparse, Select, official_content, sparse, write_mano_files, write_pickle
 
-from manopth.assets import HandModel, describe, load_hand_models, load_mano_pkl, mend_left_shape_dirs
-from utils import safe_pickle
+from manopth import ManoError, safe_pickle
+from manopth.assets import HandModel, correct_left_shape_dirs, load_mano_pkl
+from models.hands import load_hands
 from utils.errors import UserError
 
 MIRROR_X = np.array([-1.0, 1.0, 1.0])[:, None]
@@ -38,26 +39,26 @@ def test_reading_the_official_form_needs_neither_chumpy_nor_scipy(standin, tmp_p
 
 
 def test_the_left_hands_defect_is_mended_once(standin, tmp_path):
-    left, right = load_hand_models('files', str(write_mano_files(tmp_path, standin)))
+    left, right = load_hands('files', str(write_mano_files(tmp_path, standin)))
     assert_same_arrays(left, standin[0])
     assert_same_arrays(right, standin[1])
     stored = load_mano_pkl(tmp_path / 'MANO_LEFT.pkl', side='left')
     np.testing.assert_array_equal(stored.shape_dirs, right.shape_dirs)
-    assert mend_left_shape_dirs(left, right) is left
-    np.testing.assert_array_equal(mend_left_shape_dirs(stored, right).shape_dirs, stored.shape_dirs * MIRROR_X)
+    assert correct_left_shape_dirs(left, right) is left
+    np.testing.assert_array_equal(correct_left_shape_dirs(stored, right).shape_dirs, stored.shape_dirs * MIRROR_X)
 
 
 def test_files_that_are_right_already_are_not_mended(standin, tmp_path):
     for model in standin:
         write_pickle(tmp_path / f'MANO_{model.side.upper()}.pkl', official_content(model))
-    for loaded, model in zip(load_hand_models('files', str(tmp_path)), standin):
+    for loaded, model in zip(load_hands('files', str(tmp_path)), standin):
         assert_same_arrays(loaded, model)
 
 
 def test_digest_names_the_hand(standin, tmp_path):
-    left, right = load_hand_models('files', str(write_mano_files(tmp_path, standin)))
+    left, right = load_hands('files', str(write_mano_files(tmp_path, standin)))
     assert (left.digest, right.digest) == (standin[0].digest, standin[1].digest)
-    assert describe(standin) == f'{standin[0].name}:{left.digest}:{right.digest}'
+    assert standin.identity == f'{standin[0].name}:{left.digest}:{right.digest}'
     seen = {left.digest, right.digest}
     for name in HandModel.SHAPES:
         array = getattr(right, name).copy()
@@ -77,7 +78,7 @@ def test_digest_names_the_hand(standin, tmp_path):
 )
 def test_no_hands(tmp_path, source, path, message):
     with pytest.raises(UserError, match=message):
-        load_hand_models(source, path.format(tmp_path))
+        load_hands(source, path.format(tmp_path))
 
 
 def test_swapped_files(standin, tmp_path):
@@ -86,7 +87,7 @@ def test_swapped_files(standin, tmp_path):
     (tmp_path / 'MANO_RIGHT.pkl').rename(tmp_path / 'MANO_LEFT.pkl')
     (tmp_path / 'other').rename(tmp_path / 'MANO_RIGHT.pkl')
     for side, found in (('left', 'right'), ('right', 'left')):
-        with pytest.raises(UserError, match=rf'MANO_{side.upper()}\.pkl holds a {found} hand: .* swapped'):
+        with pytest.raises(ManoError, match=rf'MANO_{side.upper()}\.pkl holds a {found} hand: .* swapped'):
             load_mano_pkl(tmp_path / f'MANO_{side.upper()}.pkl', side=side)
 
 
@@ -117,7 +118,7 @@ def nan_in(array):
 )
 def test_content_that_is_not_a_hand(standin, tmp_path, change, message):
     path = write_pickle(tmp_path / 'MANO_RIGHT.pkl', official_content(standin[1]) | change(standin[1]))
-    with pytest.raises(UserError, match=rf'MANO_RIGHT\.pkl.*{message}'):
+    with pytest.raises(ManoError, match=rf'MANO_RIGHT\.pkl.*{message}'):
         load_mano_pkl(path, side='right')
 
 
@@ -127,7 +128,7 @@ def test_content_that_is_not_a_hand(standin, tmp_path, change, message):
 )
 def test_not_a_mano_file(tmp_path, content, message):
     path = write_pickle(tmp_path / 'MANO_RIGHT.pkl', content)
-    with pytest.raises(UserError, match=rf'MANO_RIGHT\.pkl {message}'):
+    with pytest.raises(ManoError, match=rf'MANO_RIGHT\.pkl {message}'):
         load_mano_pkl(path, side='right')
 
 
@@ -135,7 +136,7 @@ def test_not_a_mano_file(tmp_path, content, message):
 def test_truncated_file(standin, tmp_path, share):
     path = write_pickle(tmp_path / 'MANO_RIGHT.pkl', official_content(standin[1]))
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(UserError, match=r'MANO_RIGHT\.pkl'):
+    with pytest.raises(ManoError, match=r'MANO_RIGHT\.pkl'):
         load_mano_pkl(path, side='right')
 
 
@@ -143,7 +144,7 @@ def test_truncated_file(standin, tmp_path, share):
 def test_a_file_that_is_no_pickle(tmp_path, content):
     path = tmp_path / 'MANO_LEFT.pkl'
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r'MANO_LEFT\.pkl'):
+    with pytest.raises(ManoError, match=r'MANO_LEFT\.pkl'):
         load_mano_pkl(path, side='left')
 
 
@@ -165,7 +166,7 @@ def test_foreign_code_is_named_and_never_run(tmp_path, named):
     marker = tmp_path / 'ran'
     path = tmp_path / 'MANO_LEFT.pkl'
     path.write_bytes(f"(S'f'\nc{module}\n{function}\n(S'touch {marker}'\ntRd.".encode())
-    with pytest.raises(UserError, match=rf'MANO_LEFT\.pkl was refused: it wants to run {named}, .* allow-list'):
+    with pytest.raises(ManoError, match=rf'MANO_LEFT\.pkl was refused: it wants to run {named}, .* allow-list'):
         load_mano_pkl(path, side='left')
     assert not marker.exists()
 
@@ -180,7 +181,7 @@ def test_the_refused_file_would_have_run(tmp_path):
 def test_reconstructor_builds_plain_objects_only(tmp_path):
     path = tmp_path / 'file.pkl'
     path.write_bytes(b'ccopy_reg\n_reconstructor\n(cchumpy.ch\nCh\ncnumpy\nndarray\nNtR.')
-    with pytest.raises(UserError, match='a base class of its own'):
+    with pytest.raises(ManoError, match='a base class of its own'):
         safe_pickle.load(path)
 
 
@@ -206,7 +207,7 @@ def test_todays_pickles_of_plain_content_come_back(tmp_path, protocol):
 
 
 def test_missing_pickle(tmp_path):
-    with pytest.raises(UserError, match=r'none\.pkl does not exist'):
+    with pytest.raises(ManoError, match=r'none\.pkl does not exist'):
         safe_pickle.load(tmp_path / 'none.pkl')
 
 

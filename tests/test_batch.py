@@ -7,15 +7,16 @@ import torch
 from prepared_tree import hand_outlines, make_annotations
 from torch.utils.data import default_collate
 
-from dataset import batch as batching
+from dataset import targets as batching
 from dataset.augmentation import BLUR_LENGTHS, AugmentationRanges, draw_augmentation, parameters
-from dataset.batch import BatchMaker, TargetRenderer, classify_mask, line_kernels, warp
-from dataset.interhand import InterHandDataset
-from dataset.preparation import FramePreparer, canonical_colours
+from dataset.prepare.split import FramePreparer
+from dataset.prepared import InterHandDataset
+from dataset.targets import BatchMaker, TargetRenderer, classify_mask, line_kernels, warp
+from dataset.vertex_colours import canonical_colours
 from manopth import TwoHandLayer
 from utils.geometry import from_uv, project
 from utils.hand import LEFT, NUM_FACES, RIGHT
-from utils.render import interpolate
+from utils.rasterizer import interpolate
 
 WIDE = AugmentationRanges(
     rotation=180.0, scale=0.1, shift=10.0, flip=0.5, blur=0.3, gain=0.3, brightness=0.05, noise=0.01

@@ -19,7 +19,7 @@ from mano_files import write_mano_files
 
 from apps import check_setup
 from apps.check_setup import MISSING, NOTE, OK, WRONG
-from dataset.raw import write_hand_model_record
+from dataset.hand_model_record import write_hand_model_record
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / 'apps/check_setup.py'
@@ -323,7 +323,7 @@ def test_weights_of_torchvision_are_looked_for_in_its_cache(report, tiny_prepare
     cached = tmp_path / 'torch_home/hub/checkpoints/resnet18-f37072fd.pth'
     assert (code, mark) == (0, NOTE) and not cached.parent.exists()
     assert f'the first run downloads https://download.pytorch.org/models/{cached.name}' in text
-    assert f'put it into {cached.parent} or give it with MODEL.WEIGHTS FILE' in text
+    assert f'put it into {cached.parent} or give it with MODEL.BACKBONE_WEIGHTS FILE' in text
 
     save_resnet18(cached)
     code, checks, _ = report('MODEL.PRETRAINED', 'true', data=tiny_prepared)
@@ -338,11 +338,11 @@ def test_a_weights_file(report, tiny_prepared, tmp_path):
     file = tmp_path / 'weights.pth'
 
     def look(*more):
-        code, checks, _ = report('MODEL.PRETRAINED', 'true', 'MODEL.WEIGHTS', file, *more, data=tiny_prepared)
+        code, checks, _ = report('MODEL.PRETRAINED', 'true', 'MODEL.BACKBONE_WEIGHTS', file, *more, data=tiny_prepared)
         return code, *checks['weights']
 
     code, mark, text = look()
-    assert (code, mark) == (2, MISSING) and 'give a local file with MODEL.WEIGHTS' in text
+    assert (code, mark) == (2, MISSING) and 'give a local file with MODEL.BACKBONE_WEIGHTS' in text
     file.write_text('no weights')
     code, mark, text = look()
     assert (code, mark) == (2, WRONG) and f'{file} cannot be used' in text

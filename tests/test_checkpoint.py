@@ -4,9 +4,9 @@ import pickle
 import pytest
 import torch
 
-from manopth.assets import describe
+from manopth import HandPair
 from models import build_model
-from utils.checkpoint import (
+from models.checkpoint import (
     FORMAT,
     check_hand_model,
     load_model,
@@ -46,14 +46,14 @@ def trained(standin):
 def saved(trained, standin, tmp_path_factory):
     """A checkpoint, for reading only."""
     path = tmp_path_factory.mktemp('run') / 'best.pth'
-    save_checkpoint(path, model=trained[0], cfg=trained[1], hand_model=describe(standin), epoch=7, best=1.5)
+    save_checkpoint(path, model=trained[0], cfg=trained[1], hand_model=standin.identity, epoch=7, best=1.5)
     return path
 
 
 @pytest.fixture
 def small(standin):
     """Arguments of ``save_checkpoint`` around a layer, for tests that write."""
-    return {'model': torch.nn.Linear(2, 3), 'cfg': load_config(None, TINY), 'hand_model': describe(standin)}
+    return {'model': torch.nn.Linear(2, 3), 'cfg': load_config(None, TINY), 'hand_model': standin.identity}
 
 
 def test_a_network_comes_back_with_its_configuration(trained, saved):
@@ -182,9 +182,9 @@ def test_another_hand_model_is_refused(trained, standin, tmp_path):
     save_checkpoint(tmp_path / 'a.pth', model=model, cfg=cfg, hand_model=other)
     with pytest.raises(UserError, match=rf'a.pth was trained on the hand model {other}'):
         load_model(tmp_path / 'a.pth')
-    check_hand_model({'hand_model': describe(standin)}, standin, path='a.pth')
+    check_hand_model({'hand_model': standin.identity}, standin, path='a.pth')
     with pytest.raises(UserError, match='MANO.SOURCE'):
-        check_hand_model({'hand_model': describe(standin)}, standin[::-1], path='a.pth')
+        check_hand_model({'hand_model': standin.identity}, HandPair(*standin[::-1]), path='a.pth')
 
 
 @pytest.mark.parametrize(

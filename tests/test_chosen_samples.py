@@ -1,6 +1,6 @@
 import torch
 
-from utils.chosen_samples import choose_samples
+from evaluation.samples import choose_samples
 
 
 def test_worst_median_and_best_are_what_they_are_called():

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from apps import compare_runs
+from evaluation.runs import METRICS_VERSION
 from utils.config import flatten, load_config
-from utils.evaluated_runs import METRICS_VERSION
 
 
 def write_metrics(

@@ -7,7 +7,7 @@ from yacs.config import CfgNode
 
 import train
 from models import build_criterion, build_model
-from utils.config import add_config_arguments, default_config, flatten, load_config
+from utils.config import RENAMED, add_config_arguments, default_config, flatten, load_config
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +36,7 @@ def test_every_key_has_a_comment():
     plain = {key: line for key, line in lines.items() if 'CfgNode()' not in line}
     assert plain.keys() == flatten(load_config()).keys()
     bare = {key for key, line in plain.items() if '#' not in line}
-    assert bare <= {'LOSS.VERTEX_UV', 'LOSS.VERTEX_XYZ'}  # each stands right below its twin
+    assert bare <= {'LOSS.WEIGHT.VERTEX_UV', 'LOSS.WEIGHT.VERTEX_XYZ'}  # each stands right below its twin
 
 
 def test_keys_that_may_change_on_resuming_exist():
@@ -85,8 +85,7 @@ def test_the_paper_era_recipe():
 
 def test_loss_keys_are_the_criterions_terms(standin):
     criterion = build_criterion(load_config(), standin)
-    cfg = load_config().LOSS
-    assert {name.upper() for name in criterion.weights} == cfg.keys() - {'LOVASZ_INPUT', 'SCALE_TO_TRUTH'}
+    assert {name.upper() for name in criterion.weights} == load_config().LOSS.WEIGHT.keys()
 
 
 def test_file_goes_over_base_and_command_line_over_both(tmp_path):
@@ -256,3 +255,17 @@ def test_scripts_take_a_file_and_pairs():
     again = parser.parse_intermixed_args(['--cfg', 'x.yaml', 'SEED', '1', '--cfg', 'y.yaml', 'TRAIN.LR', '1'])
     assert (again.cfg, again.opts) == (['x.yaml', 'y.yaml'], ['SEED', '1', 'TRAIN.LR', '1'])
     assert parser.parse_args([]).cfg == 'configs/demo.yaml'  # one use leaves no trace in the next
+
+
+def test_checkpoint_with_keys_of_an_earlier_version_still_loads():
+    old = {'LOSS': {'JOINT_UV': 3.0, 'EDGE': 0.25, 'LOVASZ_INPUT': 'probabilities'}, 'MODEL': {'WEIGHTS': 'a.pth'}}
+    cfg = load_config(base=old)
+    assert (cfg.LOSS.WEIGHT.JOINT_UV, cfg.LOSS.WEIGHT.EDGE, cfg.LOSS.WEIGHT.OFFSET) == (3.0, 0.25, 10.0)
+    assert cfg.LOSS.LOVASZ_INPUT == 'probabilities' and cfg.MODEL.BACKBONE_WEIGHTS == 'a.pth'
+
+
+@pytest.mark.parametrize('old', RENAMED)
+def test_a_user_who_types_an_old_key_learns_its_new_name(old):
+    assert RENAMED[old] in flatten(default_config()) and old not in flatten(default_config())
+    with pytest.raises(UserError, match=f'{old} is now called {RENAMED[old]}'):
+        load_config(None, [old, '1'])

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from apps import convert_checkpoint
-from models import build_model
-from utils import published
-from utils.checkpoint import load_model, read_checkpoint
+from models import build_model, published
+from models.checkpoint import load_model, read_checkpoint
 from utils.config import load_config
 from utils.errors import UserError
 

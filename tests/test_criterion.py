@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from models import build_criterion, losses
-from models.criterion import DIRCriterion, Target, bone_length
-from models.predictions import DIROutput, HandPrediction
+from models.criterion import DIRCriterion
+from models.predictions import DIROutput, HandPrediction, Target
 from utils.config import load_config
+from utils.geometry import bone_length
 from utils.hand import HAND_SCALE, NUM_JOINTS, NUM_VERTICES
 
 HAND_TERMS = ('joint_uv', 'vertex_uv', 'joint_xyz', 'vertex_xyz', 'edge', 'normal')
@@ -357,7 +358,16 @@ def test_bone_length_is_wrist_to_middle_mcp():
 def test_build_criterion_reads_every_weight_and_switch(standin):
     cfg = load_config(
         None,
-        ['ROOT_JOINT', '9', 'LOSS.EDGE', '0.25', 'LOSS.LOVASZ_INPUT', 'probabilities', 'LOSS.SCALE_TO_TRUTH', 'true'],
+        [
+            'ROOT_JOINT',
+            '9',
+            'LOSS.WEIGHT.EDGE',
+            '0.25',
+            'LOSS.LOVASZ_INPUT',
+            'probabilities',
+            'LOSS.SCALE_TO_TRUTH',
+            'true',
+        ],
     )
     criterion = build_criterion(cfg, standin)
     assert criterion.weights == {

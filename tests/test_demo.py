@@ -15,10 +15,9 @@ from test_dir import tiny_config, tiny_model
 from test_media import write_frames
 
 from apps import demo
-from manopth.assets import describe
-from utils.checkpoint import save_checkpoint
+from inference.detector import HandDetector
+from models.checkpoint import save_checkpoint
 from utils.hand import NUM_FACES, NUM_VERTICES
-from utils.hand_detector import HandDetector
 
 FILES = {'overlay.jpg', 'side.jpg', 'above.jpg', 'crop.jpg', 'left.obj', 'right.obj', 'hands.glb', 'hands.json'}
 
@@ -26,7 +25,7 @@ FILES = {'overlay.jpg', 'side.jpg', 'above.jpg', 'crop.jpg', 'left.obj', 'right.
 @pytest.fixture(scope='module')
 def checkpoint(standin, tmp_path_factory):
     path = tmp_path_factory.mktemp('model') / 'best.pth'
-    save_checkpoint(path, model=tiny_model(standin), cfg=tiny_config(), hand_model=describe(standin))
+    save_checkpoint(path, model=tiny_model(standin), cfg=tiny_config(), hand_model=standin.identity)
     return path
 
 

@@ -8,10 +8,9 @@ from torch.utils._pytree import tree_leaves
 
 from models import build_criterion, build_model, hand_head
 from models.bone_projection import ProjectedConvolution
-from models.criterion import Target
 from models.joint_interaction import CrossHandTransformer, SkeletonGraphLayer
 from models.layers import PerHandLinear
-from models.predictions import CAMERA, POSE, ROOT_ROTATION, SHAPE
+from models.predictions import CAMERA, POSE, ROOT_ROTATION, SHAPE, Target
 from utils.config import load_config
 from utils.errors import UserError
 from utils.hand import NUM_FACES, NUM_JOINTS, NUM_VERTICES
@@ -293,7 +292,7 @@ def torchvision_state():
 
 def test_a_local_file_of_torchvision_weights_is_loaded(standin, torchvision_state, tmp_path):
     torch.save(torchvision_state, tmp_path / 'resnet18.pth')
-    model = tiny_model(standin, STAGES=0, PRETRAINED='true', WEIGHTS=tmp_path / 'resnet18.pth').eval()
+    model = tiny_model(standin, STAGES=0, PRETRAINED='true', BACKBONE_WEIGHTS=tmp_path / 'resnet18.pth').eval()
     reference = torchvision.models.resnet18(weights=None).eval()
     reference.load_state_dict(torchvision_state)
     x = images(2)
@@ -305,7 +304,7 @@ def test_a_local_file_of_torchvision_weights_is_loaded(standin, torchvision_stat
 
 
 def test_weights_are_not_looked_for_when_a_checkpoint_is_about_to_be_loaded(standin, tmp_path):
-    cfg = tiny_config(STAGES=0, PRETRAINED='true', WEIGHTS=tmp_path / 'missing.pth')
+    cfg = tiny_config(STAGES=0, PRETRAINED='true', BACKBONE_WEIGHTS=tmp_path / 'missing.pth')
     assert build_model(cfg, standin, pretrained=False).backbone.stem[0].weight.isfinite().all()
 
 
@@ -341,14 +340,16 @@ def test_other_weights_are_refused_by_name(standin, torchvision_state, tmp_path,
     path = tmp_path / 'weights.pth'
     write(path, torchvision_state)
     with pytest.raises(UserError, match='weights.pth') as refused:
-        tiny_model(standin, STAGES=0, PRETRAINED='true', WEIGHTS=path)
-    assert 'MODEL.WEIGHTS' in str(refused.value) and '\n' not in str(refused.value)
+        tiny_model(standin, STAGES=0, PRETRAINED='true', BACKBONE_WEIGHTS=path)
+    assert 'MODEL.BACKBONE_WEIGHTS' in str(refused.value) and '\n' not in str(refused.value)
 
 
 def test_weights_of_a_deeper_network_do_not_fit(standin, torchvision_state, tmp_path):
     torch.save(torchvision_state, tmp_path / 'resnet18.pth')
     with pytest.raises(UserError, match='do not fit resnet34'):
-        tiny_model(standin, STAGES=0, BACKBONE='resnet34', PRETRAINED='true', WEIGHTS=tmp_path / 'resnet18.pth')
+        tiny_model(
+            standin, STAGES=0, BACKBONE='resnet34', PRETRAINED='true', BACKBONE_WEIGHTS=tmp_path / 'resnet18.pth'
+        )
 
 
 def test_weights_that_cannot_be_downloaded_are_a_sentence(standin, monkeypatch):

@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from apps import export
-from manopth.assets import describe
+from inference.folding import for_inference
 from models import build_model
-from models.folding import for_inference
-from utils.checkpoint import load_model, save_checkpoint
+from models.checkpoint import load_model, save_checkpoint
 from utils.config import load_config
 from utils.errors import UserError
 from utils.hand import NUM_JOINTS, NUM_VERTICES
@@ -57,7 +56,7 @@ def checkpoint(standin, tmp_path_factory) -> Path:
             if name.endswith('_head.weight'):
                 weight += 0.003 * torch.randn_like(weight)
     path = tmp_path_factory.mktemp('trained') / 'best.pth'
-    save_checkpoint(path, model=model, cfg=cfg, hand_model=describe(standin))
+    save_checkpoint(path, model=model, cfg=cfg, hand_model=standin.identity)
     return path
 
 
@@ -154,7 +153,7 @@ def test_what_was_written_is_described_and_nothing_else_is_there(exported, stand
     assert all(one['value'] < export.LIMITS['mm'] and one['unit'] == 'mm' for one in differences)
     assert said['input']['shape'] == ['B', 3, SIZE, SIZE] and said['root_joint'] == 0
     assert [output['name'] for output in said['outputs']] == list(export.OUTPUTS)
-    assert said['hand_model'] == describe(standin) and 'may not be passed on' in said['licence']
+    assert said['hand_model'] == standin.identity and 'may not be passed on' in said['licence']
     for name, output in export.OUTPUTS.items():  # the head of the script says the same
         assert re.search(rf'^    {name} +\({", ".join(map(str, output.shape))}\) ', export.__doc__, re.M), name
     here = str(Path(export.__file__).parents[1]).encode()

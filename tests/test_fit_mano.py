@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from dataset import fit_mano
-from dataset.raw import RawSplit
-from manopth import TwoHandLayer, load_hand_models
+from dataset.prepare import fit_mano
+from dataset.prepare.raw import RawSplit
+from manopth import TwoHandLayer
 from manopth.standin import pose_from_angles
+from models.hands import load_hands
 from utils.errors import UserError
 from utils.hand import INTERHAND_TO_JOINTS, LEFT, RIGHT, SIDES
 
@@ -23,7 +24,7 @@ SAMPLE = Path(os.environ.get('INTERHAND_SAMPLE', ROOT.parent / 'shared' / 'inter
 
 @pytest.fixture(scope='module')
 def models():
-    return load_hand_models('standin')
+    return load_hands('standin')
 
 
 @pytest.fixture(scope='module')

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from manopth import TwoHandLayer, fitting, load_hand_models
+from manopth import TwoHandLayer, fitting
 from manopth.fitting import HandParameters, PointModel
 from manopth.rotations import axis_angle_to_matrix
 from manopth.standin import pose_from_angles
+from models.hands import load_hands
 from utils.hand import NUM_JOINTS, SIDES
 
 MIRROR = torch.tensor([-1.0, 1.0, 1.0], dtype=torch.float64)
@@ -15,7 +16,7 @@ MIRROR = torch.tensor([-1.0, 1.0, 1.0], dtype=torch.float64)
 
 @pytest.fixture(scope='module')
 def models():
-    return load_hand_models('standin')
+    return load_hands('standin')
 
 
 @pytest.fixture(scope='module')

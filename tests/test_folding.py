@@ -3,9 +3,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from inference.folding import fold_batch_norms
 from models import build_model
 from models.backbone import ResNetBackbone
-from models.folding import fold_batch_norms
 from utils.config import load_config
 
 

@@ -6,8 +6,8 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
+from inference.detector import HandDetector, box_around
 from utils.errors import UserError
-from utils.hand_detector import HandDetector, box_around
 
 
 class Landmarker:

@@ -12,8 +12,8 @@ from torch.utils.data import default_collate
 
 from dataset import loader
 from dataset.augmentation import AugmentationParameters
-from dataset.interhand import InterHandDataset, Sample
 from dataset.loader import EpochSampler, evaluation_loader, training_loader
+from dataset.prepared import InterHandDataset, Sample
 from utils.config import load_config
 from utils.errors import UserError, user_facing
 from utils.hand import LEFT, RIGHT, SIDES
@@ -300,7 +300,7 @@ def test_a_resumed_loader_gives_what_the_first_would_have(tiny_prepared):
 
 
 def test_training_loader_reads_dense_pictures_only_if_they_count(tiny_prepared):
-    batches, _ = training_loader(config(tiny_prepared, **{'LOSS.DENSE': 0.0}))
+    batches, _ = training_loader(config(tiny_prepared, **{'LOSS.WEIGHT.DENSE': 0.0}))
     assert next(iter(batches)).dense.shape == (2, 0, 0, 3)
 
 

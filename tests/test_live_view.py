@@ -5,8 +5,8 @@ import cv2
 import numpy as np
 import pytest
 
+from inference.live_view import LiveView
 from utils.errors import UserError
-from utils.live_view import LiveView
 
 
 def next_picture(stream) -> np.ndarray:

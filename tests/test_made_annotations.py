@@ -1,8 +1,8 @@
 import pytest
 
 from benchmarks.made_annotations import main
-from dataset.preparation import Skipped, select
-from dataset.raw import RawSplit, full_entries
+from dataset.prepare.raw import RawSplit, full_entries
+from dataset.prepare.split import Skipped, select
 
 FRAMES = 3000
 

@@ -4,11 +4,10 @@ import pytest
 import torch
 from mano_files import write_mano_files
 
-from manopth import ManoLayer, TwoHandLayer
+from manopth import ManoError, ManoLayer, TwoHandLayer
 from manopth.lbs import HandArrays, forward_kinematics
 from manopth.mano_layer import recentre
 from manopth.rotations import axis_angle_to_matrix, gram_schmidt_6d_to_matrix, symmetric_6d_to_matrix
-from utils.errors import UserError
 from utils.hand import CHAIN_PARENTS, LEFT, MANO_TO_JOINTS, PUBLISHED_LEFT_MIDDLE_TIP, RIGHT, SIDES, TIP_VERTICES
 
 MIRROR = torch.tensor([-1.0, 1.0, 1.0], dtype=torch.float64)  # of points
@@ -303,7 +302,7 @@ def test_mano_root_reads_the_official_files(standin, tmp_path, side):
     ],
 )
 def test_bad_words(words, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ManoError, match=message):
         ManoLayer(**words)
 
 

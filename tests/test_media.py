@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from inference.media import Video, find_inputs, read_picture, video_writer
 from utils.errors import UserError
-from utils.media import Video, find_inputs, read_picture, video_writer
 
 COLOURS = np.array(
     [[[10, 60, 200], [200, 120, 40]], [[90, 90, 90], [250, 250, 0]], [[0, 0, 0], [5, 128, 255]]], np.uint8

@@ -2,9 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from manopth import TwoHandLayer
-from utils.hand import HAND_SCALE, MANO_TO_JOINTS, TIP_VERTICES
-from utils.metrics import (
+from evaluation.metrics import (
     GRID,
     JointRegressor,
     Protocol,
@@ -20,8 +18,10 @@ from utils.metrics import (
     segmentation_overlap,
     visible_shares,
 )
-from utils.render import two_hand_faces
-from utils.summary import summarise
+from evaluation.summary import summarise
+from manopth import TwoHandLayer
+from utils.hand import HAND_SCALE, MANO_TO_JOINTS, TIP_VERTICES
+from utils.rasterizer import two_hand_faces
 
 FIGURES = ('joint_mm', 'vert_mm', 'joint_px', 'vert_px')
 

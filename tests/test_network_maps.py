@@ -2,8 +2,8 @@ import pytest
 import torch
 from test_dir import images, tiny_model
 
+from evaluation.network_maps import forward_with_maps
 from models.bone_projection import draw
-from utils.network_maps import forward_with_maps
 
 
 def hooked(model) -> list[str]:

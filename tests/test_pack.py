@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from dataset import pack
+from dataset import open_split
 from dataset.augmentation import AugmentationRanges
-from dataset.batch import classify_mask
-from dataset.interhand import InterHandDataset
 from dataset.loader import evaluation_loader, training_loader
-from dataset.pack import PackedDataset, open_split, pack_bits, unpack_bits
+from dataset.packed import PackedDataset, pack_bits, unpack_bits
+from dataset.prepare import pack
+from dataset.prepared import InterHandDataset
 from dataset.subsets import choose
+from dataset.targets import classify_mask
 from utils.config import load_config
 from utils.errors import UserError
 

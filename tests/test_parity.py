@@ -18,20 +18,19 @@ from torch.utils.data import default_collate
 
 from apps import eval_interhand
 from dataset.augmentation import parameters
-from dataset.batch import IMAGENET_STD, BatchMaker
-from dataset.interhand import InterHandDataset
-from manopth import TwoHandLayer, load_hand_models
+from dataset.prepared import InterHandDataset
+from dataset.targets import IMAGENET_STD, BatchMaker
+from evaluation.metrics import JointRegressor, Protocol, sample_errors
+from evaluation.summary import summarise
+from manopth import TwoHandLayer
 from manopth.rotations import axis_angle_to_matrix, symmetric_6d_to_matrix
-from models import build_criterion, losses
+from models import build_criterion, losses, published
 from models.bone_projection import bone_weights, draw
-from models.criterion import Target
-from models.predictions import DIROutput
-from utils import published
+from models.hands import load_hands
+from models.predictions import DIROutput, Target
 from utils.config import load_config
 from utils.errors import UserError
 from utils.hand import BONES, HAND_SCALE, PUBLISHED_LEFT_MIDDLE_TIP, SIDES, TIP_VERTICES
-from utils.metrics import JointRegressor, Protocol, sample_errors
-from utils.summary import summarise
 
 PARITY = Path(os.environ.get('DIR_PARITY') or Path(__file__).resolve().parents[2] / 'shared' / 'parity')
 pytestmark = pytest.mark.skipif(
@@ -74,7 +73,7 @@ def close(ours, theirs, tolerance: float) -> None:
 
 @pytest.fixture(scope='module')
 def hand_models():
-    return load_hand_models('files', str(PARITY))
+    return load_hands('files', str(PARITY))
 
 
 @pytest.fixture(scope='module')
@@ -235,7 +234,7 @@ def test_pixelwise_losses(hand_models, units):
     logits, labels = units('lovasz/logits'), units('lovasz/labels')
     close(losses.lovasz_softmax(logits, labels), units('lovasz/on_logits'), 1e-6)
     close(losses.lovasz_softmax(logits.softmax(1), labels), units('lovasz/on_softmax'), 1e-6)
-    criterion = build_criterion(load_config(None, ['LOSS.SEGMENTATION', '1']), hand_models)
+    criterion = build_criterion(load_config(None, ['LOSS.WEIGHT.SEGMENTATION', '1']), hand_models)
     nowhere = torch.zeros(2, 2, 21, 3)
     terms = criterion(
         DIROutput([], logits, torch.zeros(2, 3, 8, 8)),

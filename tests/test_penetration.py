@@ -4,11 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.hand_poses import sample_path
-from manopth import TwoHandLayer
-from manopth.rotations import axis_angle_to_matrix
-from utils.hand import LEFT, RIGHT
-from utils.penetration import (
+from dataset.synthetic.poses import sample_path
+from evaluation.penetration import (
     ON_EDGE,
     PenetrationDepth,
     close_surface,
@@ -19,6 +16,9 @@ from utils.penetration import (
     winding_number,
     within_slabs,
 )
+from manopth import TwoHandLayer
+from manopth.rotations import axis_angle_to_matrix
+from utils.hand import LEFT, RIGHT
 
 TOLERANCE = {'rtol': 0, 'atol': 1e-12}  # m
 INTO = {'clasp': 0.002, 'crossedfingers': -0.005, 'holdfist': 0.015, 'stacked': 0.05}  # m

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from manopth import TwoHandLayer
+from models.placement import FARTHEST, NEAREST, nearest_camera, place_hands, placement_error
 from utils.geometry import CROP_SIZE, project, to_uv
 from utils.hand import HAND_SCALE
-from utils.placement import FARTHEST, NEAREST, nearest_camera, place_hands, placement_error
 
 
 def scene(standin, *, seed: int = 0, count: int = 16, root_joint: int = 0):

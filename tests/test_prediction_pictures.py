@@ -4,10 +4,9 @@ import pytest
 import torch
 from test_dir import TINY, tiny_model
 
-from dataset.batch import build_batch_maker
 from dataset.loader import evaluation_split
-from utils.config import load_config
-from utils.prediction_pictures import (
+from dataset.targets import build_batch_maker
+from evaluation.pictures import (
     attention_sheet,
     bone_feature_sheet,
     draw_samples,
@@ -18,7 +17,8 @@ from utils.prediction_pictures import (
     stage_sheet,
     true_meshes,
 )
-from utils.visualize import CAPTION_HEIGHT, GAP, PANEL, heat_map
+from utils.config import load_config
+from utils.drawing import CAPTION_HEIGHT, GAP, PANEL, heat_map
 
 ROW = PANEL + 2 * CAPTION_HEIGHT
 

@@ -10,15 +10,16 @@ import pytest
 import torch
 from raw_tree import CAMERAS, annotation_file, make_raw_tree, write_kind
 
-from dataset import preparation
-from dataset.preparation import FOLDERS, canonical_colours, load_colours, pickle_annotation
-from dataset.raw import RawSplit
-from manopth import TwoHandLayer, load_hand_models
+from dataset.prepare import split as preparation
+from dataset.prepare.raw import RawSplit
+from dataset.prepare.split import FOLDERS, pickle_annotation
+from dataset.vertex_colours import canonical_colours, load_colours
+from manopth import TwoHandLayer, safe_pickle
 from manopth.rotations import axis_angle_to_matrix
-from utils import safe_pickle
+from models.hands import load_hands
 from utils.errors import UserError
 from utils.geometry import crop_matrix, project
-from utils.render import interpolate, rasterize, two_hand_faces
+from utils.rasterizer import interpolate, rasterize, two_hand_faces
 
 STEPS = 4
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,7 +51,7 @@ def record(save_path: Path) -> dict:
 
 @pytest.fixture(scope='module')
 def models():
-    return load_hand_models('standin')
+    return load_hands('standin')
 
 
 @pytest.fixture(scope='module')

@@ -4,15 +4,9 @@ import numpy as np
 import pytest
 from raw_tree import CAMERAS, annotation_file, make_raw_tree, write_kind
 
-from dataset.raw import (
-    RawSplit,
-    RecordError,
-    check_hand_model_record,
-    find_splits,
-    full_entries,
-    write_hand_model_record,
-)
-from manopth import load_hand_models
+from dataset.hand_model_record import check_hand_model_record, write_hand_model_record
+from dataset.prepare.raw import RawSplit, RecordError, find_splits, full_entries
+from models.hands import load_hands
 from utils.errors import UserError
 from utils.hand import LEFT, RIGHT
 
@@ -191,13 +185,13 @@ def test_splits_are_found_by_their_annotations(tree, tmp_path):
 
 
 def test_the_hand_model_record_tells_hands_apart(tmp_path):
-    left, right = load_hand_models('standin')
-    check_hand_model_record(tmp_path, (left, right))  # none: real data
-    write_hand_model_record(tmp_path, (left, right))
-    check_hand_model_record(tmp_path, (left, right))
+    hands = load_hands('standin')
+    check_hand_model_record(tmp_path, hands)  # none: real data
+    write_hand_model_record(tmp_path, hands)
+    check_hand_model_record(tmp_path, hands)
     (tmp_path / 'hand_model.json').write_text('{"hand_model": "mano:0:1"}')
     with pytest.raises(UserError, match='made with the hand model mano:0:1, but standin'):
-        check_hand_model_record(tmp_path, (left, right))
+        check_hand_model_record(tmp_path, hands)
     (tmp_path / 'hand_model.json').write_text('{"hand')
     with pytest.raises(UserError, match='hand_model.json is not valid JSON'):
-        check_hand_model_record(tmp_path, (left, right))
+        check_hand_model_record(tmp_path, hands)

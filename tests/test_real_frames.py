@@ -11,7 +11,8 @@ import pytest
 
 import train
 from apps import eval_interhand
-from dataset import fit_mano, preparation
+from dataset.prepare import fit_mano
+from dataset.prepare import split as preparation
 
 SAMPLE = Path(os.environ.get('DIR_INTERHAND_SAMPLE', Path(__file__).resolve().parents[2] / 'shared/interhand_sample'))
 pytestmark = pytest.mark.skipif(not SAMPLE.is_dir(), reason=f'no real frames at {SAMPLE} (DIR_INTERHAND_SAMPLE)')

@@ -9,20 +9,20 @@ import torch
 from raw_tree import annotation_file, make_raw_tree
 from test_dir import tiny_config, tiny_model
 
-from dataset import preparation
-from dataset.batch import BatchMaker, build_batch_maker, camera_hands, classify_mask
-from dataset.interhand import InterHandDataset
+from dataset.prepare import split as preparation
+from dataset.prepared import InterHandDataset
+from dataset.targets import BatchMaker, build_batch_maker, camera_hands, classify_mask
+from inference.files import draw_overlay, reduced
+from inference.reconstruct import Reconstructor, assumed_intrinsics, cut_crop, load_reconstructor
 from manopth import TwoHandLayer
+from models.checkpoint import save_checkpoint
 from models.hand_head import HandHead
+from models.placement import nearest_camera
 from models.predictions import CAMERA, NUM_PARAMETERS, POSE, ROOT_ROTATION, SHAPE, DIROutput
-from utils.checkpoint import save_checkpoint
 from utils.errors import UserError
 from utils.geometry import CROP_SIZE, project, to_uv
 from utils.hand import HAND_SCALE, NUM_FACES
-from utils.placement import nearest_camera
-from utils.reconstruction import Reconstructor, assumed_intrinsics, cut_crop, load_reconstructor
-from utils.reconstruction_files import draw_overlay, reduced
-from utils.render import rasterize, two_hand_faces
+from utils.rasterizer import rasterize, two_hand_faces
 
 
 @pytest.fixture(scope='module')
@@ -217,9 +217,8 @@ def test_a_diverged_network_is_one_sentence(standin):
 
 
 def test_a_checkpoint_becomes_a_reconstructor(standin, tmp_path):
-    from manopth.assets import describe
 
-    save_checkpoint(tmp_path / 'best.pth', model=tiny_model(standin), cfg=tiny_config(), hand_model=describe(standin))
+    save_checkpoint(tmp_path / 'best.pth', model=tiny_model(standin), cfg=tiny_config(), hand_model=standin.identity)
     reconstruct = load_reconstructor(tmp_path, device='cpu')
     assert isinstance(reconstruct.batch_maker, BatchMaker) and reconstruct.device.type == 'cpu'
     assert reconstruct([np.zeros((64, 64, 3), np.uint8)]).vertices.shape == (1, 2, 778, 3)

@@ -3,10 +3,10 @@ import pytest
 import torch
 from test_dir import tiny_model
 
+from inference.files import LONGEST_SIDE, SCALE_BAR, VIEW_SIDE, VIEWS, draw_overlay, reduced, view
+from inference.reconstruct import Reconstructor
 from manopth import TwoHandLayer
-from utils import render
-from utils.reconstruction import Reconstructor
-from utils.reconstruction_files import LONGEST_SIDE, SCALE_BAR, VIEW_SIDE, VIEWS, draw_overlay, reduced, view
+from utils import rasterizer as render
 
 BLUE, ORANGE = render.HAND_COLOURS_BGR
 

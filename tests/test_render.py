@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from manopth import TwoHandLayer, load_hand_models
-from utils import render
+from manopth import TwoHandLayer
+from models.hands import load_hands
+from utils import rasterizer as render
 from utils.errors import UserError
 from utils.geometry import project
-from utils.render import interpolate, overlay, rasterize, rasterize_pytorch3d, shade, smooth_normals, two_hand_faces
+from utils.rasterizer import interpolate, overlay, rasterize, rasterize_pytorch3d, shade, smooth_normals, two_hand_faces
 
 HEIGHT, WIDTH = 20, 26
 CAMERA = torch.tensor([[30.0, 0.0, 13.0], [0.0, 28.0, 10.0], [0.0, 0.0, 1.0]])
@@ -201,7 +202,7 @@ def test_shading_is_brightest_where_the_surface_faces_the_camera_and_never_excee
 
 
 def test_overlay_colours_each_hand_where_it_lies_and_leaves_the_rest():
-    models = load_hand_models('standin')
+    models = load_hands('standin')
     hands = TwoHandLayer(models)(torch.zeros(1, 2, 3), torch.zeros(1, 2, 45), torch.zeros(1, 2, 10), use_pca=False)
     vertices = hands.vertices[0] - hands.vertices[0].mean(1, keepdim=True)
     vertices = vertices + torch.tensor([[[-0.12, 0, 0.8]], [[0.12, 0, 0.8]]])

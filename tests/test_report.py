@@ -15,11 +15,11 @@ import pytest
 from report_tree import STAGES, write_run
 
 from apps import report
+from evaluation.report import charts, hands, inputs, sections
+from evaluation.report.charts import Axis, Series, axis_to, line_chart
+from evaluation.report.html import json_script, tag
+from evaluation.report.page import NAVIGATION
 from utils.hand import FINGERS, JOINT_NAMES, SIDES
-from utils.report import charts, hands, inputs, sections
-from utils.report.charts import Axis, Series, axis_to, line_chart
-from utils.report.html import json_script, tag
-from utils.report.page import NAVIGATION
 
 VOID = {'meta', 'img', 'input'}
 VIEW_BOXLESS = {'path', 'line', 'rect', 'circle', 'polygon'}

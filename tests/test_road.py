@@ -14,8 +14,8 @@ import torch
 
 import train
 from apps import eval_baseline, eval_interhand, report, run_demo
-from dataset import preparation
-from utils.evaluated_runs import METRICS_VERSION
+from dataset.prepare import split as preparation
+from evaluation.runs import METRICS_VERSION
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [

@@ -8,9 +8,10 @@ import pytest
 from raw_tree import make_raw_tree, write_kind
 from test_preparation import contents, prepare, record
 
-from dataset import preparation, shards
-from dataset.interhand import InterHandDataset
-from dataset.shards import Shard, find_shards, parse_shard
+from dataset.prepare import shards
+from dataset.prepare import split as preparation
+from dataset.prepare.shards import Shard, find_shards, parse_shard
+from dataset.prepared import InterHandDataset
 from utils.errors import UserError
 
 CHUNK = 2
@@ -174,8 +175,8 @@ def test_a_merge_starts_anew_when_a_shard_has_been_prepared_again(made, parts, t
 
 
 def test_heavy_damage_is_refused_in_its_shard_and_in_the_whole(made, parts, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr('dataset.prepared.TOLERATED_FRAMES', 0)
-    monkeypatch.setattr('dataset.prepared.TOLERATED_SHARE', 0.2)
+    monkeypatch.setattr('dataset.prepare.resumable.TOLERATED_FRAMES', 0)
+    monkeypatch.setattr('dataset.prepare.resumable.TOLERATED_SHARE', 0.2)
     shutil.rmtree(parts / 'train.shard-2-of-3')
     assert prepare(made / 'raw', parts, '--shard', '2/3') == 2
     assert '2 of 4 frames of train, shard 2/3 in' in capsys.readouterr().err
@@ -184,12 +185,12 @@ def test_heavy_damage_is_refused_in_its_shard_and_in_the_whole(made, parts, tmp_
     shutil.rmtree(parts / 'train.shard-2-of-3.partial')
     assert merge(made, parts) == 2
     assert '4 of 14 frames of train in' in capsys.readouterr().err and not (parts / 'train.partial').exists()
-    monkeypatch.setattr('dataset.prepared.TOLERATED_SHARE', 0.3)
+    monkeypatch.setattr('dataset.prepare.resumable.TOLERATED_SHARE', 0.3)
     assert merge(made, parts) == 0
 
 
 def test_damaged_annotations_are_refused_before_the_first_picture(made, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr('dataset.prepared.TOLERATED_FRAMES', 0)
+    monkeypatch.setattr('dataset.prepare.resumable.TOLERATED_FRAMES', 0)
     assert prepare(made / 'raw', tmp_path, '--shard', '1/3') == 2
     assert '1 of 14 frames of train in' in capsys.readouterr().err
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from manopth import standin
-from manopth.assets import HandModel, load_hand_models
+from manopth import ManoError, standin
+from manopth.assets import HandModel
 from manopth.lbs import HandArrays, linear_blend_skinning
 from manopth.rotations import axis_angle_to_matrix
 from manopth.standin import FLEXION_LIMITS, SPREAD_LIMITS, TWIST_LIMITS, pose_from_angles, standin_hand
-from utils.errors import UserError
+from models.hands import load_hands
 from utils.hand import CHAIN_PARENTS, FINGERS, PUBLISHED_LEFT_MIDDLE_TIP, SIDES, TIP_VERTICES
 
 CHAINS = {'index': (1, 2, 3), 'middle': (4, 5, 6), 'little': (7, 8, 9), 'ring': (10, 11, 12), 'thumb': (13, 14, 15)}
@@ -117,7 +117,7 @@ def test_fields_have_manos_shapes(hand):
         assert array.shape == shape
         assert array.dtype == (np.int64 if name == 'faces' else np.float64)
         assert np.isfinite(array).all()
-    assert load_hand_models('standin')[SIDES.index(hand.side)] is hand
+    assert load_hands('standin')[SIDES.index(hand.side)] is hand
 
 
 def test_mesh_is_a_disc_whose_rim_is_the_wrist(hand):
@@ -449,5 +449,5 @@ def test_arrays_are_read_only_and_wrong_sides_refused(right):
     with pytest.raises(ValueError, match='read-only'):
         right.template[0] = 0
     for call in (lambda: standin_hand('both'), lambda: pose_from_angles(np.zeros((5, 3)), np.zeros(5), side='Right')):
-        with pytest.raises(UserError, match="'left' or 'right'"):
+        with pytest.raises(ManoError, match="'left' or 'right'"):
             call()

@@ -3,8 +3,8 @@ import pytest
 import torch
 from raw_tree import make_raw_tree, write_kind
 
-from dataset import preparation
-from dataset.interhand import InterHandDataset
+from dataset.prepare import split as preparation
+from dataset.prepared import InterHandDataset
 from dataset.subsets import AnnotatedJoints, choose, read_ids
 from utils.errors import UserError
 

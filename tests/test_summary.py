@@ -2,9 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from utils.hand import FINGERS, JOINT_NAMES
-from utils.metrics import GRID, Protocol, SampleDetails, SampleErrors, concatenate
-from utils.summary import (
+from evaluation.metrics import GRID, Protocol, SampleDetails, SampleErrors, concatenate
+from evaluation.summary import (
     BOX_IOU_EDGES,
     DISTANCE_EDGES,
     binned,
@@ -20,6 +19,7 @@ from utils.summary import (
     segmentation_iou,
     summarise,
 )
+from utils.hand import FINGERS, JOINT_NAMES
 
 
 def make(frames: int = 40, seed: int = 0) -> tuple[SampleErrors, SampleDetails]:

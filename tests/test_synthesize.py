@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-import dataset.synthesize as script
-from dataset.hand_appearance import arm_faces, with_forearms, wrist_loop
-from dataset.hand_poses import FINGER_POSES, PLACEMENTS, TOLERATED, hand_axes, push_apart, sample_path
-from dataset.raw import RawSplit, check_hand_model_record
-from dataset.synthesize import SPLITS, Settings, capture_cameras, main, make_sequence, plan, synthesize
-from manopth import TwoHandLayer, load_hand_models
-from manopth.assets import describe
+import dataset.synthetic.synthesize as script
+from dataset.hand_model_record import check_hand_model_record
+from dataset.prepare.raw import RawSplit
+from dataset.synthetic.appearance import arm_faces, with_forearms, wrist_loop
+from dataset.synthetic.poses import FINGER_POSES, PLACEMENTS, TOLERATED, hand_axes, push_apart, sample_path
+from dataset.synthetic.synthesize import SPLITS, Settings, capture_cameras, main, make_sequence, plan, synthesize
+from manopth import TwoHandLayer
 from manopth.rotations import axis_angle_to_matrix
+from models.hands import load_hands
 from utils.hand import INTERHAND_TO_JOINTS, LEFT, RIGHT, SIDES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +27,7 @@ SETTINGS = Settings(FRAMES, SEED, 60.0, 'standin', 'misc/mano')
 
 @pytest.fixture(scope='module')
 def layer():
-    return TwoHandLayer(load_hand_models('standin'), dtype=torch.float64)
+    return TwoHandLayer(load_hands('standin'), dtype=torch.float64)
 
 
 @pytest.fixture(scope='module')
@@ -161,8 +162,8 @@ def test_formula_gives_the_annotated_joints(tree, layer):
 
 
 def test_raw_reader_reads_it(tree):
-    check_hand_model_record(tree, load_hand_models('standin'))
-    assert json.loads((tree / 'hand_model.json').read_text())['hand_model'] == describe(load_hand_models('standin'))
+    check_hand_model_record(tree, load_hands('standin'))
+    assert json.loads((tree / 'hand_model.json').read_text())['hand_model'] == load_hands('standin').identity
     assert RawSplit(tree, 'train').file('data').is_file()
 
 

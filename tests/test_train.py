@@ -14,8 +14,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from utils.checkpoint import load_model
-from utils.prediction_pictures import draw_samples
+from evaluation.pictures import draw_samples
+from models.checkpoint import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
@@ -238,7 +238,7 @@ def test_an_existing_run_is_never_overwritten(finished, tiny_prepared, capsys, m
         (['TRAIN.BATCHSIZE', '4'], "nearest is 'TRAIN.BATCH_SIZE'"),
         (['DATASET.PATH', 'nowhere'], 'nowhere'),
         (['MANO.SOURCE', 'files', 'MANO.PATH', 'nowhere'], 'MANO_LEFT.pkl is missing'),
-        (['MODEL.PRETRAINED', 'true', 'MODEL.WEIGHTS', 'nowhere.pth'], 'MODEL.PRETRAINED false'),
+        (['MODEL.PRETRAINED', 'true', 'MODEL.BACKBONE_WEIGHTS', 'nowhere.pth'], 'MODEL.PRETRAINED false'),
         (['DEVICE', 'cuda'] if not torch.cuda.is_available() else ['DEVICE', 'gpu'], 'DEVICE'),
         (['--resume'], 'latest.pth'),
     ],
@@ -370,7 +370,7 @@ def one_step(data: Path, *words: str, evaluation_mode: bool = False) -> tuple[di
 
 def test_accumulated_parts_give_the_gradients_of_the_whole(tiny_prepared):
     """Where no layer and no loss mixes samples: batch norms in evaluation mode, no loss over all pixels."""
-    apart = ['LOSS.SEGMENTATION', '0', 'LOSS.LOVASZ', '0', 'TRAIN.CLIP_NORM', '0']
+    apart = ['LOSS.WEIGHT.SEGMENTATION', '0', 'LOSS.WEIGHT.LOVASZ', '0', 'TRAIN.CLIP_NORM', '0']
     terms, grads = one_step(tiny_prepared, *apart, evaluation_mode=True)
     of_parts, grads_of_parts = one_step(tiny_prepared, *apart, 'TRAIN.ACCUMULATE', '2', evaluation_mode=True)
     assert terms == pytest.approx(of_parts, rel=1e-4)

@@ -3,8 +3,10 @@ import numpy as np
 import pytest
 import torch
 
-from manopth import TwoHandLayer, load_hand_models
-from utils import render, visualize
+from manopth import TwoHandLayer
+from models.hands import load_hands
+from utils import drawing as visualize
+from utils import rasterizer as render
 from utils.errors import UserError
 from utils.geometry import project
 
@@ -14,7 +16,7 @@ INTRINSICS = torch.tensor([[500.0, 0.0, 128.0], [0.0, 500.0, 128.0], [0.0, 0.0, 
 
 @pytest.fixture(scope='module')
 def models():
-    return load_hand_models('standin')
+    return load_hands('standin')
 
 
 @pytest.fixture(scope='module')

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.winograd import Conv2dFewProducts, _Winograd
+from inference.winograd import Conv2dFewProducts, _Winograd
 
 
 @pytest.mark.parametrize(('batch', 'height', 'width'), [(1, 2, 2), (3, 8, 8), (2, 6, 4)])

@@ -7,6 +7,7 @@ import argparse
 import difflib
 import math
 from ast import literal_eval
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -33,7 +34,7 @@ _C.DATASET.COLOURS = ''  # v_color.pkl for 'render' if the data set was prepared
 _C.MODEL = CfgNode()
 _C.MODEL.BACKBONE = 'resnet50'  # torchvision: resnet18, resnet34, resnet50, resnet101 or resnet152
 _C.MODEL.PRETRAINED = True  # start the backbone from ImageNet weights
-_C.MODEL.WEIGHTS = ''  # local file with them (a torchvision state_dict); '': torchvision's cache or download
+_C.MODEL.BACKBONE_WEIGHTS = ''  # local ImageNet file (a torchvision state_dict); '': torchvision's cache or download
 _C.MODEL.IMAGE_SIZE = 256  # pixels: side of the network's input, a multiple of 32; crops on disk are always 256
 _C.MODEL.MAP_CHANNELS = 256  # channels of the refined feature maps and of the dense heads
 _C.MODEL.STAGES = 2  # refinement stages, 0 to 3: the first takes c3, the second c2, the third c1
@@ -45,19 +46,20 @@ _C.MODEL.DETACH = True  # the previous stage's estimate enters a stage without g
 _C.MODEL.LEFT_MIDDLE_TIP = 444  # vertex; the published network was trained with 445, its converted checkpoint says so
 _C.MODEL.INIT = 'published'  # 'published': N(0, 0.001) linear layers; 'identity': a stage starts as the one before
 
-_C.LOSS = CfgNode()  # weights of the terms (network.md names: utils/config.py is the only place that sets them)
-_C.LOSS.JOINT_UV = 10.0  # huber on uv in [-1, 1]
-_C.LOSS.VERTEX_UV = 10.0
-_C.LOSS.JOINT_XYZ = 10.0  # huber on root-relative metres / 0.15 m
-_C.LOSS.VERTEX_XYZ = 10.0
-_C.LOSS.EDGE = 1.0  # mesh edge lengths / 0.15 m
-_C.LOSS.NORMAL = 0.1  # cosine of predicted edges to true face normals
-_C.LOSS.OFFSET = 10.0  # huber on (right root - left root) / 0.15 m
-_C.LOSS.SEGMENTATION = 0.1  # cross-entropy, class weights 0.1, 0.45, 0.45
-_C.LOSS.LOVASZ = 0.1  # Lovasz-softmax
-_C.LOSS.LOVASZ_INPUT = 'logits'  # 'logits' as published (punishes confidence) or 'probabilities' as meant
-_C.LOSS.DENSE = 1.0  # huber on vertex colours
-_C.LOSS.SCALE_TO_TRUTH = False  # 3D terms on the prediction scaled by true / predicted length of bone 0-9 (paper era)
+_C.LOSS = CfgNode()
+_C.LOSS.WEIGHT = CfgNode()  # of each term of the objective; 0 drops the term
+_C.LOSS.WEIGHT.JOINT_UV = 10.0  # huber on uv in [-1, 1]
+_C.LOSS.WEIGHT.VERTEX_UV = 10.0
+_C.LOSS.WEIGHT.JOINT_XYZ = 10.0  # huber on root-relative metres / 0.15 m
+_C.LOSS.WEIGHT.VERTEX_XYZ = 10.0
+_C.LOSS.WEIGHT.EDGE = 1.0  # mesh edge lengths / 0.15 m
+_C.LOSS.WEIGHT.NORMAL = 0.1  # cosine between predicted edges and true face normals
+_C.LOSS.WEIGHT.OFFSET = 10.0  # huber on (right root - left root) / 0.15 m
+_C.LOSS.WEIGHT.SEGMENTATION = 0.1  # cross-entropy, class weights 0.1, 0.45, 0.45
+_C.LOSS.WEIGHT.LOVASZ = 0.1  # Lovasz-softmax
+_C.LOSS.WEIGHT.DENSE = 1.0  # huber on vertex colours
+_C.LOSS.LOVASZ_INPUT = 'logits'  # 'logits' as published (punishes confidence) or 'probabilities' as its authors define
+_C.LOSS.SCALE_TO_TRUTH = False  # scale predictions by true / predicted length of bone 0-9 before the 3D terms (paper)
 
 _C.AUGMENT = CfgNode()  # all draws uniform
 _C.AUGMENT.ROTATION = 180.0  # degrees, +-
@@ -82,7 +84,7 @@ _C.TRAIN.EMA = 0.0  # decay per step of a moving average of the weights, which b
 _C.TRAIN.PRECISION = 'float32'  # 'float32', 'tf32', or 'bfloat16' (autocast; hands, rotations, losses stay float32)
 _C.TRAIN.COMPILE = False  # torch.compile: minutes at the start, faster steps
 _C.TRAIN.SYNC_BN = True  # batch norms see the whole batch, not each process its share: one curve whatever the processes
-_C.TRAIN.WORKERS = 4  # loader processes per training process; 0 loads in the training process
+_C.TRAIN.WORKERS = 4  # loader processes per training process; 0 loads in the training process itself
 _C.TRAIN.SAVE_EVERY = 2000  # steps between two saves of latest.pth within an epoch (each epoch's end saves too)
 _C.TRAIN.LOG_EVERY = 20  # steps between two lines of log.jsonl and TensorBoard
 _C.TRAIN.PICTURES = 8  # validation samples drawn after each validation; 0: none
@@ -91,7 +93,13 @@ _C.TRAIN.VALIDATE_EVERY = 1  # epochs between two validations (always after the 
 _C.EVAL = CfgNode()
 _C.EVAL.BATCH_SIZE = 64  # samples
 _C.EVAL.PRECISION = 'float32'  # as TRAIN.PRECISION
+_C.EVAL.WORKERS = -1  # loader processes of validation and evaluation; -1: as many as TRAIN.WORKERS
 
+# Keys of earlier versions, which checkpoints may still hold -> what they are called now.
+RENAMED = {
+    'MODEL.WEIGHTS': 'MODEL.BACKBONE_WEIGHTS',
+    **{f'LOSS.{name}': f'LOSS.WEIGHT.{name}' for name in _C.LOSS.WEIGHT},
+}
 PRECISIONS = ('float32', 'tf32', 'bfloat16')
 _CHOICES = {
     'ROOT_JOINT': (0, 9),
@@ -169,12 +177,14 @@ def load_config(
     """
     cfg = default_config()
     if base is not None:
-        _merge(cfg, base, where='the checkpoint')
+        for key, value in _leaves(base):
+            _set(cfg, RENAMED.get(key, key), value, where='the checkpoint')
     files = [Path(file) for file in (cfg_file if isinstance(cfg_file, list) else [cfg_file]) if file is not None]
     if files:
         cfg.OUTPUT_DIR = f'./output/{"+".join(file.stem for file in files)}'
     for file in files:
-        _merge(cfg, _read_yaml(file), where=str(file))
+        for key, value in _leaves(_read_yaml(file)):
+            _set(cfg, key, value, where=str(file))
     if len(overrides) % 2:
         raise UserError(f"Configuration on the command line comes as KEY VALUE pairs; '{overrides[-1]}' has no value.")
     for key, text in zip(overrides[::2], overrides[1::2]):
@@ -186,13 +196,7 @@ def load_config(
 
 def flatten(cfg: CfgNode) -> dict[str, object]:
     """{'TRAIN.LR': 0.0005, ...}: every key with its dotted name."""
-    flat = {}
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            flat |= {f'{key}.{name}': leaf for name, leaf in flatten(value).items()}
-        else:
-            flat[key] = value
-    return flat
+    return dict(_leaves(cfg))
 
 
 def _read_yaml(path: Path) -> dict:
@@ -211,12 +215,13 @@ def _read_yaml(path: Path) -> dict:
     return content
 
 
-def _merge(cfg: CfgNode, values: dict, *, where: str, prefix: str = '') -> None:
+def _leaves(values: dict, prefix: str = '') -> Iterator[tuple[str, object]]:
+    """Every value of nested dictionaries with its dotted key."""
     for key, value in values.items():
         if isinstance(value, dict):
-            _merge(cfg, value, where=where, prefix=f'{prefix}{key}.')
+            yield from _leaves(value, f'{prefix}{key}.')
         else:
-            _set(cfg, f'{prefix}{key}', value, where=where)
+            yield f'{prefix}{key}', value
 
 
 def _literal(text: str):
@@ -228,6 +233,8 @@ def _literal(text: str):
 
 def _set(cfg: CfgNode, key: str, value, *, where: str) -> None:
     known = flatten(cfg)
+    if key in RENAMED:
+        raise UserError(f'{where}: {key} is now called {RENAMED[key]}.')
     if key not in known:
         near = difflib.get_close_matches(key.upper(), known, n=1, cutoff=0)[0]
         raise UserError(
@@ -267,8 +274,9 @@ def _check(cfg: CfgNode) -> None:
         if flat[key] < 1:
             raise UserError(f'{key} is {flat[key]}; it must be at least 1.')
     for key, value in flat.items():
-        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-            raise UserError(f'{key} is {value}; it must be 0 or more, and finite.')
+        least = -1 if key == 'EVAL.WORKERS' else 0
+        if isinstance(value, (int, float)) and not least <= value < math.inf:
+            raise UserError(f'{key} is {value}; it must be {least} or more, and finite.')
     for key in _SHARES:
         if flat[key] > 1:
             raise UserError(f'{key} is {flat[key]}; it must lie between 0 and 1.')

@@ -1,8 +1,11 @@
 """The one way in which a script tells its user about a mistake: one sentence, exit code 2, no traceback."""
 
 import functools
+import re
 import sys
 from collections.abc import Callable
+
+from manopth.errors import ManoError
 
 
 class UserError(Exception):
@@ -16,9 +19,10 @@ def user_facing(main: Callable[..., int | None]) -> Callable[..., int]:
     def run(*args, **kwargs) -> int:
         try:
             return main(*args, **kwargs) or 0
-        except UserError as error:
-            # A loader's worker process sends its whole traceback in the message; the sentence is its end.
-            print(f'error: {str(error).rpartition("UserError: ")[2].rstrip()}', file=sys.stderr)
+        except (UserError, ManoError) as error:
+            # A loader's worker process sends its whole traceback as the message; the sentence is its end.
+            sentence = re.split('(?:User|Mano)Error: ', str(error))[-1].rstrip()
+            print(f'error: {sentence}', file=sys.stderr)
         except OSError as error:
             if not error.filename and error.errno is None:
                 raise

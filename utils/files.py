@@ -1,5 +1,6 @@
 """Writing files so that a killed run or a full disk leaves the old file or the new one, never half of one."""
 
+import hashlib
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from typing import Any, BinaryIO
 import cv2
 import numpy as np
 
+from manopth import ManoError, safe_pickle
 from utils.errors import UserError
 
 
@@ -78,3 +80,20 @@ def read_json(path: str | Path) -> Any:
         raise UserError(
             f'{path} is not valid JSON ({error}): it is cut short or damaged, make or get it again.'
         ) from None
+
+
+def sha256_of_file(path: str | Path) -> str:
+    """Hex digest of a file's content, read in blocks."""
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def read_pickle(path: str | Path) -> Any:
+    """The content of a pickle of plain containers and NumPy arrays; foreign code is refused, never run.
+
+    Raises UserError for a missing or damaged file, and for one that holds anything else.
+    """
+    try:
+        return safe_pickle.load(path)
+    except ManoError as error:
+        raise UserError(str(error)) from None

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.hand import LENGTH_BONE
+
 CROP_SIZE = 256  # side in pixels of a prepared crop; the unit of every pixel figure
 HANDS_IN_CROP = 0.8  # share of the crop's side that the larger extent of the two hands takes
 
@@ -66,3 +68,20 @@ def similarity_about_centre(scale: Tensor, angle: Tensor, shift: Tensor, size: i
 def mirror_image_matrix(size: int = CROP_SIZE) -> Tensor:
     """The image map of a left-right flip between pixel centres, u -> size - 1 - u, as A (3, 3)."""
     return torch.tensor([[-1.0, 0.0, size - 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+
+
+def bone_ends(joints: Tensor) -> Tensor:
+    """(..., 21, C) -> (..., 20, 2, C): parent and child of every bone, in the order of BONES.
+
+    By slices: an index would have to be copied to the device, which waits for it.
+    """
+    fingers = joints[..., 1:, :].unflatten(-2, (5, 4))
+    wrist = joints[..., None, :1, :].expand(*fingers.shape[:-2], 1, -1)
+    parents = torch.cat([wrist, fingers[..., :3, :]], -2).flatten(-3, -2)
+    return torch.stack([parents, joints[..., 1:, :]], -2)
+
+
+def bone_length(joints: Tensor) -> Tensor:
+    """(..., 21, 3) -> (..., 1, 1): length of the bone that scale alignment measures, wrist to middle MCP."""
+    start, end = LENGTH_BONE
+    return torch.linalg.vector_norm(joints[..., end, :] - joints[..., start, :], dim=-1)[..., None, None]

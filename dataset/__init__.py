@@ -1,0 +1,15 @@
+"""Files -> batches. ``open_split`` is the one place that decides which class reads a folder."""
+
+from pathlib import Path
+
+from dataset.packed import HEAD, MANIFEST, PackedDataset
+from dataset.prepared import InterHandDataset, PreparedSplit, Sample, partial_folder
+
+__all__ = ['PreparedSplit', 'Sample', 'open_split']
+
+
+def open_split(path: str | Path, split: str, **options) -> PreparedSplit:
+    """The split, packed or as a folder of files; ``options`` as PreparedSplit takes them."""
+    folder = Path(path) / split
+    packed = (folder / MANIFEST).exists() or (partial_folder(folder) / HEAD).exists()
+    return (PackedDataset if packed else InterHandDataset)(path, split, **options)

@@ -1,0 +1,296 @@
+"""Hand-model parameters for frames that have only 3D joints: one's own captures, or InterHand2.6M without NeuralAnnot.
+
+    python dataset/fit_mano.py --data_path INTERHAND
+
+reads the 42 annotated joints of every time step that has a picture and writes the missing
+annotations/<split>/InterHand2.6M_<split>_MANO_NeuralAnnot.json, with ..._fit_residuals.csv beside it.
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dataset.hand_model_record import HAND_MODEL_RECORD, check_hand_model_record, write_hand_model_record
+from dataset.prepare.raw import SPLITS, RawSplit, RecordError, find_splits
+from manopth import HandPair
+from manopth.fitting import PointModel, fit_hands, fittable, place_points
+from manopth.rotations import matrix_to_axis_angle
+from models.hands import load_hands
+from utils.config import add_config_arguments, load_config
+from utils.distributed import choose_device
+from utils.errors import UserError, user_facing
+from utils.files import read_json, write_atomically
+from utils.hand import NUM_JOINTS, SIDES
+
+SHAPE_TIME_STEPS = 64  # a capture's shape is found from at most this many time steps, spread over the recording
+BATCH_TIME_STEPS = {'cpu': 128, 'cuda': 4096}  # larger ones fall out of a CPU's cache: half as fast at 512
+DECIMALS = 7  # of rad and m in the file
+NAMES_SHOWN = 3
+TOO_FEW = 'too few valid joints'
+RESIDUAL_COLUMNS = ('capture', 'frame', 'hand', 'valid_joints', 'mean_mm', 'worst_mm', 'note')
+
+TimeStep = tuple[str, str]  # capture, frame
+
+
+class Fit(NamedTuple):
+    """Parameters of T time steps as the annotation file has them: float64, world axes; NaN for hands without a fit."""
+
+    pose: Tensor  # (T, 2, 48) axis-angle: root, then 15 joints relative to the mean pose
+    shape: Tensor  # (T, 2, 10)
+    trans: Tensor  # (T, 2, 3) m
+    residual: Tensor  # (T, 2, 21) mm, NaN at invalid joints
+
+
+class Joints(NamedTuple):
+    """The annotated joints of T time steps."""
+
+    names: list[TimeStep]
+    points: np.ndarray  # (T, 2, 21, 3) m, world
+    valid: np.ndarray  # (T, 2, 21) bool
+    unreadable: dict[TimeStep, str]  # time steps with pictures but without usable joints, and why
+
+
+def fit_time_steps(
+    models: HandPair,
+    joints: Tensor,
+    valid: Tensor,
+    capture: Tensor,
+    *,
+    device: str = 'cpu',
+    progress: Callable[[int], Any] = lambda count: None,
+) -> Fit:
+    """Fit both hands at T time steps. Those of one capture share one shape: a capture shows one person.
+
+    joints (T, 2, 21, 3) m, valid (T, 2, 21) bool, capture (T,) int64 numbers from 0. ``progress`` is told how many time
+    steps were finished. Hands that are not ``fittable`` have no say and come out NaN.
+    """
+    model = PointModel.from_models(models, device)
+    joints, valid = joints.double(), valid & fittable(valid)[..., None]
+    betas = _capture_shapes(model, joints, valid, capture, device)[capture][:, None].expand(-1, 2, -1)
+    out = Fit(*(torch.full((len(joints), 2, size), math.nan, dtype=torch.float64) for size in (48, 10, 3, NUM_JOINTS)))
+    for rows in torch.arange(len(joints)).split(_batch_size(device)):
+        target, seen = joints[rows].to(device), valid[rows].to(device)
+        hands = fit_hands(model, target, seen, betas=betas[rows].to(device))
+        distance = (place_points(model, hands) - target).norm(dim=-1) * 1e3
+        pose = torch.cat([matrix_to_axis_angle(hands.root), (hands.pose - model.pose_mean).flatten(2)], -1)
+        fit = Fit(pose, hands.betas, hands.trans, torch.where(seen, distance, math.nan))
+        for target_values, values in zip(out, fit):
+            target_values[rows] = torch.where(seen.any(-1)[..., None], values, math.nan).cpu()
+        progress(len(rows))
+    return out
+
+
+def _capture_shapes(model: PointModel, joints: Tensor, valid: Tensor, capture: Tensor, device: str) -> Tensor:
+    """(C, 10) betas of each capture, from some of its time steps, several captures at once."""
+    captures = int(capture.max()) + 1 if len(capture) else 0
+    betas = joints.new_zeros(captures, 10)
+    chosen = []
+    for number in range(captures):
+        usable = ((capture == number) & valid.flatten(1).any(1)).nonzero().squeeze(1)
+        spread = torch.linspace(0, len(usable) - 1, min(len(usable), SHAPE_TIME_STEPS)).round().long()
+        chosen.append(usable[spread])
+        if sum(map(len, chosen)) >= _batch_size(device) or number == captures - 1:
+            rows = torch.cat(chosen)
+            subject = capture[rows].unique(return_inverse=True)[1]
+            hands = fit_hands(model, joints[rows].to(device), valid[rows].to(device), subject=subject.to(device))
+            betas[capture[rows]] = hands.betas[:, 0].cpu()
+            chosen = []
+    return betas
+
+
+def _batch_size(device: str) -> int:
+    return BATCH_TIME_STEPS['cpu' if device == 'cpu' else 'cuda']
+
+
+def read_joints(split: RawSplit) -> Joints:
+    """The joints of every time step that has a picture, in the order of capture and frame."""
+    names = sorted(
+        {(frame.capture, str(frame.frame_idx)) for frame in split.iterate_frames()},
+        key=lambda name: (len(name[0]), name[0], int(name[1])),
+    )
+    read, unreadable = {}, {}
+    for name in names:
+        try:
+            read[name] = split.joints(*name)
+        except RecordError as error:
+            unreadable[name] = str(error)
+    points = np.array([points for points, _ in read.values()]).reshape(-1, 2, NUM_JOINTS, 3)
+    valid = np.array([valid for _, valid in read.values()], dtype=bool).reshape(-1, 2, NUM_JOINTS)
+    return Joints(list(read), points, valid, unreadable)
+
+
+def missing_fits(split: RawSplit, names: list[TimeStep]) -> np.ndarray:
+    """(T, 2) bool: hands for which the split's annotation file holds no parameters, or none that can be used."""
+    if not split.file('MANO_NeuralAnnot').exists():
+        return np.ones((len(names), 2), dtype=bool)
+
+    def lacking(name: TimeStep) -> list[bool]:
+        try:
+            fits = split.mano(*name)
+        except RecordError:
+            return [True, True]
+        return [fits[side] is None or not all(np.isfinite(values).all() for values in fits[side]) for side in SIDES]
+
+    return np.array([lacking(name) for name in names], dtype=bool).reshape(-1, 2)
+
+
+def fit_split(split: RawSplit, models: HandPair, *, overwrite: bool, device: str) -> str:
+    """Fit what a split lacks, write the annotation file and the residuals; returns what to tell the user."""
+    joints = read_joints(split)
+    valid = torch.from_numpy(joints.valid)
+    path = split.file('MANO_NeuralAnnot')
+    everything = np.ones((len(joints.names), 2), dtype=bool)
+    lacking = torch.from_numpy(everything if overwrite else missing_fits(split, joints.names))
+    wanted = fittable(valid) & lacking
+    too_few = lacking & ~fittable(valid) & valid.any(-1)
+    kept = int((fittable(valid) & ~lacking).sum())
+    report = [f'{split.split}: {len(joints.names)} time steps']
+    if kept:
+        report.append(f'{kept} hands have parameters already and are kept (--overwrite fits them anew)')
+
+    rows = wanted.any(1).nonzero().squeeze(1)
+    names = [joints.names[row] for row in rows.tolist()]
+    numbers = {capture: number for number, capture in enumerate(dict.fromkeys(capture for capture, _ in names))}
+    with tqdm(total=len(rows), desc=f'fitting {split.split}', unit=' time steps', disable=None) as bar:
+        fit = fit_time_steps(
+            models,
+            torch.from_numpy(joints.points)[rows],
+            valid[rows],
+            torch.tensor([numbers[capture] for capture, _ in names], dtype=torch.long),
+            device=device,
+            progress=bar.update,
+        )
+
+    mean, worst = fit.residual.nanmean(-1), fit.residual.nan_to_num(-1).amax(-1)
+    table = {(*name, side): (0, '', '', reason) for name, reason in joints.unreadable.items() for side in SIDES}
+    for row, hand in too_few.nonzero().tolist():
+        table[(*joints.names[row], SIDES[hand])] = (int(valid[row, hand].sum()), '', '', TOO_FEW)
+    fitted: dict[tuple[str, str, str], float] = {}
+    for place, hand in wanted[rows].nonzero().tolist():
+        key = (*names[place], SIDES[hand])
+        fitted[key] = float(mean[place, hand])
+        seen = int(valid[rows[place], hand].sum())
+        table[key] = (seen, f'{mean[place, hand]:.3f}', f'{worst[place, hand]:.3f}', 'fitted')
+    if fitted or overwrite or not path.exists():
+        content = {} if overwrite or not path.exists() else read_json(path)
+        _insert(content, joints.names, names, fit, wanted[rows])
+        _write_residuals(path.with_name(f'InterHand2.6M_{split.split}_fit_residuals.csv'), table, fresh=overwrite)
+        write_hand_model_record(split.root, models)  # first: parameters of an unnamed hand would pass as official
+        write_atomically(path, json.dumps(content, separators=(',', ':')).encode())
+    return '\n'.join(
+        [
+            ', '.join(report),
+            *_summary(fitted, [joints.names[i] for i, _ in too_few.nonzero().tolist()], list(joints.unreadable)),
+        ]
+    )
+
+
+def _insert(
+    content: dict[str, Any], all_names: list[TimeStep], names: list[TimeStep], fit: Fit, wanted: Tensor
+) -> None:
+    """Put the fits into the annotation file's nested dictionaries; a hand without a fit is null unless it is there."""
+    for capture, frame in all_names:
+        entry = content.setdefault(capture, {}).get(frame) or {}
+        content[capture][frame] = {side: entry.get(side) for side in ('right', 'left')}
+    pose, shape, trans = (values.numpy().round(DECIMALS) for values in fit[:3])
+    for place, hand in wanted.nonzero().tolist():
+        capture, frame = names[place]
+        content[capture][frame][SIDES[hand]] = {
+            key: values[place, hand].tolist() for key, values in (('pose', pose), ('shape', shape), ('trans', trans))
+        }
+
+
+def _write_residuals(path: Path, table: dict[tuple[str, str, str], tuple], *, fresh: bool) -> None:
+    """One line a hand; the lines of earlier runs stay unless ``fresh`` or done again."""
+    rows: dict[tuple[str, ...], tuple] = {}
+    if path.exists() and not fresh:
+        with open(path, newline='') as file:
+            header, *lines = list(csv.reader(file)) or [[]]
+        if tuple(header) == RESIDUAL_COLUMNS:
+            rows = {tuple(line[:3]): tuple(line[3:]) for line in lines if len(line) == len(RESIDUAL_COLUMNS)}
+    rows.update(table)
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows([RESIDUAL_COLUMNS, *((*key, *row) for key, row in rows.items())])
+    write_atomically(path, text.getvalue().encode())
+
+
+def _summary(
+    fitted: dict[tuple[str, str, str], float], too_few: list[TimeStep], unreadable: list[TimeStep]
+) -> list[str]:
+    def shown(names: list[TimeStep]) -> str:
+        first = ', '.join(f'{capture}/{frame}' for capture, frame in names[:NAMES_SHOWN])
+        return first + (', ...' if len(names) > NAMES_SHOWN else '')
+
+    lines = []
+    if fitted:
+        values = np.array(list(fitted.values()))
+        worst = sorted(fitted, key=fitted.get, reverse=True)[:NAMES_SHOWN]
+        lines.append(
+            f'  {len(values)} hands fitted; residual over the valid joints: mean {values.mean():.2f} mm, '
+            f'median {np.median(values):.2f} mm, worst {values.max():.2f} mm'
+        )
+        named = [f'{capture}/{frame} {side} {fitted[capture, frame, side]:.2f} mm' for capture, frame, side in worst]
+        lines.append(f'  worst (capture/frame hand): {", ".join(named)}')
+    else:
+        lines = ['  nothing to fit']
+    if too_few:
+        lines.append(f'  {len(too_few)} hands with {TOO_FEW} are null (capture/frame): {shown(too_few)}')
+    if unreadable:
+        lines.append(f'  {len(unreadable)} time steps have pictures but no usable joints: {shown(unreadable)}')
+    return lines
+
+
+def check_mixing(data_path: Path, kept: list[Path], models: HandPair) -> None:
+    """Refuse to put fits of one hand model beside parameters of another.
+
+    Raises UserError if annotation files that stay were made with another hand, or are official and this one is not.
+    """
+    if not kept:
+        return
+    check_hand_model_record(data_path, models)
+    if not (data_path / HAND_MODEL_RECORD).exists() and models[0].name != 'mano':
+        raise UserError(
+            f'{kept[0]} holds parameters of the official hand model; those of {models[0].name} cannot be '
+            'put beside them. Use the official files (MANO.SOURCE files), or move that file away.'
+        )
+
+
+def _splits(text: str) -> list[str]:
+    splits = text.split(',')
+    if not set(splits) <= set(SPLITS):
+        raise argparse.ArgumentTypeError(f"'{text}': give some of {','.join(SPLITS)}, separated by commas")
+    return splits
+
+
+@user_facing
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data_path', type=Path, required=True, help='folder with images/ and annotations/')
+    parser.add_argument('--splits', type=_splits, metavar='train,val,test', help='default: all that are there')
+    parser.add_argument('--overwrite', action='store_true', help='fit every hand, also where parameters exist')
+    add_config_arguments(parser)
+    options = parser.parse_intermixed_args(arguments)
+    cfg = load_config(options.cfg, options.opts)
+    device = str(choose_device(cfg.DEVICE))
+    models = load_hands(cfg.MANO.SOURCE, cfg.MANO.PATH)
+
+    there = find_splits(options.data_path)
+    splits = [RawSplit(options.data_path, name) for name in options.splits or there]
+    redone = {split.split for split in splits} if options.overwrite else set()
+    files = {
+        name: options.data_path / 'annotations' / name / f'InterHand2.6M_{name}_MANO_NeuralAnnot.json' for name in there
+    }
+    kept = [path for name, path in files.items() if path.exists() and name not in redone]
+    check_mixing(options.data_path, kept, models)
+    for split in splits:
+        print(fit_split(split, models, overwrite=options.overwrite, device=device), flush=True)

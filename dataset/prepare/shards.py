@@ -1,0 +1,278 @@
+"""A split prepared in parts by the tasks of a job array, and the parts put together.
+
+Every task selects the same frames and prepares one contiguous range of them: ``<split>.shard-<i>-of-<n>`` has the form
+of a prepared split, numbered from 0, and its record names the range. Frames that the selection leaves out belong to no
+shard; the merge selects once more and enters them first, as a run without shards does. So the merged folder equals what
+such a run writes, byte for byte.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+from tqdm import tqdm
+
+from dataset.prepare.raw import RawSplit
+from dataset.prepare.resumable import (
+    JOURNAL,
+    Journal,
+    Skipped,
+    finish,
+    pickle_annotation,
+    refuse_heavy_damage,
+    refuse_nothing_kept,
+    refuse_other_settings,
+    summarize,
+)
+from dataset.prepared import FOLDERS, RECORD, partial_folder, paths
+from utils.errors import UserError
+from utils.files import read_json, read_pickle
+
+MOST_NAMED = 20  # of missing shards
+
+
+class Shard(NamedTuple):
+    """Part ``number`` (from 1) of ``of``."""
+
+    number: int
+    of: int
+
+    def __str__(self) -> str:
+        return f'{self.number}/{self.of}'
+
+    def folder(self, split_folder: Path) -> Path:
+        """Where the shard lies beside the split that it is a part of."""
+        return split_folder.with_name(f'{split_folder.name}.shard-{self.number}-of-{self.of}')
+
+    def bounds(self, frames: int, chunk: int) -> tuple[int, int]:
+        """(begin, end) of its range of selected frames: whole chunks, as many as in any other shard, or one more."""
+        chunks = -(-frames // chunk)
+        begin, end = (chunks * number // self.of * chunk for number in (self.number - 1, self.number))
+        return min(begin, frames), min(end, frames)
+
+
+class _Range(msgspec.Struct):
+    number: int
+    of: int
+    begin: int
+    end: int
+    selected: int  # frames of the whole split
+
+
+class _Record(msgspec.Struct):
+    """What a shard's preparation.json must hold."""
+
+    settings: dict[str, Any]
+    kept: int
+    skipped_image_ids: dict[str, list[int]]
+    damaged: dict[str, str]
+    shard: _Range
+
+
+class FinishedShard(NamedTuple):
+    folder: Path
+    record: _Record
+    digest: str  # of the record's file
+
+
+def parse_shard(text: str) -> Shard:
+    """'3/64' -> Shard(3, 64)"""
+    match = re.fullmatch(r'([0-9]+)/([0-9]+)', text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f'--shard is {text}; it must be i/n with i from 1 to n, such as 3/64.')
+    return Shard(int(match[1]), int(match[2]))
+
+
+def find_shards(split_folder: Path) -> dict[Shard, bool]:
+    """The shards of a split that lie beside its (future) folder, and whether each is finished."""
+    form = re.compile(re.escape(split_folder.name) + r'\.shard-([0-9]+)-of-([0-9]+)(\.partial)?')
+    names = os.listdir(split_folder.parent) if split_folder.parent.is_dir() else []
+    found = {}
+    for match in filter(None, map(form.fullmatch, sorted(names))):  # x before x.partial: finished once is finished
+        found.setdefault(Shard(int(match[1]), int(match[2])), match[3] is None)
+    return found
+
+
+def refuse_other_counts(split_folder: Path, wanted: Shard | None = None) -> None:
+    """Raises UserError if shards, finished or not, are of different numbers of shards, ``wanted`` being one of them."""
+    found = {shard.of for shard in find_shards(split_folder)} | ({wanted.of} if wanted else set())
+    if len(found) > 1:
+        counts = ' and into '.join(map(str, sorted(found)))
+        raise UserError(
+            f'{split_folder.name} is split in different ways, into {counts} shards: keep to one of them '
+            f'and remove the other {split_folder}.shard-* folders.'
+        )
+
+
+def refuse_shards(split_folder: Path) -> None:
+    """Raises UserError if there are any: a run without shards would do their work again."""
+    if find_shards(split_folder):
+        raise UserError(
+            f'{split_folder.parent} holds shards of {split_folder.name}: put them together with --merge, '
+            f'or remove {split_folder}.shard-* first.'
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before the merge: are they all there, and do they fit together?
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_shards(split_folder: Path, settings: dict) -> list[FinishedShard]:
+    """All shards of a split in order. Raises UserError unless each is finished and together they are the split."""
+    refuse_other_counts(split_folder)
+    found = find_shards(split_folder)
+    if not found:
+        raise UserError(
+            f'{split_folder.parent} has no shards of {split_folder.name}; prepare them first, each with --shard i/n.'
+        )
+    of = next(iter(found)).of
+    wanted = [Shard(number, of) for number in range(1, of + 1)]
+    _refuse_gaps(split_folder, wanted, found)
+    shards = [_read_shard(shard, shard.folder(split_folder), settings) for shard in wanted]
+    selected = shards[0].record.shard.selected
+    for shard, one in zip(wanted, shards):
+        span = one.record.shard
+        # Every range follows from the number of frames, so where all are as expected there is no gap and no overlap.
+        if (span.begin, span.end, span.selected) != (*shard.bounds(selected, settings['chunk']), selected):
+            raise UserError(
+                f'{one.folder} holds the frames {span.begin} to {span.end} of {span.selected}, which does '
+                f'not fit the other shards; remove it and prepare it again (--shard {shard}).'
+            )
+    return shards
+
+
+def _refuse_gaps(split_folder: Path, wanted: list[Shard], found: dict[Shard, bool]) -> None:
+    problems = []
+    for problem, there in (('missing', None), ('unfinished', False)):
+        numbers = [str(shard.number) for shard in wanted if found.get(shard) is there]
+        if numbers:
+            more = ', ...' if len(numbers) > MOST_NAMED else ''
+            problems.append(f'{problem}: {", ".join(numbers[:MOST_NAMED])}{more}')
+    if problems:
+        raise UserError(
+            f'{split_folder}.shard-*: of {wanted[0].of} shards, {"; ".join(problems)}; run these again '
+            f'(--shard i/{wanted[0].of}), then merge.'
+        )
+
+
+def _read_shard(shard: Shard, folder: Path, settings: dict) -> FinishedShard:
+    again = f'remove {folder} and prepare it again (--shard {shard})'
+    path = folder / RECORD
+    try:
+        record = msgspec.convert(read_json(path), _Record)
+    except msgspec.ValidationError as error:
+        raise UserError(f'{path} is not the record of a shard ({error}); {again}.') from None
+    refuse_other_settings(folder, record.settings, settings)
+    span, skipped = record.shard, sum(map(len, record.skipped_image_ids.values()))
+    if (span.number, span.of) != shard or record.kept + skipped != span.end - span.begin:
+        raise UserError(
+            f'{path} tells of shard {span.number}/{span.of}, of {record.kept} frames kept and {skipped} '
+            f'skipped from {span.begin} to {span.end}: that is not this shard; {again}.'
+        )
+    for name, suffix in FOLDERS.items():
+        expected = {f'{index}.{suffix}' for index in range(record.kept)}
+        found = set(os.listdir(folder / name)) if (folder / name).is_dir() else set()
+        if found != expected:
+            raise UserError(
+                f'{folder / name} does not hold the {record.kept} files that {RECORD} tells of: '
+                f'{len(expected - found)} missing, {len(found - expected)} too many; {again}.'
+            )
+    return FinishedShard(folder, record, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The merge
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def merge(
+    split: RawSplit, split_folder: Path, settings: dict, shards: list[FinishedShard], selected: int, skipped: Skipped
+) -> None:
+    """Number the samples of all shards on and make them one split; ``skipped`` is what the selection left out.
+
+    A kill at any moment loses nothing: shards are only read until the whole has its name. Pictures come into
+    ``<split>.partial`` as further names (hard links) of the shards' files, so nothing is copied and nothing moves. What
+    lies beyond the journal's last line may be half written; it is made again by the same command. The shards are
+    removed only after the rename, and the journal, which names them, after that: ``clean_up`` can always go on.
+    """
+    partial = partial_folder(split_folder)
+    found = shards[0].record.shard.selected
+    if found != selected:
+        raise UserError(
+            f'{split.root}: {selected} frames of {split.split} can be prepared, the shards in '
+            f'{split_folder.parent} were made from {found}: the annotation files have changed, remove the '
+            'shards and prepare them again.'
+        )
+    for one in shards:
+        skipped.extend(one.record.skipped_image_ids, one.record.damaged)
+    kept = sum(one.record.kept for one in shards)
+    total = kept + len(skipped)
+    summary = summarize(split.split, kept, total, skipped)
+    refuse_nothing_kept(split, kept, summary)
+    refuse_heavy_damage(split, split.split, skipped.damage, total, Path(f'{split_folder}.shard-*'))
+
+    journal = _open_journal(partial, {'settings': settings, 'shards': {one.folder.name: one.digest for one in shards}})
+    for name in FOLDERS:
+        (partial / name).mkdir(exist_ok=True)
+    done = len(journal.lines) - 1
+    index = sum(one.record.kept for one in shards[:done])
+    with tqdm(total=kept, initial=index, desc=f'{split.split}, merge', unit='frame') as progress:
+        for one in shards[done:]:
+            for number in range(one.record.kept):
+                _take_over(one.folder, number, partial, index)
+                index += 1
+                progress.update()
+            journal.append({'next': index})
+    finish(partial, split_folder, settings, kept, total, skipped)
+    print(summary, end='')
+    clean_up(split_folder)
+
+
+def _open_journal(partial: Path, merge_of: dict) -> Journal:
+    journal = Journal(partial / JOURNAL)
+    if journal.lines and not journal.is_of_merge:
+        raise UserError(
+            f'{partial} is what a command without --shard has begun; finish it with that command, or '
+            'remove it and merge.'
+        )
+    if journal.lines[:1] != [{'merge': merge_of}]:
+        if journal.lines:  # of shards that have been prepared anew since: here are only links to what they were
+            shutil.rmtree(partial)
+        journal.start({'merge': merge_of})
+    return journal
+
+
+def _take_over(folder: Path, number: int, partial: Path, index: int) -> None:
+    source, target = paths(folder, number), paths(partial, index)
+    for name in FOLDERS:
+        target[name].unlink(missing_ok=True)  # never write through a name that may be a shard's file too
+    annotation = read_pickle(source['anno'])
+    if not isinstance(annotation, dict) or annotation.get('inter_idx') != number:
+        raise UserError(
+            f'{source["anno"]} is not the annotation of sample {number}; remove {folder} and prepare it again.'
+        )
+    target['anno'].write_bytes(pickle_annotation(annotation | {'inter_idx': index}))
+    for name in FOLDERS.keys() - {'anno'}:
+        _link(source[name], target[name])
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or a file system without links
+        shutil.copyfile(source, target)
+
+
+def clean_up(folder: Path) -> None:
+    """Remove the journal of a finished folder, and before it what is left of the shards that the folder was made of."""
+    journal = Journal(folder / JOURNAL)
+    merged = journal.lines[0]['merge']['shards'] if journal.is_of_merge else {}
+    for one in (shard.folder(folder) for shard in find_shards(folder)):
+        if one.name in merged:
+            shutil.rmtree(one)
+    journal.path.unlink(missing_ok=True)

@@ -1,0 +1,601 @@
+"""Made data in InterHand2.6M's own layout, so that every later tool runs without the real set.
+
+    python dataset/synthesize.py --save_path data/made_raw --frames 2300 --seed 0
+
+Two skin-toned hands of a made-up person meet in natural ways before several cameras. A few per cent of the pictures are
+the odd ones that the real set has: a single hand, an invalid type, an almost black image.
+"""
+
+import argparse
+import json
+import multiprocessing
+import re
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dataset.hand_model_record import write_hand_model_record
+from dataset.synthetic.appearance import (
+    Light,
+    Person,
+    SkinChart,
+    arm_faces,
+    chart_skin,
+    draw_hands,
+    draw_torso,
+    paint_person,
+    sample_background,
+    sample_light,
+    with_forearms,
+    wrist_loop,
+)
+from dataset.synthetic.poses import ELBOWS, HandPath, sample_path, sample_placement_name
+from manopth import HandPair, TwoHandLayer
+from models.hands import load_hands
+from utils.config import add_config_arguments, load_config, split_off_pairs
+from utils.distributed import usable_cores
+from utils.errors import UserError, user_facing
+from utils.hand import INTERHAND_TO_JOINTS, LEFT, NUM_JOINTS, RIGHT, SIDES
+
+SPLITS = ('train', 'val', 'test')
+PICTURES_PER_CAPTURE = {'train': 100, 'val': 30, 'test': 30}
+MOST_CAPTURES = {'train': 24, 'val': 6, 'test': 8}
+VIEWS = 3  # cameras that see one time step
+STEPS = 6  # time steps of a sequence
+CAMERAS, GREY_CAMERAS = 14, 0.12  # of a capture; share of those without colour
+ODD_SHARES = {'single': 0.03, 'invalid': 0.01, 'black': 0.01}  # of the pictures of a split
+FEWEST_WITH_ODD = 8  # a smaller split has no odd pictures; from here on at least one of each kind
+HANDS_AT = np.array([0.0, 0.0, 1.05])  # m, world: about where the real set's hands are
+PICTURE_SIZES = ((512, 334), (334, 512))  # height, width
+DARKEST_GREY, BLACK_GAIN = 13.0, 0.05  # of 255: preparation drops pictures below a mean of 10
+TORSO_SHOWN = 0.6  # share of the sequences with somebody's chest behind the hands
+JPEG_QUALITY = 93
+
+
+class Settings(NamedTuple):
+    """Everything that the data set depends on."""
+
+    frames: tuple[int, int, int]  # pictures of train, val, test
+    seed: int
+    camera_spread: float  # degrees
+    source: str
+    path: str
+
+
+class Sequence(NamedTuple):
+    """One task: a run of time steps of one capture."""
+
+    split: str
+    number: int  # within the split
+    capture: int
+    kind: str  # 'interacting', 'single' or 'invalid'
+    first_frame: int  # its number within the capture
+    first_id: int  # of its pictures, within the split
+    views: tuple[int, ...]  # cameras of each time step
+    black: tuple[int, ...]  # which of its pictures are almost black
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plan
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def plan(settings: Settings) -> list[Sequence]:
+    """Which sequences to make. Captures, and with them subjects and cameras, are never shared between splits."""
+    sequences, next_capture = [], 0
+    for split, pictures in zip(SPLITS, settings.frames):
+        if not pictures:
+            continue
+        rng = np.random.default_rng([settings.seed, SPLITS.index(split)])
+        odd = {
+            kind: max(1, round(share * pictures)) if pictures >= FEWEST_WITH_ODD else 0
+            for kind, share in ODD_SHARES.items()
+        }
+        runs = []  # (kind, views of each step)
+        for kind, count in (
+            ('interacting', pictures - odd['single'] - odd['invalid']),
+            ('single', odd['single']),
+            ('invalid', odd['invalid']),
+        ):
+            steps = [min(VIEWS, count - begin) for begin in range(0, count, VIEWS)]
+            runs += [(kind, tuple(steps[begin : begin + STEPS])) for begin in range(0, len(steps), STEPS)]
+        captures = min(len(runs), MOST_CAPTURES[split], max(2, pictures // PICTURES_PER_CAPTURE[split]))
+        black = set(rng.permutation(sum(sum(views) for kind, views in runs if kind == 'interacting'))[: odd['black']])
+        frames, first_id = dict.fromkeys(range(captures), 100), 0
+        for number, (kind, views) in enumerate(runs):
+            capture = number % captures
+            dark = tuple(i for i in range(sum(views)) if first_id + i in black)
+            sequences.append(
+                Sequence(split, number, next_capture + capture, kind, frames[capture], first_id, views, dark)
+            )
+            frames[capture] += 6 * len(views)  # every sixth of 30 frames a second
+            first_id += sum(views)
+        next_capture += captures
+    return sequences
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cameras
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Camera(NamedTuple):
+    """X_camera = rotation (X_world - position), metres."""
+
+    name: str
+    rotation: np.ndarray  # (3, 3)
+    position: np.ndarray  # (3,) m, world
+    focal: np.ndarray  # (2,) pixels
+    centre: np.ndarray  # (2,) pixels, the principal point
+    size: tuple[int, int]  # height, width
+    grey: bool  # the real set's cameras 41xxxx have no colour
+    gain: float
+
+    @property
+    def intrinsics(self) -> np.ndarray:
+        return np.array([[self.focal[0], 0, self.centre[0]], [0, self.focal[1], self.centre[1]], [0, 0, 1]])
+
+    def project(self, points: np.ndarray) -> np.ndarray:
+        """World (N, 3) m -> pixels (N, 2)."""
+        image = (points - self.position) @ self.rotation.T @ self.intrinsics.T
+        return image[:, :2] / image[:, 2:]
+
+
+def sample_camera(rng: np.random.Generator, spread: float, taken: set[str]) -> Camera:
+    """A camera on a dome before the person: azimuth within +-``spread`` degrees, elevation within a third below and
+    half of it above, looking at the hands."""
+    azimuth, elevation = np.radians([rng.uniform(-spread, spread), rng.uniform(-spread / 3, spread / 2)])
+    away = np.array([np.sin(azimuth) * np.cos(elevation), -np.sin(elevation), -np.cos(azimuth) * np.cos(elevation)])
+    position = HANDS_AT + rng.uniform(0.92, 1.2) * away
+    forward = HANDS_AT + rng.uniform(-0.01, 0.01, 3) - position
+    forward /= np.linalg.norm(forward)
+    right = np.cross([0.0, 1.0, 0.0], forward)
+    right /= np.linalg.norm(right)
+    roll = np.radians(rng.normal(0, 4))
+    down = np.cross(forward, right)
+    right, down = np.cos(roll) * right + np.sin(roll) * down, np.cos(roll) * down - np.sin(roll) * right
+    size = PICTURE_SIZES[int(rng.random() < 0.5)]
+    focal = rng.uniform(1200, 1330)
+    grey = bool(rng.random() < GREY_CAMERAS)
+    name = None
+    while name is None or name in taken:
+        name = f'{41 if grey else 40}{rng.integers(10000):04d}'
+    taken.add(name)
+    return Camera(
+        name,
+        np.stack([right, down, forward]),
+        position,
+        focal + rng.uniform(-1, 1, 2),
+        np.array(size[::-1]) / 2 + rng.uniform(-12, 12, 2),
+        size,
+        grey,
+        rng.uniform(0.9, 1.1),
+    )
+
+
+@lru_cache(maxsize=64)
+def capture_cameras(settings: Settings, capture: int) -> tuple[Camera, ...]:
+    """The cameras of one capture."""
+    rng, taken = np.random.default_rng([settings.seed, 3, capture]), set()
+    return tuple(sample_camera(rng, settings.camera_spread, taken) for _ in range(CAMERAS))
+
+
+def choose_cameras(cameras: tuple[Camera, ...], points: np.ndarray, count: int, rng: np.random.Generator) -> list[int]:
+    """Cameras that see a time step: at random, those that see all ``points`` (N, 3) before the others."""
+    share_outside = []
+    for camera in cameras:
+        pixels = camera.project(points)
+        share_outside.append(((pixels < 4) | (pixels > np.array(camera.size[::-1]) - 4)).any(1).mean())
+    order = rng.permutation(len(cameras))
+    return sorted(order[np.argsort(np.array(share_outside)[order], kind='stable')[:count]].tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One sequence
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Actors(NamedTuple):
+    """The hands that every sequence shares."""
+
+    layer: TwoHandLayer
+    charts: tuple[SkinChart, SkinChart]
+    loops: tuple[tuple[int, ...], tuple[int, ...]]  # round the wrists
+    faces: torch.Tensor  # of hands and forearms
+
+
+@lru_cache(maxsize=1)
+def _actors(source: str, path: str) -> Actors:
+    models = load_hands(source, path)
+    return Actors(
+        TwoHandLayer(models), tuple(map(chart_skin, models)), tuple(map(wrist_loop, models)), arm_faces(models)
+    )
+
+
+@lru_cache(maxsize=32)
+def _person(settings: Settings, capture: int) -> tuple[Person, torch.Tensor]:
+    """Looks and shape (2, 10) of the capture's subject."""
+    rng = np.random.default_rng([settings.seed, 4, capture])
+    betas = (0.7 * rng.normal(size=10)).clip(-1.6, 1.6).round(4)
+    person = paint_person(_actors(settings.source, settings.path).charts, rng)
+    return person, torch.from_numpy(betas).float().expand(2, 10)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The same sums whatever the machine; several processes are faster anyway."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Scene(NamedTuple):
+    """A sequence before it is photographed; V vertices and F faces of the arms that are shown. World axes, metres."""
+
+    name: str
+    hand_type: str
+    shown: tuple[int, ...]  # LEFT, RIGHT or both
+    path: HandPath
+    mesh: torch.Tensor  # (T, V, 3)
+    faces: torch.Tensor  # (F, 3)
+    skin: np.ndarray  # (F, texels, 3)
+    light: Light
+    elbows: np.ndarray  # (T, 2, 3)
+    torso: bool  # whether the person's chest is behind the hands
+
+
+def set_scene(settings: Settings, sequence: Sequence, rng: np.random.Generator) -> Scene:
+    """Draw what happens in a sequence and in which light."""
+    actors = _actors(settings.source, settings.path)
+    person, betas = _person(settings, sequence.capture)
+    single, steps = sequence.kind == 'single', len(sequence.views)
+    placement = sample_placement_name(rng) if sequence.kind == 'interacting' else 'gesture'
+    shown = (int(rng.integers(2)),) if single else (LEFT, RIGHT)
+    hand_type = SIDES[shown[0]] if single else 'interacting'
+    path = sample_path(steps, placement, rng, actors.layer, betas)
+
+    # The middle of the hands wanders a little about one place of the world.
+    wander = np.cumsum(rng.normal(0, 0.004, (steps, 3)), 0) + rng.normal(0, 0.006, 3)
+    points = path.vertices[:, list(shown)].flatten(1, 2)
+    middle = (points.amin(1) + points.amax(1)) / 2
+    shift = (torch.from_numpy(HANDS_AT + wander).float() - middle)[:, None, None]
+    path = path._replace(vertices=path.vertices + shift, joints=path.joints + shift)
+
+    arms = with_forearms(path.vertices, path.joints, HANDS_AT + ELBOWS + rng.normal(0, 0.04, (2, 3)), actors.loops)
+    both = arms.unflatten(1, (2, -1))
+    mesh, faces, skin = arms, actors.faces, person.skin
+    if single:
+        mesh, half = both[:, shown[0]], len(faces) // 2
+        faces, skin = faces.unflatten(0, (2, half))[shown[0]] - shown[0] * mesh.shape[1], skin[shown[0] * half :][:half]
+    name = f'{sequence.number:04d}_' + (f'{hand_type}_gesture' if single else f'dh_{placement}')
+    return Scene(
+        name,
+        hand_type,
+        shown,
+        path,
+        mesh,
+        faces,
+        skin,
+        sample_light(rng),
+        both[:, :, -1].double().numpy(),
+        bool(rng.random() < TORSO_SHOWN),
+    )
+
+
+def paint_backdrop(scene: Scene, step: int, camera: Camera, person: Person, rng: np.random.Generator) -> np.ndarray:
+    """What a camera sees behind the hands, display values (H, W, 3)."""
+    picture = sample_background(camera.size, rng)
+    if scene.torso and camera.rotation[2, 2] > 0.2:  # from behind, the chest would hide the hands
+        draw_torso(
+            picture, lambda points: camera.project(HANDS_AT + points), scene.elbows[step] - HANDS_AT, person, rng
+        )
+    return picture
+
+
+def photograph(scene: Scene, step: int, camera: Camera, backdrop: np.ndarray) -> np.ndarray:
+    """The hands before their backdrop, display values (H, W, 3)."""
+    rotation, position = torch.from_numpy(camera.rotation).float(), torch.from_numpy(camera.position).float()
+    light = scene.light._replace(direction=camera.rotation @ scene.light.direction)
+    return draw_hands(
+        backdrop.copy(), (scene.mesh[step] - position) @ rotation.T, scene.faces, camera.intrinsics, scene.skin, light
+    )
+
+
+@one_thread()
+@torch.no_grad()
+def make_sequence(settings: Settings, sequence: Sequence, root: Path) -> dict:
+    """Make one sequence: write its pictures under ``root`` and return its part of the annotation files."""
+    rng = np.random.default_rng([settings.seed, 5, SPLITS.index(sequence.split), sequence.number])
+    scene = set_scene(settings, sequence, rng)
+    layer, (person, betas) = _actors(settings.source, settings.path).layer, _person(settings, sequence.capture)
+    cameras, backdrops = capture_cameras(settings, sequence.capture), {}
+    type_valid = sequence.kind != 'invalid'
+    record = {
+        'capture': sequence.capture,
+        'images': [],
+        'annotations': [],
+        'joint_3d': {},
+        'mano': {},
+        'penetration_mm': [round(1000 * float(depth), 3) for depth in scene.path.penetration],
+    }
+    for step, views in enumerate(sequence.views):
+        frame = sequence.first_frame + 6 * step
+        joints, joint_valid = world_joints(scene.path, step, scene.shown)
+        record['joint_3d'][str(frame)] = {
+            'world_coord': joints.tolist(),
+            'joint_valid': joint_valid.tolist(),
+            'hand_type': scene.hand_type,
+            'hand_type_valid': type_valid,
+        }
+        record['mano'][str(frame)] = {
+            SIDES[side]: mano_annotation(scene.path, step, side, betas, layer) if side in scene.shown else None
+            for side in (RIGHT, LEFT)
+        }
+        points = scene.path.vertices[step, list(scene.shown)].flatten(0, 1).numpy()
+        for index in choose_cameras(cameras, points, views, rng):
+            camera, number = cameras[index], len(record['images'])
+            if index not in backdrops:
+                backdrops[index] = paint_backdrop(scene, step, camera, person, rng)
+            picture = photograph(scene, step, camera, backdrops[index])
+            file_name = f'Capture{sequence.capture}/{scene.name}/cam{camera.name}/image{frame}.jpg'
+            write_picture(
+                root / 'images' / sequence.split / file_name,
+                develop(picture, camera, black=number in sequence.black, rng=rng),
+            )
+            record['images'].append(
+                {
+                    'id': sequence.first_id + number,
+                    'file_name': file_name,
+                    'width': camera.size[1],
+                    'height': camera.size[0],
+                    'capture': sequence.capture,
+                    'subject': sequence.capture,
+                    'seq_name': scene.name,
+                    'camera': camera.name,
+                    'frame_idx': frame,
+                }
+            )
+            record['annotations'].append(
+                {
+                    'id': sequence.first_id + number,
+                    'image_id': sequence.first_id + number,
+                    'bbox': box_of(camera.project(points), camera.size),
+                    'joint_valid': joint_valid.astype(int).tolist(),
+                    'hand_type': scene.hand_type,
+                    'hand_type_valid': int(type_valid),
+                }
+            )
+    return record
+
+
+def write_picture(path: Path, picture: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not cv2.imwrite(str(path), picture, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]):
+        raise UserError(f'{path} could not be written; check the space and the rights of the folder.')
+
+
+def world_joints(path: HandPath, step: int, shown: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(42, 3) mm in the real set's order, right hand first, each finger from its tip, 1.0 where there is no hand; and
+    (42, 1) bool which of them are valid."""
+    joints, valid = np.ones((2 * NUM_JOINTS, 3)), np.zeros((2 * NUM_JOINTS, 1), bool)
+    for side in shown:
+        rows = np.array(INTERHAND_TO_JOINTS) + (NUM_JOINTS if side == LEFT else 0)
+        joints[rows] = 1000 * path.joints[step, side].double().numpy()
+        valid[rows] = True
+    return joints.round(4), valid
+
+
+def mano_annotation(path: HandPath, step: int, side: int, betas: torch.Tensor, layer: TwoHandLayer) -> dict:
+    """pose (48) relative to the mean pose, shape (10), trans (3) m: turned about the wrist, then moved."""
+    relative = path.pose[step, side] - layer.pose_mean[side]
+    rest_wrist = layer.rest_joints[side, 0] + betas[side] @ layer.joint_shape_dirs[side, :, :3]
+    trans = path.joints[step, side, 0] - rest_wrist
+    return {
+        'pose': torch.cat([path.root[step, side], relative]).double().numpy().round(7).tolist(),
+        'shape': betas[side].double().numpy().round(4).tolist(),
+        'trans': trans.double().numpy().round(7).tolist(),
+    }
+
+
+def box_of(pixels: np.ndarray, size: tuple[int, int]) -> list[float]:
+    """[x, y, w, h] of pixels (N, 2), cut at the picture's edges."""
+    limits = np.array(size[::-1]) - 1.0
+    low, high = pixels.min(0).clip(0, limits), pixels.max(0).clip(0, limits)
+    return [*low.round(3).tolist(), *(high - low).round(3).tolist()]
+
+
+@lru_cache(maxsize=1)
+def _grain() -> np.ndarray:
+    return (1.6 * np.random.default_rng(0).standard_normal((640, 640, 1))).astype(np.float32)
+
+
+def develop(picture: np.ndarray, camera: Camera, *, black: bool, rng: np.random.Generator) -> np.ndarray:
+    """Display values (H, W, 3) -> uint8 BGR as this camera stores it."""
+    values = np.float32(255 * camera.gain) * picture
+    top, left = rng.integers(0, 640 - max(picture.shape[:2]), 2)
+    values += _grain()[top : top + picture.shape[0], left : left + picture.shape[1]]
+    grey = cv2.cvtColor(values, cv2.COLOR_BGR2GRAY)
+    if camera.grey:
+        values = cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR)
+    mean = float(grey.mean())
+    if black:
+        values *= BLACK_GAIN
+    elif mean < DARKEST_GREY + 2:
+        values += DARKEST_GREY + 2 - mean
+    return values.clip(0, 255).round().astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole set
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_annotations(root: Path, split: str, records: list[dict], settings: Settings) -> None:
+    """The four annotation files of a split."""
+    folder = root / 'annotations' / split
+    folder.mkdir(parents=True, exist_ok=True)
+    data = {'images': [], 'annotations': []}
+    cameras, joints, mano = {}, {}, {}
+    for record in records:
+        capture = str(record['capture'])
+        data['images'] += record['images']
+        data['annotations'] += record['annotations']
+        joints.setdefault(capture, {}).update(record['joint_3d'])
+        mano.setdefault(capture, {}).update(record['mano'])
+        cameras[capture] = {'campos': {}, 'camrot': {}, 'focal': {}, 'princpt': {}}
+        for camera in capture_cameras(settings, record['capture']):
+            cameras[capture]['campos'][camera.name] = (1000 * camera.position).tolist()
+            cameras[capture]['camrot'][camera.name] = camera.rotation.tolist()
+            cameras[capture]['focal'][camera.name] = camera.focal.tolist()
+            cameras[capture]['princpt'][camera.name] = camera.centre.tolist()
+    for name, content in (('data', data), ('camera', cameras), ('joint_3d', joints), ('MANO_NeuralAnnot', mano)):
+        (folder / f'InterHand2.6M_{split}_{name}.json').write_text(json.dumps(content))
+
+
+def synthesize(save_path: Path, settings: Settings, *, workers: int) -> list[dict]:
+    """Make the whole tree at ``save_path``; the result does not depend on ``workers``. Returns the sequences' records.
+
+    It grows in ``<save_path>.unfinished``; a second call with the same settings goes on there. Raises UserError where
+    ``save_path`` holds something or the unfinished folder was made with other settings.
+    """
+    if save_path.exists() and (not save_path.is_dir() or any(save_path.iterdir())):
+        raise UserError(f'{save_path} is there already and not empty; give another --save_path or remove it.')
+    models = load_hands(settings.source, settings.path)
+    sequences = plan(settings)
+    save_path = save_path.resolve()
+    unfinished = save_path.with_name(save_path.name + '.unfinished')
+    records_folder = unfinished / 'records'
+    claim_folder(unfinished, settings, models)
+    records_folder.mkdir(exist_ok=True)
+
+    records = {}
+    pending = []
+    for sequence in sequences:
+        done = records_folder / f'{sequence.split}_{sequence.number}.json'
+        if done.exists():
+            records[sequence] = json.loads(done.read_text())
+        else:
+            pending.append(sequence)
+
+    def keep(sequence: Sequence, record: dict) -> None:
+        done = records_folder / f'{sequence.split}_{sequence.number}.json'
+        aside = done.with_suffix('.part')
+        aside.write_text(json.dumps(record))
+        aside.rename(done)
+        records[sequence] = record
+        progress.update(len(record['images']))
+
+    total = sum(settings.frames)
+    done_before = total - sum(sum(sequence.views) for sequence in pending)
+    with tqdm(total=total, initial=done_before, unit='img', desc='synthesize') as progress:
+        if workers <= 1 or len(pending) <= 1:
+            for sequence in pending:
+                keep(sequence, make_sequence(settings, sequence, unfinished))
+        else:
+            context = multiprocessing.get_context('spawn')  # forking a process that has used torch may hang
+            with ProcessPoolExecutor(min(workers, len(pending)), mp_context=context) as pool:
+                jobs = {pool.submit(make_sequence, settings, sequence, unfinished): sequence for sequence in pending}
+                try:
+                    for job in as_completed(jobs):
+                        keep(jobs[job], job.result())
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+
+    records = [records[sequence] for sequence in sequences]
+    for split in SPLITS:
+        own = [record for sequence, record in zip(sequences, records) if sequence.split == split]
+        if own:
+            write_annotations(unfinished, split, own, settings)
+    write_hand_model_record(unfinished, models)
+    for path in records_folder.iterdir():
+        path.unlink()
+    records_folder.rmdir()
+    (unfinished / 'settings.json').rename(unfinished / 'synthesized.json')
+    if save_path.exists():
+        save_path.rmdir()
+    unfinished.rename(save_path)
+    return records
+
+
+def claim_folder(folder: Path, settings: Settings, models: HandPair) -> None:
+    """Make the folder of an unfinished run, or check that the one found there was started with the same settings."""
+    about = settings._asdict() | {'frames': list(settings.frames), 'hand_model': models.identity}
+    about.pop('path')
+    file = folder / 'settings.json'
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        file.write_text(json.dumps(about))
+    elif not file.is_file() or json.loads(file.read_text()) != about:
+        raise UserError(f'{folder} holds an unfinished run with other settings; remove it or repeat its command.')
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--save_path', required=True, type=Path, help='folder to make; must not hold anything yet')
+    parser.add_argument(
+        '--frames',
+        nargs='+',
+        metavar='N',
+        default=['2000', '100', '200'],
+        help='pictures to make: N altogether, eight tenths of them to train on, or TRAIN VAL TEST of '
+        'each split, where 0 leaves one out (default: 2000 100 200)',
+    )
+    parser.add_argument('--seed', type=int, default=0, help='equal seeds make equal data (default: 0)')
+    parser.add_argument(
+        '--camera_spread',
+        type=float,
+        default=60.0,
+        metavar='DEGREES',
+        help='how far the cameras stand round the person: azimuth within +-DEGREES of the front, 0 to '
+        '180; larger is harder to learn (default: 60)',
+    )
+    parser.add_argument('--workers', type=int, default=usable_cores(), help='processes (default: one for each core)')
+    add_config_arguments(parser)
+    args = parser.parse_intermixed_args(arguments)
+    words, keys = split_off_pairs(args.frames)
+    args.frames, args.opts = frames_of_splits(words), keys + args.opts
+    return args
+
+
+def frames_of_splits(words: list[str]) -> tuple[int, int, int]:
+    """'N' or 'TRAIN VAL TEST' as typed -> pictures of each split; raises UserError for anything else."""
+    counts = [int(word) for word in words if re.fullmatch(r'-?\d+', word)]
+    if len(counts) != len(words) or len(counts) not in (1, 3) or min(counts) < 0 or not sum(counts):
+        raise UserError(
+            f'--frames is {" ".join(words)}; give one count, or three for train, val and test, at least one above 0.'
+        )
+    if len(counts) == 3:
+        return tuple(counts)
+    tenth = counts[0] // 10
+    return counts[0] - 2 * tenth, tenth, tenth
+
+
+@user_facing
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    if args.seed < 0:
+        raise UserError(f'--seed is {args.seed}; it must be 0 or more.')
+    if not 0 <= args.camera_spread <= 180:
+        raise UserError(f'--camera_spread is {args.camera_spread:g}; it must lie between 0 and 180 degrees.')
+    if args.workers < 1:
+        raise UserError(f'--workers is {args.workers}; it must be at least 1.')
+    cfg = load_config(args.cfg, args.opts, base={'MANO': {'SOURCE': 'standin'}})  # made data need no licensed file
+    settings = Settings(args.frames, args.seed, args.camera_spread, cfg.MANO.SOURCE, cfg.MANO.PATH)
+    records = synthesize(args.save_path, settings, workers=args.workers)
+    depths = [depth for record in records for depth in record['penetration_mm']]
+    print(
+        f'{sum(args.frames)} pictures in {args.save_path}; hands intersect by {np.mean(depths):.1f} mm on average, '
+        f'{max(depths):.1f} mm at most.'
+    )

@@ -1,0 +1,176 @@
+"""From a network and a data set to picture sheets: predictions beside truth, stages, maps inside the network."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataset.prepared import PreparedSplit
+from dataset.targets import Batch, BatchMaker
+from evaluation.metrics import predicted_classes
+from evaluation.network_maps import NetworkMaps, forward_with_maps
+from manopth import HandPair
+from models import DIR
+from models.predictions import DIROutput
+from utils.drawing import (
+    RowInputs,
+    captioned_row,
+    heat_map,
+    mesh_overlay,
+    picture_sheet,
+    prediction_row,
+    range_text,
+    segmentation_picture,
+    write_image,
+)
+from utils.geometry import CROP_SIZE, from_uv
+from utils.hand import SIDES
+
+
+class Seen(NamedTuple):
+    """Some samples and what a network makes of them."""
+
+    titles: list[str]
+    crops: np.ndarray  # (B, 256, 256, 3) uint8 BGR, as in the files
+    batch: Batch
+    output: DIROutput
+    maps: NetworkMaps
+    root_joint: int  # that the predictions are relative to
+    models: HandPair
+
+
+def spread_over(length: int, count: int) -> list[int]:
+    """At most ``count`` sample numbers, evenly over a split: neighbours are often the same hands."""
+    return [i * length // min(count, length) for i in range(min(count, length))]
+
+
+def draw_samples(
+    model: DIR, dataset: PreparedSplit, indices: Iterable[int], batch_maker: BatchMaker, *, path: str | Path
+) -> None:
+    """Run ``model`` on some samples and write their sheet of predictions beside truth to ``path``."""
+    seen = look(model, dataset, indices, batch_maker)
+    write_image(path, prediction_sheet(seen, predicted_meshes(seen, -1), true_meshes(seen)))
+
+
+def draw_sheets(
+    model: DIR, dataset: PreparedSplit, indices: Iterable[int], batch_maker: BatchMaker
+) -> dict[str, np.ndarray]:
+    """Every sheet of some samples, from one forward pass: {name: (H, W, 3) uint8 BGR}.
+
+    A model without dense heads has no 'segmentation', one that draws no joint features no 'bone_features'.
+    """
+    seen = look(model, dataset, indices, batch_maker)
+    stages, truth = [predicted_meshes(seen, stage) for stage in range(len(seen.output.stages))], true_meshes(seen)
+    sheets = {
+        'validation': prediction_sheet(seen, stages[-1], truth),
+        'stages': stage_sheet(seen, stages, truth),
+        'attention': attention_sheet(seen),
+    }
+    if seen.maps.bone_features:
+        sheets['bone_features'] = bone_feature_sheet(seen)
+    if seen.output.segmentation.numel():
+        sheets['segmentation'] = segmentation_sheet(seen)
+    return sheets
+
+
+@torch.inference_mode()
+def look(model: DIR, dataset: PreparedSplit, indices: Iterable[int], batch_maker: BatchMaker) -> Seen:
+    """One forward pass over some samples, in evaluation mode; the model's own mode is restored."""
+    was_training = model.training
+    model.eval()
+    indices = list(indices)
+    samples = dataset.__getitems__(indices)
+    batch = batch_maker(samples)
+    output, maps = forward_with_maps(model, batch.image)
+    model.train(was_training)
+    return Seen(
+        [f'{dataset.folder.name} sample {index}' for index in indices],
+        samples.image.numpy(),
+        batch,
+        output,
+        maps,
+        model.hand_head.root_joint,
+        batch_maker.hand_layer.models,
+    )
+
+
+def predicted_meshes(seen: Seen, stage: int) -> list[np.ndarray]:
+    """A stage's meshes over each crop: root-relative, put at the true roots, as the field does for pixel errors."""
+    root = seen.batch.target.joints[:, :, seen.root_joint, None]
+    return _meshes(seen, seen.output.stages[stage].vertices + root)
+
+
+def true_meshes(seen: Seen) -> list[np.ndarray]:
+    """The true meshes over each crop."""
+    return _meshes(seen, seen.batch.target.vertices)
+
+
+def _meshes(seen: Seen, vertices: Tensor) -> list[np.ndarray]:
+    return [
+        mesh_overlay(crop, hands, intrinsics, seen.models, smooth_edges=1)
+        for crop, hands, intrinsics in zip(seen.crops, vertices, seen.batch.intrinsics)
+    ]
+
+
+def prediction_sheet(seen: Seen, predicted: list[np.ndarray], true: list[np.ndarray]) -> np.ndarray:
+    """Input, skeletons, meshes and masks, the last stage's beside the true ones; the meshes are already drawn."""
+    output, target = seen.output, seen.batch.target
+    pixels, true_pixels = (from_uv(uv, CROP_SIZE) for uv in (output.stages[-1].joints_uv, target.joints_uv))
+    # A model without dense heads has no mask to show.
+    labels = output.segmentation.argmax(1) if output.segmentation.numel() else torch.zeros(len(predicted), 1, 1)
+    rows = zip(seen.crops, pixels, true_pixels, predicted, true, labels, target.segmentation)
+    return picture_sheet([prediction_row(RowInputs(*row)) for row in rows], seen.titles)
+
+
+def stage_sheet(seen: Seen, stages: list[list[np.ndarray]], true: list[np.ndarray]) -> np.ndarray:
+    """What the network sees, the meshes of every stage, the true ones; the meshes are already drawn."""
+    captions = [
+        _input_caption(seen),
+        'stage 0, the first estimate',
+        *(f'stage {stage}' for stage in range(1, len(stages))),
+        'truth',
+    ]
+    return picture_sheet([captioned_row(row, captions) for row in zip(_inputs(seen), *stages, true)], seen.titles)
+
+
+def attention_sheet(seen: Seen) -> np.ndarray:
+    """What the network sees, and where each hand's first estimate looks."""
+    return _heat_sheet(seen, {f'{side} hand': seen.maps.attention[:, hand] for hand, side in enumerate(SIDES)})
+
+
+def bone_feature_sheet(seen: Seen) -> np.ndarray:
+    """What the network sees, and what each stage draws along its new bones."""
+    return _heat_sheet(seen, {f'stage {stage}': norm for stage, norm in enumerate(seen.maps.bone_features, 1)})
+
+
+def segmentation_sheet(seen: Seen) -> np.ndarray:
+    """What the network sees, the classes predicted for its pixels, as they are judged, and the true ones."""
+    true = seen.batch.target.segmentation
+    predicted = predicted_classes(seen.output.segmentation, true.shape[-2:])
+    captions = [_input_caption(seen), 'predicted classes', 'true classes']
+    rows = [
+        captioned_row([image, segmentation_picture(ours), segmentation_picture(theirs)], captions)
+        for image, ours, theirs in zip(_inputs(seen), predicted, true)
+    ]
+    return picture_sheet(rows, seen.titles)
+
+
+def _heat_sheet(seen: Seen, maps: dict[str, Tensor]) -> np.ndarray:
+    """Beside what the network sees, maps (B, h, w) over the crops, each with its name and range."""
+    rows = []
+    for crop, image, *values in zip(seen.crops, _inputs(seen), *maps.values()):
+        captions = [_input_caption(seen), *(f'{name}: {range_text(one)}' for name, one in zip(maps, values))]
+        rows.append(captioned_row([image, *(heat_map(crop, one) for one in values)], captions))
+    return picture_sheet(rows, [f'{title}; dark: least, bright: most of each map' for title in seen.titles])
+
+
+def _inputs(seen: Seen) -> np.ndarray:
+    """(B, s, s, 3) uint8 BGR what the network sees."""
+    return seen.batch.picture.permute(0, 2, 3, 1).round().clamp(0, 255).byte().cpu().numpy()
+
+
+def _input_caption(seen: Seen) -> str:
+    return 'network input, {} x {}'.format(*seen.batch.image.shape[-2:])

@@ -1,0 +1,283 @@
+"""What the report reads: a metrics.json and the files beside it, checked before anything is made of them.
+
+A file that is not there is None. One that is damaged or of another version is a UserError.
+"""
+
+import csv
+import io
+import json
+import math
+import shlex
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from evaluation.runs import Run
+from evaluation.samples import KINDS, SAMPLES_VERSION
+from evaluation.summary import PER_HAND
+from utils.errors import UserError
+from utils.hand import FINGERS, JOINT_NAMES, NUM_FACES, NUM_VERTICES
+from utils.training import LOG_NAME
+
+PER_SAMPLE_COLUMNS = ('joint_mm_left', 'joint_mm_right', 'vert_mm_left', 'vert_mm_right', 'root_mm')
+OPTIONAL_COLUMNS = {'box_iou': 'box IoU', 'distance_mm': 'distance mm', 'penetration_mm': 'penetration mm'}
+
+# The form of metrics.json: NUMBER, FIGURE, a type, {key: form} and maybe more keys, [form of each], (form of the first,
+# of the second).
+NUMBER, FIGURE = 'a number', 'a number, or null where nothing was measured'
+SIDED = {'left': FIGURE, 'right': FIGURE, 'all': FIGURE}
+HEADLINE = dict.fromkeys(PER_HAND, SIDED) | {'root_mm': FIGURE}
+PENETRATION = {'share': FIGURE, 'mean_mm': FIGURE, 'worst_mm': FIGURE}
+NEEDED = {**HEADLINE, 'frames': int, 'data': str, 'protocol': {'name': str, 'description': str}}
+OPTIONAL = {
+    'subset': {'description': str},
+    'config': dict,
+    'training': dict,
+    'stages': [HEADLINE],
+    'interval_95': {
+        name: {'all': (FIGURE, FIGURE)} if form is SIDED else (FIGURE, FIGURE) for name, form in HEADLINE.items()
+    },
+    'pa_joint_mm': SIDED,
+    'pa_vert_mm': SIDED,
+    'placement_mm': {**SIDED, 'depth': FIGURE},
+    'pck': {'thresholds_mm': [NUMBER], 'left': [FIGURE], 'right': [FIGURE], 'auc': SIDED},
+    'per_joint_mm': dict.fromkeys(JOINT_NAMES, SIDED),
+    'per_finger_mm': dict.fromkeys(('wrist', *FINGERS), SIDED),
+    'by_box_iou': [{'from': NUMBER, 'to': FIGURE, 'frames': int}],
+    'by_distance_mm': [{'from': NUMBER, 'to': FIGURE, 'frames': int}],
+    'by_visibility': [{'from': NUMBER, 'to': FIGURE, 'hands': int}],
+    'penetration': PENETRATION,
+    'true_penetration': PENETRATION,
+    'segmentation_iou': dict.fromkeys(('background', 'left', 'right', 'hands'), FIGURE),
+}
+
+
+class PerSample(NamedTuple):
+    """per_sample.csv; NaN where something is not annotated."""
+
+    index: list[str]
+    file: list[str]
+    columns: dict[str, np.ndarray]  # name -> (N,)
+
+    def joint_mm(self) -> np.ndarray:
+        return self._mean('joint_mm')
+
+    def vert_mm(self) -> np.ndarray:
+        return self._mean('vert_mm')
+
+    def root_mm(self) -> np.ndarray:
+        return self.columns['root_mm']
+
+    def _mean(self, name: str) -> np.ndarray:
+        """(N,) mean of the hands of each frame; of one hand where the other has no value."""
+        hands = np.stack([self.columns[f'{name}_left'], self.columns[f'{name}_right']])
+        known = np.isfinite(hands)
+        return np.where(known, hands, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
+
+
+class Log(NamedTuple):
+    """log.jsonl: the records of each kind, in order."""
+
+    path: Path
+    train: list[dict[str, Any]]
+    validation: dict[int, list[dict[str, Any]]]  # stage -> records
+
+
+class Evaluated(NamedTuple):
+    """A run and all that was found of it."""
+
+    label: str  # its name, with the letter of its group if there are several
+    group: str  # A, B ...: runs of one group are comparable
+    slot: int  # of its colour
+    metrics: dict[str, Any]
+    run: Run
+    per_sample: PerSample | None
+    samples: dict[str, np.ndarray] | None
+    log: Log | None
+
+    def command(self, *, evaluation: bool = True) -> str:
+        """What makes the files that are missing."""
+        if not evaluation:
+            return 'python train.py'
+        script = ['apps/eval_interhand.py', '--model', str(self.metrics.get('model') or 'MODEL')]
+        if 'training' not in self.metrics:  # of the best constant prediction, which no training made
+            script = ['apps/eval_baseline.py', '--cfg', 'CFG']
+        data = Path(self.metrics['data']).parent
+        return shlex.join(['python', *script, '--data_path', str(data), '--out', str(self.run.path.parent)])
+
+
+def read_evaluated(runs: list[Run]) -> list[Evaluated]:
+    """Raises UserError for a file that cannot be used."""
+    for run in runs:
+        check_metrics(run)
+    groups = list(dict.fromkeys(run.measured_on for run in runs))
+    result = []
+    for slot, run in enumerate(runs):
+        group = letters(groups.index(run.measured_on))
+        result.append(
+            Evaluated(
+                f'{run.name} [{group}]' if len(groups) > 1 else run.name,
+                group,
+                slot,
+                run.metrics,
+                run,
+                read_per_sample(run.path.with_name('per_sample.csv')),
+                read_samples(run.path.with_name('samples.npz')),
+                read_log(find_log(run)),
+            )
+        )
+    return result
+
+
+def letters(position: int) -> str:
+    """A ... Z, A1 ..."""
+    return chr(ord('A') + position % 26) + (str(position // 26) if position >= 26 else '')
+
+
+def check_metrics(run: Run) -> None:
+    for form, needed in ((NEEDED, True), (OPTIONAL, False)):
+        for key, wanted in form.items():
+            value = run.metrics.get(key)
+            if not ((value is None and not needed) or has_form(value, wanted)):
+                raise UserError(
+                    f'{run.path}: {key} is missing or not as this version writes it: evaluate the run '
+                    'again with apps/eval_interhand.py.'
+                )
+
+
+def has_form(value: Any, form: Any) -> bool:
+    if isinstance(form, Mapping):
+        return isinstance(value, dict) and all(key in value and has_form(value[key], one) for key, one in form.items())
+    if isinstance(form, list):
+        return isinstance(value, list) and all(has_form(item, form[0]) for item in value)
+    if isinstance(form, tuple):
+        return isinstance(value, list) and len(value) == len(form) and all(map(has_form, value, form))
+    if form in (NUMBER, FIGURE):
+        return (value is None and form == FIGURE) or (isinstance(value, (int, float)) and math.isfinite(value))
+    return isinstance(value, form)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# per_sample.csv
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_per_sample(path: Path) -> PerSample | None:
+    if not path.is_file():
+        return None
+    again = 'evaluate the run again with apps/eval_interhand.py --out.'
+    rows = csv.reader(io.StringIO(path.read_text('utf-8', errors='replace'), newline=''))
+    try:
+        head, *rows = rows
+        places = {name: head.index(name) for name in (*PER_SAMPLE_COLUMNS, 'index', 'file')}
+        places |= {name: head.index(name) for name in OPTIONAL_COLUMNS if name in head}
+        if not rows or any(len(row) != len(head) for row in rows):
+            raise ValueError
+        columns = {
+            name: np.array([float(row[place] or 'nan') for row in rows])
+            for name, place in places.items()
+            if name not in ('index', 'file')
+        }
+    except (ValueError, csv.Error):
+        raise UserError(f'{path} is not a whole table of per-sample errors: {again}') from None
+    return PerSample([row[places['index']] for row in rows], [row[places['file']] for row in rows], columns)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# samples.npz
+# ---------------------------------------------------------------------------------------------------------------------
+
+# name -> (shape with K samples and S stages, kinds of numpy's dtype)
+ARRAYS = {
+    'index': (('K',), 'iu'),
+    'kind': (('K',), 'U'),
+    'name': (('K',), 'U'),
+    'image': (('K', 256, 256, 3), 'u'),
+    'vertices': (('K', 'S', 2, NUM_VERTICES, 3), 'f'),
+    'offset': (('K', 'S', 3), 'f'),
+    'true_vertices': (('K', 2, NUM_VERTICES, 3), 'f'),
+    'true_roots': (('K', 2, 3), 'f'),
+    'intrinsics': (('K', 3, 3), 'f'),
+    'faces': ((2, NUM_FACES, 3), 'iu'),
+    'joint_mm': (('K', 2), 'f'),
+    'root_mm': (('K',), 'f'),
+}
+MAY_BE_NAN = ('joint_mm', 'root_mm')
+
+
+def read_samples(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of ``ARRAYS``, as apps/eval_interhand.py --out chose and wrote them."""
+    if not path.is_file():
+        return None
+    again = 'evaluate the run again with apps/eval_interhand.py --out.'
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            version = archive['version'].item()
+            arrays = {name: archive[name] for name in ARRAYS} if version == SAMPLES_VERSION else {}
+    except (ValueError, OSError, EOFError, KeyError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f'{path} is cut short or damaged ({type(error).__name__}): {again}') from None
+    if not arrays:
+        raise UserError(f'{path} has version {version}, this report reads {SAMPLES_VERSION}: {again}')
+    wrong = next((name for name, values in arrays.items() if not _is_sound(name, values, arrays)), None)
+    if wrong:
+        raise UserError(f'{path}: its array {wrong} is not as version {SAMPLES_VERSION} has it: {again}')
+    return arrays
+
+
+def _is_sound(name: str, values: np.ndarray, arrays: dict[str, np.ndarray]) -> bool:
+    shape, kinds = ARRAYS[name]
+    count, stages = (*arrays['vertices'].shape, 0, 0)[:2]
+    free = {'K': max(count, 1), 'S': max(stages, 1)}
+    if values.dtype.kind not in kinds or values.shape != tuple(free.get(size, size) for size in shape):
+        return False
+    if name == 'image':
+        return values.dtype == np.uint8
+    if name == 'faces':
+        return bool(((values >= 0) & (values < NUM_VERTICES)).all())
+    if name == 'kind':
+        return bool(np.isin(values, KINDS).all())
+    return values.dtype.kind != 'f' or name in MAY_BE_NAN or bool(np.isfinite(values).all())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# log.jsonl
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_log(run: Run) -> Path | None:
+    """Of the run folder that was evaluated, or of the one that the evaluation lies in."""
+    model = run.metrics.get('model')
+    folders = [Path(model), Path(model).parent] if isinstance(model, str) and model else []
+    folders += [run.path.parent.parent, run.path.parent]
+    return next((folder / LOG_NAME for folder in folders if (folder / LOG_NAME).is_file()), None)
+
+
+def read_log(path: Path | None) -> Log | None:
+    if path is None:
+        return None
+    log = Log(path, [], {})
+    for line in path.read_text('utf-8', errors='replace').splitlines():
+        if not (line.startswith('{') and line.endswith('}')):
+            continue  # a kill may cut the last line, and a resumed run goes on after it
+        try:
+            record = json.loads(line)
+            kind, step = record['kind'], record['step']
+        except (ValueError, KeyError):
+            kind = step = None
+        if not isinstance(step, int) or not isinstance(kind, str):
+            raise UserError(f'{path} has a line that is no record of a training run ({line[:40]!r}): remove it.')
+        if kind == 'train':
+            log.train.append(record)
+        elif kind.startswith('val_stage') and kind[9:].isdecimal():
+            log.validation.setdefault(int(kind[9:]), []).append(record)
+    return log
+
+
+def value_of(record: dict[str, Any], key: str) -> float | None:
+    """A finite number of a record, or None."""
+    value = record.get(key)
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None

@@ -1,0 +1,80 @@
+"""Pictures and meshes of chosen samples, small enough for a page."""
+
+import base64
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+
+from utils.hand import LEFT, RIGHT
+from utils.rasterizer import as_one_mesh, overlay
+
+JPEG_QUALITY = 88
+INT16 = 32767
+
+
+class Pictures(NamedTuple):
+    """data: addresses of one sample's pictures."""
+
+    crop: str
+    prediction: str
+    truth: str
+
+
+def draw(samples: dict[str, np.ndarray]) -> list[Pictures]:
+    """The crop, the last stage's prediction at the true roots, as pixel errors are measured, and the truth."""
+    placed = samples['vertices'][:, -1] + samples['true_roots'][:, :, None]
+    faces = as_one_mesh(*torch.from_numpy(samples['faces'].astype(np.int64)))
+    return [
+        Pictures(
+            _address(image),
+            *(
+                _address(overlay(image, torch.from_numpy(mesh).float(), torch.from_numpy(camera).float(), faces))
+                for mesh in (prediction, truth)
+            ),
+        )
+        for image, camera, prediction, truth in zip(
+            samples['image'], samples['intrinsics'], placed, samples['true_vertices']
+        )
+    ]
+
+
+def _address(image: np.ndarray) -> str:
+    encoded = cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
+    return f'data:image/jpeg;base64,{_base64(encoded)}'
+
+
+def meshes(samples: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What viewer.js draws. Vertices are int16 in steps of each sample's own, about 0.006 mm for a hand.
+
+    Each mesh is centred on its own root; the places of the roots are in mm, relative to the true left root.
+    """
+    own = samples['true_vertices'] - samples['true_roots'][:, :, None]
+    vector = samples['true_roots'][:, RIGHT] - samples['true_roots'][:, LEFT]
+    return {
+        'faces': [_base64(faces.astype('<u2')) for faces in samples['faces']],
+        'samples': [
+            {
+                'step': (step := max(1e3 * float(max(np.abs(stages).max(), np.abs(truth).max())) / INT16, 1e-6)),
+                'stages': [_quantised(mesh, step) for mesh in stages],
+                'truth': _quantised(truth, step),
+                'offsets': _millimetres(offsets),
+                'true_offset': _millimetres(true_offset),
+            }
+            for stages, truth, offsets, true_offset in zip(samples['vertices'], own, samples['offset'], vector)
+        ],
+    }
+
+
+def _quantised(vertices: np.ndarray, step_mm: float) -> str:
+    """(2, 778, 3) m -> base64 of little-endian int16."""
+    return _base64((1e3 * vertices / step_mm).round().clip(-INT16, INT16).astype('<i2'))
+
+
+def _millimetres(metres: np.ndarray) -> list:
+    return (1e3 * metres.astype(float)).round(3).tolist()
+
+
+def _base64(values: np.ndarray) -> str:
+    return base64.b64encode(values.tobytes()).decode()

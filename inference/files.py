@@ -1,0 +1,187 @@
+"""What is kept of a reconstruction: overlays, views from the side and from above, meshes, numbers (docs/formats.md).
+
+Reconstructions and tensors are on the CPU here (``Reconstruction.cpu``).
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+import trimesh
+from torch import Tensor
+
+from inference.reconstruct import Reconstruction
+from manopth import HandPair
+from utils.drawing import mesh_overlay, write_image
+from utils.files import write_atomically, write_json
+from utils.hand import JOINT_NAMES, SIDES
+from utils.rasterizer import HAND_COLOURS_BGR
+
+FORMAT = 'dir-hands-1'  # of hands.json; raised when a value changes its meaning
+LONGEST_SIDE = 1920  # pixels: larger pictures are reduced for their overlay
+VIEW_SIDE = 384  # pixels: side of the views from the side and from above
+VIEW_BACKGROUND_BGR = (245, 245, 245)
+VIEW_FILL = 0.8  # share of a view that the hands take
+SCALE_BAR = 0.05  # m
+# Turns of the camera axes (x right, y down, z forward) after which one looks along z again.
+VIEWS = {
+    'side': np.array([[0, 0, 1], [0, 1, 0], [-1, 0, 0]], np.float32),  # from the right: away from the camera is right
+    'above': np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], np.float32),  # away from the camera is up
+}
+
+
+class Shown(NamedTuple):
+    """A picture as its overlay shows it."""
+
+    image: np.ndarray  # (h, w, 3) uint8 BGR, at most 1920 pixels a side
+    to_image: np.ndarray  # (3, 3) pixels of the whole picture -> pixels of ``image``
+
+
+def reduced(picture: np.ndarray) -> Shown:
+    """The picture itself, or a smaller one of it."""
+    height, width = picture.shape[:2]
+    shrink = min(1.0, LONGEST_SIDE / max(height, width))
+    if shrink == 1:
+        return Shown(picture, np.eye(3))
+    size = max(1, round(width * shrink)), max(1, round(height * shrink))
+    smaller = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+    return Shown(smaller, np.diag([size[0] / width, size[1] / height, 1.0]))
+
+
+def view(vertices: Tensor, turn: np.ndarray, models: HandPair) -> np.ndarray:
+    """Both hands (2, 778, 3) m from another direction, on a plain ground with a bar of 5 cm -> (384, 384, 3) uint8."""
+    vertices = vertices @ torch.from_numpy(turn).T
+    middle = (vertices.amin((0, 1)) + vertices.amax((0, 1))) / 2
+    vertices = vertices - middle
+    half = max(float(vertices[..., :2].abs().amax()), 1e-3)
+    distance = 20 * half  # so far off that the bar is true for all depths
+    focal = VIEW_SIDE / 2 * VIEW_FILL * distance / half
+    vertices = vertices + torch.tensor([0.0, 0.0, distance + float(vertices[..., 2].abs().amax())])
+    centre = VIEW_SIDE / 2
+    intrinsics = torch.tensor([[focal, 0, centre], [0, focal, centre], [0, 0, 1.0]])
+    picture = np.full((VIEW_SIDE, VIEW_SIDE, 3), VIEW_BACKGROUND_BGR, np.uint8)
+    picture = mesh_overlay(picture, vertices, intrinsics, models, alpha=1.0)
+    bar = round(SCALE_BAR * focal / float(vertices[..., 2].mean()))
+    if 4 < bar < VIEW_SIDE - 40:
+        cv2.rectangle(picture, (16, VIEW_SIDE - 22), (16 + bar, VIEW_SIDE - 18), (60, 60, 60), cv2.FILLED)
+        cv2.putText(
+            picture,
+            f'{100 * SCALE_BAR:g} cm',
+            (16, VIEW_SIDE - 28),
+            cv2.FONT_HERSHEY_SIMPLEX,
+            0.5,
+            (60, 60, 60),
+            1,
+            cv2.LINE_AA,
+        )
+    return picture
+
+
+def draw_overlay(shown: Shown, hands: Reconstruction, models: HandPair) -> np.ndarray:
+    """The placed meshes of one reconstruction (no leading axis) over its picture."""
+    intrinsics = torch.from_numpy(shown.to_image).float() @ hands.intrinsics
+    return mesh_overlay(shown.image, hands.vertices, intrinsics, models)
+
+
+def meshes(vertices: Tensor, models: HandPair) -> dict[str, trimesh.Trimesh]:
+    """vertices (2, 778, 3) m, camera axes -> {'left', 'right'}, coloured as in the pictures."""
+    return {
+        side: trimesh.Trimesh(
+            points.numpy(),
+            model.faces,
+            process=False,
+            validate=False,
+            visual=trimesh.visual.TextureVisuals(material=_material(colour)),
+        )
+        for side, points, model, colour in zip(SIDES, vertices, models, HAND_COLOURS_BGR)
+    }
+
+
+def _material(colour_bgr: tuple[int, int, int]) -> trimesh.visual.material.PBRMaterial:
+    return trimesh.visual.material.PBRMaterial(
+        baseColorFactor=[*colour_bgr[::-1], 255], metallicFactor=0.0, roughnessFactor=0.8, doubleSided=True
+    )
+
+
+def write_meshes(folder: Path, vertices: Tensor, models: HandPair) -> None:
+    """left.obj, right.obj, and hands.glb with both: camera axes, metres.
+
+    In the GLB a node above them turns camera axes (y down, z forward) into glTF's (y up, z towards the viewer), so
+    that viewers show the hands upright; the vertices themselves stay as they are.
+    """
+    scene, upright = trimesh.Scene(), np.diag([1.0, -1.0, -1.0, 1.0])
+    for side, mesh in meshes(vertices, models).items():
+        scene.add_geometry(mesh, node_name=side, geom_name=side, transform=upright)
+        lines = [f'v {x:.6f} {y:.6f} {z:.6f}' for x, y, z in mesh.vertices]
+        lines += [f'f {a} {b} {c}' for a, b, c in mesh.faces + 1]
+        head = f'# {side} hand; metres; camera axes: x right, y down, z forward\no {side}'
+        write_atomically(folder / f'{side}.obj', '\n'.join([head, *lines, '']).encode(), durable=False)
+    write_atomically(folder / 'hands.glb', trimesh.exchange.gltf.export_glb(scene), durable=False)
+
+
+def as_numbers(hands: Reconstruction) -> dict[str, Any]:
+    """One reconstruction (no leading axis) as hands.json and a line of hands.jsonl hold it."""
+
+    def plain(values: Tensor) -> list:
+        return np.round(values.double().numpy(), 6).tolist()
+
+    sides = {
+        side: {
+            'root_rotation': plain(hands.root_rotation[hand]),
+            'pose_pca': plain(hands.pose[hand]),
+            'shape': plain(hands.shape[hand]),
+            'camera': plain(hands.camera[hand]),
+            'root_m': plain(hands.roots[hand]),
+            'joints_m': plain(hands.joints[hand]),
+            'joints_px': plain(hands.joints_px[hand]),
+        }
+        for hand, side in enumerate(SIDES)
+    }
+    return {
+        **sides,
+        'offset_m': plain(hands.offset),
+        'intrinsics_px': plain(hands.intrinsics),
+        'to_crop': plain(hands.to_crop),
+        'residual_px': round(float(hands.residual_px), 3),
+        'size_in_crop': round(float(hands.size_in_crop), 4),
+    }
+
+
+def header(models: HandPair, **more: Any) -> dict[str, Any]:
+    """What stands above the numbers: format, hand model, joint names and whatever else the caller knows."""
+    return {'format': FORMAT, 'hand_model': models.identity, 'joint_names': list(JOINT_NAMES), **more}
+
+
+def write_picture_files(
+    folder: Path, shown: Shown, crop: np.ndarray, hands: Reconstruction, models: HandPair, **more: Any
+) -> None:
+    """All files of one picture into ``folder``; hands.json comes last, so where it is, all are.
+
+    crop (256, 256, 3) uint8 BGR; hands: one reconstruction, without the leading axis; more: see ``header``.
+    """
+    write_image(folder / 'overlay.jpg', draw_overlay(shown, hands, models), durable=False)
+    write_image(folder / 'crop.jpg', crop, durable=False)
+    for name, turn in VIEWS.items():
+        write_image(folder / f'{name}.jpg', view(hands.vertices, turn, models), durable=False)
+    write_meshes(folder, hands.vertices, models)
+    write_json(folder / 'hands.json', header(models, **more) | as_numbers(hands))
+
+
+JOINT_COLUMNS = [f'{side}_{name}_{axis}' for side in SIDES for name in JOINT_NAMES for axis in ('x_m', 'y_m', 'z_m')]
+
+
+def joint_row(hands: Reconstruction) -> list[str]:
+    """The joints of one reconstruction in the order of JOINT_COLUMNS."""
+    return [f'{value:.6f}' for value in hands.joints.flatten().tolist()]
+
+
+def csv_line(values: list) -> bytes:
+    """Numbers, and names without commas."""
+    return (','.join(map(str, values)) + '\n').encode()
+
+
+def json_line(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, separators=(',', ':')) + '\n').encode()
