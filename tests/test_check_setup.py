@@ -290,7 +290,7 @@ def test_what_the_preparation_noted(report, data):
 
     file.write_text(json.dumps(record | {'kept': 10}))
     mark, text = report(data=data)[1]['data: train']
-    assert mark == NOTE and 'says that 10 were prepared' in text
+    assert mark == NOTE and 'records 10 prepared samples' in text
 
     for content in ('{"frames": 1', '[]', '{}', json.dumps(record | {'kept': 'all'})):
         file.write_text(content)
@@ -323,7 +323,7 @@ def test_weights_of_torchvision_are_looked_for_in_its_cache(report, tiny_prepare
     cached = tmp_path / 'torch_home/hub/checkpoints/resnet18-f37072fd.pth'
     assert (code, mark) == (0, NOTE) and not cached.parent.exists()
     assert f'the first run downloads https://download.pytorch.org/models/{cached.name}' in text
-    assert f'put it into {cached.parent} or give it with MODEL.BACKBONE_WEIGHTS FILE' in text
+    assert f'copy that file into {cached.parent}, pass it with MODEL.BACKBONE_WEIGHTS FILE' in text
 
     save_resnet18(cached)
     code, checks, _ = report('MODEL.PRETRAINED', 'true', data=tiny_prepared)
@@ -363,7 +363,7 @@ def test_an_existing_run_is_to_be_resumed(report, tiny_prepared, tmp_path):
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run/latest.pth').touch()
     code, checks, last = report(data=tiny_prepared)
-    assert (code, checks['output'][0]) == (0, NOTE) and 'train.py wants --resume' in checks['output'][1]
+    assert (code, checks['output'][0]) == (0, NOTE) and 'train.py --resume' in checks['output'][1]
     assert last.startswith('ready: python train.py --resume --cfg ')
 
 
@@ -375,7 +375,7 @@ def test_an_output_folder_that_cannot_be_written(report, tiny_prepared, tmp_path
     monkeypatch.setattr(check_setup.os, 'access', lambda path, mode: path != tmp_path)
     code, checks, _ = report(data=tiny_prepared)
     assert (code, checks['output'][0]) == (2, WRONG)
-    assert f'{tmp_path} may not be written' in checks['output'][1] and 'OUTPUT_DIR' in checks['output'][1]
+    assert f'{tmp_path} is not writable' in checks['output'][1] and 'OUTPUT_DIR' in checks['output'][1]
 
 
 def test_a_disk_that_is_nearly_full(report, tiny_prepared, monkeypatch):
@@ -383,7 +383,7 @@ def test_a_disk_that_is_nearly_full(report, tiny_prepared, monkeypatch):
     monkeypatch.setattr(check_setup.shutil, 'disk_usage', lambda path: usage)
     code, checks, _ = report(data=tiny_prepared)
     assert (code, checks['output'][0]) == (0, NOTE)
-    assert 'only 1.0 GB free' in checks['output'][1] and 'latest.pth takes 1.1 GB' in checks['output'][1]
+    assert 'only 1.0 GB free' in checks['output'][1] and 'latest.pth needs 1.1 GB' in checks['output'][1]
 
 
 def test_every_check_is_laid_out_in_columns():

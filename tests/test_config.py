@@ -143,10 +143,10 @@ def test_yaml_numbers_become_floats(tmp_path, text, value):
     ],
 )
 def test_an_unknown_key_names_the_nearest(tmp_path, key, near):
-    with pytest.raises(UserError, match=f"command line: there is no configuration key '{key}'; the nearest is '{near}"):
+    with pytest.raises(UserError, match=f"command line: '{key}' is not a configuration key; the nearest is '{near}"):
         load_config(None, [key, '1'])
     file = write(tmp_path / 'a.yaml', f'{key}: 1\n')
-    with pytest.raises(UserError, match=f"a.yaml: there is no configuration key '{key}'"):
+    with pytest.raises(UserError, match=f"a.yaml: '{key}' is not a configuration key"):
         load_config(file)
 
 
@@ -171,7 +171,7 @@ def test_an_unknown_key_of_a_checkpoint_says_so():
     ],
 )
 def test_a_value_of_another_type_is_refused(key, text):
-    with pytest.raises(UserError, match=f'{key} takes '):
+    with pytest.raises(UserError, match=f'{key} must be a '):
         load_config(None, [key, text])
 
 
@@ -217,7 +217,7 @@ def test_a_key_without_a_value_is_refused():
         ('a: b: c', 'not valid YAML'),
         ('- 1\n- 2\n', 'must hold KEY: VALUE'),
         ('just words', 'must hold KEY: VALUE'),
-        ('TRAIN: 5\n', "no configuration key 'TRAIN'"),
+        ('TRAIN: 5\n', "'TRAIN' is not a configuration key"),
     ],
 )
 def test_files_that_are_no_configuration(tmp_path, content, said):

@@ -14,7 +14,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from dataset.loader import evaluation_split
 from evaluation.pictures import draw_samples
+from models import build_model, trainer
 from models.checkpoint import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,7 +102,7 @@ def test_tensorboard_shows_pictures_maps_and_the_errors_of_samples(finished):
 
 def test_training_changes_every_weight(finished, standin):
     torch.manual_seed(0)  # as train.py does before it builds the network
-    fresh = train.build_model(train.load_config('configs/demo.yaml', TINY[2:]), standin)
+    fresh = build_model(train.load_config('configs/demo.yaml', TINY[2:]), standin)
     after = content(finished / 'latest.pth')['model']
     assert [name for name, value in fresh.named_parameters() if torch.equal(after[name], value)] == []
 
@@ -174,7 +176,7 @@ def test_resuming_a_finished_run_does_nothing(finished, tiny_prepared, tmp_path)
 
 
 def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(tiny_prepared, tmp_path, monkeypatch, capsys):
-    out, real_build = tmp_path / 'nan', train.build_criterion
+    out, real_build = tmp_path / 'nan', trainer.build_criterion
 
     def spoiled(cfg, models):
         criterion = real_build(cfg, models)
@@ -188,7 +190,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(tiny_prepared, tmp_
         criterion.forward = forward
         return criterion
 
-    monkeypatch.setattr(train, 'build_criterion', spoiled)
+    monkeypatch.setattr(trainer, 'build_criterion', spoiled)
     assert run(tiny_prepared, out) == 2
     message = capsys.readouterr().err
     assert 'offset_1 nan' in message and 'joint_xyz_left_0' in message
@@ -332,7 +334,7 @@ def test_moving_average_is_the_best_and_resumes_exactly(tiny_prepared, tmp_path,
 
     def step(run, *args):
         terms = real_step(run, *args)
-        weights.append({name: value.detach().clone() for name, value in run.model.named_parameters()})
+        weights.append({name: value.detach().clone() for name, value in run.trainer.model.named_parameters()})
         return terms
 
     with monkeypatch.context() as patch:
@@ -348,7 +350,7 @@ def test_moving_average_is_the_best_and_resumes_exactly(tiny_prepared, tmp_path,
 
     model, cfg, _ = load_model(tmp_path / 'whole', [])  # the pictures are the average's, too
     batch_maker = train.build_batch_maker(cfg, model.hand_head.hand_layer.models)
-    draw_samples(model, train.validation_split(cfg), [0], batch_maker, path=tmp_path / 'again.jpg')
+    draw_samples(model, evaluation_split(cfg, 'val'), [0], batch_maker, path=tmp_path / 'again.jpg')
     drawn = (tmp_path / 'whole' / 'pictures' / 'epoch_002.jpg').read_bytes()
     assert drawn == (tmp_path / 'again.jpg').read_bytes()
 
@@ -363,9 +365,11 @@ def one_step(data: Path, *words: str, evaluation_mode: bool = False) -> tuple[di
     """Loss terms and gradients of a step that leaves the weights as they are."""
     words = [*TINY[2:], 'DATASET.PATH', str(data), 'TRAIN.WEIGHT_DECAY', '0', *words]
     training = train.build_training(train.load_config('configs/demo.yaml', words), torch.device('cpu'), fresh=True)
-    training.model.train(not evaluation_mode)
+    training.trainer.model.train(not evaluation_mode)
     terms = train.train_step(training, next(iter(training.loader)), 0.0)
-    return terms, {name: value.grad for name, value in training.model.named_parameters() if value.grad is not None}
+    return terms, {
+        name: value.grad for name, value in training.trainer.model.named_parameters() if value.grad is not None
+    }
 
 
 def test_accumulated_parts_give_the_gradients_of_the_whole(tiny_prepared):
