@@ -23,10 +23,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from yacs.config import CfgNode
 
+from dataset.batch import BatchMaker, build_batch_maker, parts_of
 from dataset.hand_model_record import check_hand_model_record
 from dataset.loader import EpochSampler, evaluation_loader, evaluation_split, training_loader
 from dataset.prepared import PreparedSplit, Sample
-from dataset.targets import BatchMaker, build_batch_maker, parts_of
 from evaluation.evaluate import Evaluation, evaluate
 from evaluation.metrics import Protocol, SampleErrors
 from evaluation.pictures import draw_sheets, spread_over
@@ -276,10 +276,11 @@ def train_step(run: Training, samples: Sample, rate: float) -> dict[str, float]:
 def accumulate(run: Training, samples: Sample, *, share: float, last: bool) -> dict[str, Tensor]:
     """Add the gradients of a part of a batch; returns its loss terms. Processes exchange theirs with the last one."""
     batch = run.batch_maker(samples)
+    image = run.model.preprocess.normalise(batch.image)
     exchange = last or distributed.rank_and_world()[1] == 1
     with nullcontext() if exchange else run.parallel.no_sync():
         with autocast(run.cfg.TRAIN.PRECISION, run.device):
-            output = run.parallel(batch.image)
+            output = run.parallel(image)
         terms = run.criterion(output, batch.target)
         (share * sum(terms.values())).backward()
     return {name: value.detach() for name, value in terms.items()}
@@ -393,7 +394,7 @@ def resume(run: Training, path: Path) -> Progress:
             f'{path} belongs to a run with another configuration ({"; ".join(changed)}): resume it with '
             'the same one, or start a new run in another OUTPUT_DIR.'
         )
-    check_hand_model(content, run.batch_maker.hand_layer.models, path=path)
+    check_hand_model(content, run.batch_maker.hands, path=path)
     load_state(run.model, content['model'], path=path)
     run.optimizer.load_state_dict(content['optimizer'])
     if run.average:
