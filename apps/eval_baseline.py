@@ -25,6 +25,7 @@ from models.hand_head import HandHead
 from models.hands import load_hands
 from models.placement import nearest_camera
 from models.predictions import CAMERA, NUM_PARAMETERS, POSE, ROOT_ROTATION, SHAPE, DIROutput
+from models.preprocessing import Preprocessing
 from utils import distributed
 from utils.config import flatten, load_config
 from utils.errors import user_facing
@@ -37,7 +38,7 @@ class ConstantPrediction(nn.Module):
 
     def __init__(self, hand_head: HandHead, parameters: Tensor, offset: Tensor):
         super().__init__()
-        self.hand_head = hand_head
+        self.hand_head, self.preprocess = hand_head, Preprocessing()
         self.register_buffer('parameters_', parameters)
         self.register_buffer('offset', offset)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataset.targets import Batch, BatchMaker
+from dataset.batch import Batch, BatchMaker
 from evaluation.metrics import (
     METRES_TO_MM,
     JointRegressor,
@@ -31,7 +31,6 @@ from models.predictions import CAMERA, DIROutput, HandPrediction
 from utils import distributed
 from utils.errors import UserError
 from utils.geometry import project
-from utils.rasterizer import two_hand_faces
 from utils.training import autocast, set_float32_precision
 
 
@@ -71,11 +70,11 @@ class Judge(nn.Module):
         annotated: Callable[[Tensor], Tensor] | None = None,
     ):
         super().__init__()
-        hand_models = batch_maker.hand_layer.models
+        hands = batch_maker.hands
         self.network_root, self.protocol, self.grid, self.annotated = network_root, protocol, grid, annotated
-        self.regressor = JointRegressor(hand_models)
-        self.penetration = PenetrationDepth(hand_models) if details else None
-        self.register_buffer('faces', two_hand_faces(hand_models), persistent=False)
+        self.regressor = JointRegressor(hands)
+        self.penetration = PenetrationDepth(hands) if details else None
+        self.register_buffer('faces', torch.from_numpy(hands.mesh_faces), persistent=False)
 
     def forward(
         self, output: DIROutput, batch: Batch
@@ -138,14 +137,15 @@ def evaluate(
     not finite, naming the samples.
     """
     set_float32_precision(precision)
-    judge = Judge(batch_maker, **judgement).to(batch_maker.mean.device)
+    judge = Judge(batch_maker, **judgement).to(batch_maker.device)
     was_training = model.training
     model.eval()
     indices, judged = [], []
     for samples in tqdm(loader, desc=title, unit='batch', disable=not distributed.is_main(), leave=False):
         batch = batch_maker(samples)
-        with autocast(precision, batch.image.device):
-            output = model(batch.image)
+        image = model.preprocess.normalise(batch.image)
+        with autocast(precision, image.device):
+            output = model(image)
         _check_finite(output, batch, loader)
         indices.append(batch.index)
         judged.append(judge(output, batch))

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dataset.batch import BatchMaker
 from dataset.prepared import PreparedSplit
-from dataset.targets import BatchMaker
 from evaluation.evaluate import Evaluation
 from utils.files import write_atomically
 from utils.hand import HAND_SCALE
@@ -47,7 +47,7 @@ def write_chosen_samples(
     index = result.index[list(rows)].tolist()
     samples = dataset.__getitems__(index)
     batch = batch_maker(samples)
-    stages = model.eval()(batch.image).stages
+    stages = model.eval()(model.preprocess.normalise(batch.image)).stages
     root = model.hand_head.root_joint
     content = {
         'version': SAMPLES_VERSION,
@@ -60,7 +60,7 @@ def write_chosen_samples(
         'true_vertices': batch.target.vertices,
         'true_roots': batch.target.joints[:, :, root],
         'intrinsics': batch.intrinsics,
-        'faces': batch_maker.hand_layer.faces.int(),
+        'faces': batch_maker.hands.faces.astype(np.int32),
         'joint_mm': errors.joint_mm[list(rows)],
         'root_mm': errors.root_mm[list(rows)],
     }

@@ -8,7 +8,7 @@ from evaluation.report import sections
 from evaluation.report.html import Html, joined, json_script, raw_element, tag
 from evaluation.report.inputs import Evaluated
 from evaluation.report.samples import draw, meshes
-from utils.rasterizer import HAND_COLOURS_BGR
+from utils.drawing import HAND_COLOURS_BGR
 
 FOLDER = Path(__file__).parent
 

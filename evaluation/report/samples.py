@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-import torch
 
-from utils.hand import LEFT, RIGHT
-from utils.rasterizer import as_one_mesh, overlay
+from utils.drawing import mesh_overlay
+from utils.hand import LEFT, NUM_VERTICES, RIGHT
 
 JPEG_QUALITY = 88
 INT16 = 32767
@@ -25,15 +24,10 @@ class Pictures(NamedTuple):
 def draw(samples: dict[str, np.ndarray]) -> list[Pictures]:
     """The crop, the last stage's prediction at the true roots, as pixel errors are measured, and the truth."""
     placed = samples['vertices'][:, -1] + samples['true_roots'][:, :, None]
-    faces = as_one_mesh(*torch.from_numpy(samples['faces'].astype(np.int64)))
+    left, right = samples['faces'].astype(np.int64)
+    faces = np.concatenate([left, right + NUM_VERTICES])
     return [
-        Pictures(
-            _address(image),
-            *(
-                _address(overlay(image, torch.from_numpy(mesh).float(), torch.from_numpy(camera).float(), faces))
-                for mesh in (prediction, truth)
-            ),
-        )
+        Pictures(_address(image), *(_address(mesh_overlay(image, mesh, camera, faces)) for mesh in (prediction, truth)))
         for image, camera, prediction, truth in zip(
             samples['image'], samples['intrinsics'], placed, samples['true_vertices']
         )
