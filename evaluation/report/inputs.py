@@ -16,21 +16,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from evaluation.report.figures import OPTIONAL_COLUMNS, PER_HAND_FIGURES
 from evaluation.runs import Run
 from evaluation.samples import KINDS, SAMPLES_VERSION
-from evaluation.summary import PER_HAND
 from utils.errors import UserError
 from utils.hand import FINGERS, JOINT_NAMES, NUM_FACES, NUM_VERTICES
 from utils.training import LOG_NAME
 
 PER_SAMPLE_COLUMNS = ('joint_mm_left', 'joint_mm_right', 'vert_mm_left', 'vert_mm_right', 'root_mm')
-OPTIONAL_COLUMNS = {'box_iou': 'box IoU', 'distance_mm': 'distance mm', 'penetration_mm': 'penetration mm'}
 
 # The form of metrics.json: NUMBER, FIGURE, a type, {key: form} and maybe more keys, [form of each], (form of the first,
 # of the second).
 NUMBER, FIGURE = 'a number', 'a number, or null where nothing was measured'
 SIDED = {'left': FIGURE, 'right': FIGURE, 'all': FIGURE}
-HEADLINE = dict.fromkeys(PER_HAND, SIDED) | {'root_mm': FIGURE}
+HEADLINE = dict.fromkeys(PER_HAND_FIGURES, SIDED) | {'root_mm': FIGURE}
 PENETRATION = {'share': FIGURE, 'mean_mm': FIGURE, 'worst_mm': FIGURE}
 NEEDED = {**HEADLINE, 'frames': int, 'data': str, 'protocol': {'name': str, 'description': str}}
 OPTIONAL = {
@@ -59,7 +58,7 @@ OPTIONAL = {
 class PerSample(NamedTuple):
     """per_sample.csv; NaN where something is not annotated."""
 
-    index: list[str]
+    sample: list[str]  # its index
     file: list[str]
     columns: dict[str, np.ndarray]  # name -> (N,)
 
@@ -170,9 +169,8 @@ def read_per_sample(path: Path) -> PerSample | None:
     if not path.is_file():
         return None
     again = 'evaluate the run again with apps/eval_interhand.py --out.'
-    rows = csv.reader(io.StringIO(path.read_text('utf-8', errors='replace'), newline=''))
     try:
-        head, *rows = rows
+        head, *rows = csv.reader(io.StringIO(path.read_text('utf-8', errors='replace'), newline=''))
         places = {name: head.index(name) for name in (*PER_SAMPLE_COLUMNS, 'index', 'file')}
         places |= {name: head.index(name) for name in OPTIONAL_COLUMNS if name in head}
         if not rows or any(len(row) != len(head) for row in rows):
@@ -231,8 +229,9 @@ def read_samples(path: Path) -> dict[str, np.ndarray] | None:
 def _is_sound(name: str, values: np.ndarray, arrays: dict[str, np.ndarray]) -> bool:
     shape, kinds = ARRAYS[name]
     count, stages = (*arrays['vertices'].shape, 0, 0)[:2]
-    free = {'K': max(count, 1), 'S': max(stages, 1)}
-    if values.dtype.kind not in kinds or values.shape != tuple(free.get(size, size) for size in shape):
+    sizes = {'K': max(count, 1), 'S': max(stages, 1)}
+    wanted = tuple(sizes[size] if isinstance(size, str) else size for size in shape)
+    if values.dtype.kind not in kinds or values.shape != wanted:
         return False
     if name == 'image':
         return values.dtype == np.uint8

@@ -1,7 +1,7 @@
 """Pictures and meshes of chosen samples, small enough for a page."""
 
 import base64
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -14,30 +14,16 @@ JPEG_QUALITY = 88
 INT16 = 32767
 
 
-class Pictures(NamedTuple):
-    """data: addresses of one sample's pictures."""
-
-    crop: str
-    prediction: str
-    truth: str
-
-
-def draw(samples: dict[str, np.ndarray]) -> list[Pictures]:
+def draw(samples: dict[str, np.ndarray]) -> list[dict[str, str]]:
     """The crop, the last stage's prediction at the true roots, as pixel errors are measured, and the truth."""
     placed = samples['vertices'][:, -1] + samples['true_roots'][:, :, None]
     faces = as_one_mesh(*torch.from_numpy(samples['faces'].astype(np.int64)))
-    return [
-        Pictures(
-            _address(image),
-            *(
-                _address(overlay(image, torch.from_numpy(mesh).float(), torch.from_numpy(camera).float(), faces))
-                for mesh in (prediction, truth)
-            ),
-        )
-        for image, camera, prediction, truth in zip(
-            samples['image'], samples['intrinsics'], placed, samples['true_vertices']
-        )
-    ]
+    result = []
+    for image, camera, *meshes in zip(samples['image'], samples['intrinsics'], placed, samples['true_vertices']):
+        intrinsics = torch.from_numpy(camera).float()
+        drawn = [overlay(image, torch.from_numpy(mesh).float(), intrinsics, faces) for mesh in meshes]
+        result.append(dict(zip(('input', 'prediction', 'truth'), map(_address, (image, *drawn)))))
+    return result
 
 
 def _address(image: np.ndarray) -> str:
