@@ -1,7 +1,7 @@
-"""Line and bar charts as geometry: coordinates in a 360-unit-wide SVG, labels, and the values to read off.
+"""Compute the geometry of line and bar charts, in the units of an SVG; charts.html.j2 draws them.
 
-charts.html.j2 draws them. Each chart carries a sentence for screen readers, and ``stops``: the x coordinates at which
-page.js shows values for the pointer and the arrow keys.
+Each chart includes a description for screen readers, and ``stops``: the x coordinates at which page.js shows values on
+hover or with the arrow keys.
 """
 
 import math
@@ -10,24 +10,24 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 360, 230
-LEFT, RIGHT, TOP, BOTTOM = 44, 346, 26, 188  # of the plotted area
+LEFT, RIGHT, TOP, BOTTOM = 44, 346, 26, 188  # of the plot area
 COLOURS = 6  # --series-0 ... in page.css
 MAX_STOPS = 150
-TICKS = 5  # of an axis, roughly
+TICKS = 5  # approximate number per axis
 
 
 class Axis(NamedTuple):
-    """The title with its unit, and the range that is drawn."""
+    """Title with unit, range, and number format."""
 
     title: str
     low: float
     high: float
     logarithmic: bool = False
-    digits: int = 1  # of values that are read off
+    digits: int = 1  # of the values in stops and words
     whole: bool = False  # ticks at whole numbers only
 
     def share(self, value: float) -> float:
-        """Position of a value between the ends, 0 to 1."""
+        """Position of a value on the axis, 0 to 1."""
         low, high = self.low, self.high
         if self.logarithmic:
             low, high, value = math.log(low), math.log(high), math.log(max(value, low))
@@ -53,20 +53,20 @@ class Axis(NamedTuple):
 
 
 class Series(NamedTuple):
-    """One line, or one set of bars. A ``y`` of None is a gap."""
+    """One line or one set of bars. None in ``y`` is a gap."""
 
     name: str
-    slot: int  # picks colour and dashes
+    slot: int  # selects colour and dashes
     x: Sequence[float]
     y: Sequence[float | None]
 
 
 class Shape(NamedTuple):
-    """A series as SVG paths, dots (x, y) and bars (x, y, width, height)."""
+    """A series as SVG paths, dots (x, y), and bars (x, y, width, height)."""
 
     name: str
-    colour: str  # classes of page.css
-    dashes: str
+    colour: str  # class in page.css
+    dashes: str  # class in page.css
     line: str = ''
     area: str = ''
     dots: Sequence[tuple[float, float]] = ()
@@ -80,32 +80,32 @@ class Chart(NamedTuple):
     x_labels: Sequence[tuple[str, float]]  # text, coordinate
     y_labels: Sequence[tuple[str, float]]
     shapes: Sequence[Shape]
-    stops: Sequence[tuple[float, str]]  # x coordinate, the values there
-    words: str  # the series in words
+    stops: Sequence[tuple[float, str]]  # x coordinate, text
+    words: str  # description of the series
 
 
 class Sparkline(NamedTuple):
-    """A line without axes in a table, in a box of 100 x 26."""
+    """A line without axes inside a table; SVG of 100 x 26."""
 
     path: str
     words: str
 
 
 def nice_step(least: float) -> float:
-    """1, 2, 2.5 or 5 times a power of ten, not below ``least``."""
+    """The smallest 1, 2, 2.5 or 5 times a power of ten that is at least ``least``."""
     power = 10.0 ** math.floor(math.log10(least))
     return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= least * (1 - 1e-9))
 
 
 def axis_to(title: str, highest: float, *, digits: int = 1) -> Axis:
-    """Axis from zero to a round number not below ``highest``."""
+    """Axis from zero to a round number that is at least ``highest``."""
     highest = highest if highest > 0 else 1.0
     step = nice_step(highest / TICKS)
     return Axis(title, 0.0, step * math.ceil(highest / step - 1e-9), digits=digits)
 
 
 def axis_of(title: str, series: Iterable[Series], *, digits: int = 1) -> Axis:
-    """Axis from zero that holds all values of ``series``."""
+    """Axis from zero that covers all values of ``series``."""
     return axis_to(title, max((y for one in series for y in one.y if y is not None), default=1.0), digits=digits)
 
 
@@ -118,7 +118,7 @@ def line_chart(
     dots: bool = False,
     bin_width: float | None = None,
 ) -> Chart:
-    """Lines, with a dot on each value if ``dots``; a histogram if ``bin_width`` is set (``Series.x``: left edges)."""
+    """Line chart, optionally with dots; with ``bin_width``, a histogram whose left bin edges are ``Series.x``."""
     shapes = []
     for one in series:
         points = [(x, y) for x, y in zip(one.x, one.y) if y is not None]
@@ -142,7 +142,7 @@ def line_chart(
 def bar_chart(
     title: str, x_title: str, categories: Sequence[tuple[str, str]], y_axis: Axis, series: Sequence[Series]
 ) -> Chart:
-    """Bars side by side. A category is (label, detail of its stop); ``Series.x`` are indices of categories."""
+    """Grouped bar chart. A category is (label, details shown with its values); ``Series.y`` has a value for each."""
     room = (RIGHT - LEFT) / max(len(categories), 1)
     width = min(0.76 * room / max(len(series), 1), 30)
     centres = [LEFT + (i + 0.5) * room for i in range(len(categories))]
@@ -174,7 +174,7 @@ def sparkline(values: Sequence[float], words: str) -> Sparkline:
 
 
 def _shape(series: Series) -> Shape:
-    """Lines differ in dashes as well as in colour."""
+    """Series differ in dashes as well as in colour."""
     dashes = series.slot // COLOURS if series.slot >= COLOURS else series.slot % 4
     return Shape(series.name, f's{series.slot % COLOURS}', f'd{dashes}')
 
@@ -194,7 +194,7 @@ def _read(value: float | None, axis: Axis) -> str:
 def _line_stops(
     series: Sequence[Series], x_axis: Axis, y_axis: Axis, bin_width: float | None
 ) -> list[tuple[float, str]]:
-    """Every series at the values of x, thinned to at most ``MAX_STOPS``."""
+    """Values of all series at each x, subsampled to at most ``MAX_STOPS``."""
     xs = sorted({x for one in series for x in one.x})
     stops = []
     for x in xs[:: math.ceil(len(xs) / MAX_STOPS) or 1]:

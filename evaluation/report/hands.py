@@ -1,4 +1,4 @@
-"""An open hand as a diagram, with the mean error written on each of its 21 joints."""
+"""Diagram of an open hand with the mean error at each of its 21 joints."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 from utils.hand import BONES, JOINT_NAMES, LEFT, SIDES
 
 WIDTH, HEIGHT = 360, 350
-# The right hand from its back, fingers up: the wrist, then thumb to little finger from base to tip.
+# Joints of a right hand seen from the back, fingers up: wrist, then thumb to little finger, base to tip.
 # fmt: off
 PLACES = (
     (190, 320),
@@ -18,8 +18,14 @@ PLACES = (
 )
 # fmt: on
 PALM = (0, 1, 5, 9, 13, 17)
-RADII = (14.0, 18.0)  # at the least and the greatest error
-RAMP = ((255, 243, 196), (253, 200, 112), (240, 142, 62), (204, 74, 34), (122, 28, 20))  # darkens in greyscale too
+RADII = (14.0, 18.0)  # at the smallest and largest error
+RAMP = (
+    (255, 243, 196),
+    (253, 200, 112),
+    (240, 142, 62),
+    (204, 74, 34),
+    (122, 28, 20),
+)  # luminance falls, for greyscale prints
 Colour = tuple[int, int, int]  # RGB
 
 
@@ -38,14 +44,14 @@ class HandDiagram(NamedTuple):
     palm: Sequence[tuple[int, int]]
     bones: Sequence[tuple[tuple[int, int], tuple[int, int]]]
     joints: Sequence[Joint]
-    scale: Sequence[tuple[int, Colour]]  # x of each cell, from the least to the greatest error
-    span: tuple[float, float]
+    scale: Sequence[tuple[int, Colour]]  # x and colour of each cell of the colour bar
+    span: tuple[float, float]  # mm
 
 
 def hand_diagram(
     title: str, per_joint: dict[str, dict[str, float | None]], side: int, span: tuple[float, float]
 ) -> HandDiagram:
-    """One hand of ``metrics['per_joint_mm']``; colour and size scale over ``span``, the least and greatest error."""
+    """Diagram of one side of ``metrics['per_joint_mm']``; colour and size map errors over ``span``, in mm."""
     places = [(WIDTH - x if side == LEFT else x, y) for x, y in PLACES]
     left = WIDTH - 118 if side == LEFT else 8
     return HandDiagram(
@@ -59,7 +65,7 @@ def hand_diagram(
 
 
 def spoken(joint: str) -> str:
-    """'index_2' -> 'index 2'."""
+    """Joint name in words: 'index_2' -> 'index 2'."""
     return joint.replace('_', ' ')
 
 
@@ -70,7 +76,7 @@ def _joint(name: str, place: tuple[int, int], error: float | None, span: tuple[f
 
 
 def ramp(share: float) -> Colour:
-    """Interpolate ``RAMP`` at 0 to 1."""
+    """Interpolate ``RAMP`` at ``share`` in [0, 1]."""
     low = min(int(share * (len(RAMP) - 1)), len(RAMP) - 2)
     part = share * (len(RAMP) - 1) - low
     red, green, blue = (round(a + part * (b - a)) for a, b in zip(RAMP[low], RAMP[low + 1]))
@@ -78,7 +84,7 @@ def ramp(share: float) -> Colour:
 
 
 def ink(colour: Colour) -> str:
-    """Black or white, whichever contrasts more (WCAG; at least 4.5 for the better one)."""
+    """Black or white, whichever has the higher WCAG contrast (always at least 4.5)."""
     linear = [(c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4) for c in colour]
     luminance = sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear))
     return '#000' if (luminance + 0.05) ** 2 > 0.05 * 1.05 else '#fff'

@@ -1,4 +1,4 @@
-// What the page can do beyond being read: light or dark, values under the pointer, sorting, and the 3D view's dialog.
+// Interaction: light and dark theme, chart values on hover, table sorting, and the dialog of the 3D view.
 
 const byId = (identity) => document.getElementById(identity);
 
@@ -12,7 +12,7 @@ function startTheme() {
   name();
 }
 
-/** Values of a chart at the place that is pointed at, or chosen with the arrow keys. */
+/** Shows the values of a chart on hover, or with the arrow keys. */
 function startReader(plot) {
   const stops = JSON.parse(plot.dataset.stops);
   if (!stops.length) return;
@@ -61,7 +61,7 @@ function startReader(plot) {
   show(false);
 }
 
-/** Headers become buttons; numbers sort from the greatest, what is missing comes last. */
+/** Turns headers into sort buttons. Numbers start in descending order; missing values come last. */
 function startSorting(table) {
   const heads = [...table.tHead.rows[0].cells];
   const value = (row, column) => row.cells[column].textContent;
@@ -90,7 +90,7 @@ function startSorting(table) {
   heads[1].setAttribute('aria-sort', 'descending');
 }
 
-/** One viewer for all samples; the buttons of the cards open it. */
+/** Connects the buttons of all sample cards to one viewer. */
 function startViewer() {
   const { runs, colours } = JSON.parse(byId('meshes').textContent);
   const [dialog, canvas, buttons] = [byId('viewer'), byId('canvas'), [...document.querySelectorAll('.open-viewer')]];
@@ -131,8 +131,8 @@ function startViewer() {
 
   function say() {
     const { stage, truth, place } = viewer.view;
-    byId('viewer-state').textContent = `Stage ${stage}, truth ${truth}, ${place === 'own' ? 'each hand at its own root'
-      : 'right hand placed by the offset'}.`;
+    byId('viewer-state').textContent = `Stage ${stage}, ground truth ${truth}, ${place === 'own' ? 'each hand at its own root'
+      : 'right hand at the predicted offset'}.`;
   }
 
   function choose(name, value) {
@@ -165,7 +165,7 @@ function startViewer() {
   followPointers(canvas, viewer);
 }
 
-/** One pointer turns, two zoom. */
+/** One pointer rotates, two zoom. */
 function followPointers(canvas, viewer) {
   const pointers = new Map();
   const spread = () => {

@@ -1,4 +1,4 @@
-"""Render the report: page.html.j2 with its style sheet, scripts, meshes and the sections of all runs."""
+"""Render the report as one HTML document from page.html.j2, page.css, viewer.js and page.js."""
 
 import base64
 import hashlib
@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parent
 
 
 def environment() -> Environment:
-    """Templates in which every value is escaped, and data for scripts cannot end their element (``tojson``)."""
+    """Jinja environment with autoescape; pass data to scripts through ``tojson``, which escapes '<'."""
     templates = Environment(
         loader=FileSystemLoader(FOLDER),
         autoescape=True,
@@ -31,7 +31,7 @@ def environment() -> Environment:
 
 
 def report_page(runs: list[Evaluated]) -> str:
-    """The whole HTML document."""
+    """Render the evaluation report of one or more runs as a self-contained HTML document."""
     sampled = {run.slot: run.samples for run in runs if run.samples is not None}
     images = {slot: draw(samples) for slot, samples in sampled.items()}
     script = '\n'.join((FOLDER / name).read_text() for name in ('viewer.js', 'page.js'))

@@ -1,4 +1,4 @@
-"""The sections of the page as data, each from all runs. A run keeps its colour; a line stands for what it lacks."""
+"""Build the sections of the page as view models. A run keeps its colour; missing data becomes a line of text."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -14,10 +14,10 @@ from evaluation.report.views import Block, Card, Section, Span, Table, Text, num
 from evaluation.runs import differences, figure
 from utils.hand import FINGERS, SIDES
 
-WORST = 50  # rows of the table of worst samples
-BINS = 40  # of a histogram
-TAIL = 0.995  # the share of frames that a histogram's axis covers
-CURVE_POINTS = 200  # of a learning curve, each the mean of its neighbours
+WORST = 50  # rows in the table of worst samples
+BINS = 40  # per histogram
+TAIL = 0.995  # share of frames within a histogram's axis
+CURVE_POINTS = 200  # per learning curve, each a mean over neighbouring records
 QUANTILES = (0.5, 0.9, 0.99)
 SAMPLE_ERRORS: dict[str, Callable[[PerSample], np.ndarray]] = {
     'joint error': PerSample.joint_mm,
@@ -29,18 +29,18 @@ Runs = Sequence[Evaluated]
 
 
 def all_sections(runs: Runs, images: dict[int, list[dict[str, str]]]) -> list[Section]:
-    """The page in order; ``images`` are those of samples.draw, by slot."""
+    """All sections in page order. ``images``: slot -> result of ``samples.draw``."""
     parts = (headline, distributions, pck, joints, stages, interaction, learning, further)
     return [*(part(runs) for part in parts), samples(runs, images), worst(runs)]
 
 
 def lacks(run: Evaluated, what: str, *, evaluation: bool = True) -> Text:
     command = Span(run.command(evaluation=evaluation), 'code')
-    return [f'{run.label}: {what} is missing. It is made by ', command, '.']
+    return [f'{run.label}: {what} is missing. Create it with ', command, '.']
 
 
 def having(runs: Runs, key: str) -> tuple[list[Evaluated], list[Text]]:
-    """The runs whose metrics have ``key``, and lines about those that do not."""
+    """Split runs into those whose metrics have ``key``, and notices about the others."""
     return [run for run in runs if run.metrics.get(key)], [
         f'{run.label}: {key} was not measured.' if key in run.metrics else lacks(run, f'{key} in {run.run.path}')
         for run in runs
@@ -49,12 +49,12 @@ def having(runs: Runs, key: str) -> tuple[list[Evaluated], list[Text]]:
 
 
 def named(what: str, run: Evaluated, runs: Runs) -> str:
-    """A row's name: with its run's where there are several."""
+    """Row header, followed by the run's label if there are several runs."""
     return f'{what}, {run.label}' if len(runs) > 1 else what
 
 
 def tables(caption: str, head: Sequence[str], rows: Sequence, kind: str | None = None) -> list[Table]:
-    """One table, or none without rows."""
+    """A list of one table, or none if it has no rows."""
     return [Table(caption, head, rows, kind)] if rows else []
 
 
@@ -72,19 +72,19 @@ def headline(runs: Runs) -> Section:
     if len({run.group for run in runs}) > 1:
         rows.insert(0, ['group', *(run.group for run in runs)])
         warning = [
-            Span('Not all columns can be compared. ', 'strong'),
-            'Runs with different letters were measured in different protocols or on different frames; bold marks the '
-            'best figure among runs of one letter.',
+            Span('Not all columns are comparable. ', 'strong'),
+            'Runs with different letters were evaluated under different protocols or on different frames; bold marks '
+            'the best value within a letter.',
         ]
     if len(runs) > 1:
         rows.append(
             [f'differs from {runs[0].run.name} in', *(differences(run.run, runs[0].run) or '–' for run in runs)]
         )
     rows += [[title, *(_compared(run, runs, title) for run in runs)] for title in COMPARED]
-    caption = 'Figures of the last stage. In brackets the 95 % interval over frames, below it each hand.'
+    caption = 'Metrics of the last stage, with 95 % bootstrap intervals in brackets and each hand below'
     table = Table(caption, ['', *(run.label for run in runs)], rows, 'headline')
     glances = [Block(heading=f'{run.label} at a glance', items=items) for run in runs if (items := glance(run))]
-    return Section('figures', 'Figures', 'Figures', [Block(warning=warning, tables=[table]), *glances])
+    return Section('metrics', 'Metrics', 'Metrics', [Block(warning=warning, tables=[table]), *glances])
 
 
 def _frames(run: Evaluated) -> Text:
@@ -94,7 +94,7 @@ def _frames(run: Evaluated) -> Text:
 
 
 def _compared(run: Evaluated, runs: Runs, title: str) -> Text:
-    """A figure with its interval and those of each hand; marked if it is the best of its group."""
+    """A metric with its interval and per-hand values; marked if it is the best of its group."""
     keys, higher = COMPARED[title], title in HIGHER_IS_BETTER
     value, digits = figure(run.metrics, keys), 4 if higher else 2
     rivals = [figure(other.metrics, keys) for other in runs if other.group == run.group]
@@ -109,16 +109,16 @@ def _compared(run: Evaluated, runs: Runs, title: str) -> Text:
 
 
 def glance(run: Evaluated) -> list[str]:
-    """Where this run fails, in a few sentences of its own figures."""
+    """Summarise in a few sentences where this run fails."""
     metrics, items = run.metrics, []
     errors = [
-        (sides[side], f'the {side} {spoken(name)} ({number(sides[side])} mm)')
+        (sides[side], f'{side} {spoken(name)} ({number(sides[side])} mm)')
         for name, sides in (metrics.get('per_joint_mm') or {}).items()
         for side in SIDES
         if sides[side] is not None
     ]
     if errors:
-        items.append('Joints: worst are ' + ', '.join(text for _, text in sorted(errors, reverse=True)[:3]) + '.')
+        items.append('Worst joints: ' + ', '.join(text for _, text in sorted(errors, reverse=True)[:3]) + '.')
     if run.per_sample:
         median, high, tail = map(number, quantiles(run.per_sample.joint_mm()))
         items.append(
@@ -126,14 +126,14 @@ def glance(run: Evaluated) -> list[str]:
             f'{tail} mm.'
         )
     for key in ('by_distance_mm', 'by_box_iou', 'by_visibility'):
-        counted = BINNED[key].counted
+        counted, axis = BINNED[key].counted, BINNED[key].axis
         rows = [
             (value, f'{span_of(row)} (joint error {number(value)} mm, {row[counted]:,} {counted})')
             for row in metrics.get(key) or []
             if (value := value_of(row, 'joint_mm')) is not None
         ]
         if len(rows) > 1:
-            items.append(f'{BINNED[key].glance}: hardest is {max(rows)[1]}, easiest {min(rows)[1]}.')
+            items.append(f'{axis[0].upper()}{axis[1:]}: hardest is {max(rows)[1]}, easiest {min(rows)[1]}.')
     return items
 
 
@@ -154,13 +154,13 @@ def distributions(runs: Runs) -> Section:
         ]
     block = Block(
         missing=[lacks(run, 'per_sample.csv') for run in runs if not run.per_sample],
-        notes=['Each frame counts with the mean of its two hands. At most the greatest 0.5 % lie beyond the charts.']
+        notes=['Errors are means over both hands of a frame. The charts cut off at most the largest 0.5 %.']
         if found
         else [],
         charts=charts,
-        tables=tables('Quantiles over frames, mm', ['mm', 'frames', 'median', '90 %', '99 %', 'greatest'], rows),
+        tables=tables('Quantiles over frames, mm', ['mm', 'frames', 'median', '90 %', '99 %', 'max'], rows),
     )
-    return Section('distribution', 'Distribution', 'Distribution of errors', [block])
+    return Section('distribution', 'Distribution', 'Error distribution', [block])
 
 
 def _finite(values: np.ndarray) -> np.ndarray:
@@ -208,7 +208,9 @@ def pck(runs: Runs) -> Section:
         charts.append(line_chart(f'PCK, {side} hand', x_axis, Axis('joints within the threshold, %', 0, 100), series))
     rows = [[run.label, *(number(run.metrics['pck']['auc'][side], 4) for side in (*SIDES, 'all'))] for run in found]
     areas = tables('Area under the PCK curve', ['run', *SIDES, 'all'], rows)
-    return Section('pck', 'PCK', 'Share of correct joints', [Block(missing=missing, charts=charts, tables=areas)])
+    return Section(
+        'pck', 'PCK', 'Percentage of correct keypoints', [Block(missing=missing, charts=charts, tables=areas)]
+    )
 
 
 def joints(runs: Runs) -> Section:
@@ -226,7 +228,7 @@ def joints(runs: Runs) -> Section:
         for run in found
         for hand, side in enumerate(SIDES)
     ]
-    note = 'Mean error of each joint in mm; hands are seen from their backs, and share one scale of colours.'
+    note = 'Mean error of each joint in mm. Hands are seen from the back and share one colour scale.'
     fingered, missing_fingers = having(runs, 'per_finger_mm')
     rows = [
         [named(finger, run, runs), *(number(run.metrics['per_finger_mm'][finger][side]) for side in (*SIDES, 'all'))]
@@ -263,8 +265,8 @@ def stages(runs: Runs) -> Section:
             rows.append([named(f'stage {count}', run, runs), *(number(x) for pair in zip(now, gains) for x in pair)])
             before = now
     head = ['mm', *(cell for title in ERRORS for cell in (title, 'gain'))]
-    gained = tables('Errors of each stage and what it gains over the one before, mm', head, rows)
-    return Section('stages', 'Stages', 'Gain of each stage', [Block(missing=missing, charts=charts, tables=gained)])
+    gained = tables('Errors of each stage and gains over the previous one, mm', head, rows)
+    return Section('stages', 'Stages', 'Gain by stage', [Block(missing=missing, charts=charts, tables=gained)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,7 +283,7 @@ def interaction(runs: Runs) -> Section:
 
 
 def _binned(runs: Runs, key: str) -> Block:
-    title, _, axis, by, counted, errors = BINNED[key]
+    title, axis, by, counted, errors = BINNED[key]
     found, missing = having(runs, key)
     bins = [(run, {span_of(row): row for row in run.metrics[key]}) for run in found]
     spans = list(dict.fromkeys(span for _, table in bins for span in table))
@@ -308,7 +310,7 @@ def _binned(runs: Runs, key: str) -> Block:
 
 
 def _error(row: dict[str, Any], title: str) -> float | None:
-    """Of a bin, which holds the mean of both hands."""
+    """Error of a bin, which stores the mean over both hands."""
     return value_of(row, ERRORS[title][0])
 
 
@@ -322,7 +324,7 @@ def learning(runs: Runs) -> Section:
     missing = [
         lacks(run, 'log.jsonl of its training', evaluation=False)
         if run.metrics.get('training')
-        else f'{run.label}: was not trained here.'
+        else f'{run.label}: not a trained model, so it has no learning curves.'
         for run in runs
         if not any(run is other for other, _ in found)
     ]
@@ -350,7 +352,7 @@ def learning(runs: Runs) -> Section:
             charts.append(_steps_chart(f'Validation joint error by stage, {run.label}', 'mm', by_stage, dots=True))
     block = Block(
         missing=missing,
-        notes=[[Span(f'{run.label}: from ', 'quiet'), Span(str(log.path), 'quiet file')] for run, log in found],
+        sources=[[f'{run.label}: from ', Span(str(log.path), 'file')] for run, log in found],
         charts=[chart for chart in charts if chart],
         tables=[table for run, log in found for table in _loss_table(run, log)],
     )
@@ -358,7 +360,7 @@ def learning(runs: Runs) -> Section:
 
 
 def curve(name: str, slot: int, records: Iterable[dict[str, Any]], key: str, factor: float = 1.0) -> Series:
-    """A curve thinned to ``CURVE_POINTS`` means over neighbouring records."""
+    """Learning curve, averaged over neighbouring records down to ``CURVE_POINTS``."""
     points = [(record['step'], factor * value) for record in records if (value := value_of(record, key)) is not None]
     if not points:
         return Series(name, slot, [], [])
@@ -369,7 +371,7 @@ def curve(name: str, slot: int, records: Iterable[dict[str, Any]], key: str, fac
 def _steps_chart(
     title: str, y_title: str, series: Iterable[Series], *, logarithmic: bool = False, dots: bool = False
 ) -> Chart | None:
-    """None without values."""
+    """Chart over training steps, or None if all series are empty."""
     series = [one for one in series if one.x]
     if not series:
         return None
@@ -382,7 +384,7 @@ def _steps_chart(
 
 
 def _loss_table(run: Evaluated, log: Log) -> list[Table]:
-    """The terms of the loss, those of both hands and of all stages added up."""
+    """Loss terms, each summed over hands and stages."""
     terms: dict[str, np.ndarray] = {}
     for name in dict.fromkeys(name for record in log.train for name in record if name not in NOT_LOSSES):
         kind = re.sub(r'(_left|_right)?(_\d+)?$', '', name)
@@ -393,10 +395,10 @@ def _loss_table(run: Evaluated, log: Log) -> list[Table]:
     rows = []
     for kind, (first, last) in sorted(ends.items(), key=lambda item: -item[1][1]):
         line = [part.mean() for part in np.array_split(terms[kind], min(len(log.train), 60))]
-        words = f'{kind} falls or rises from {first:.3g} to {last:.3g}'
+        words = f'{kind} from {first:.3g} to {last:.3g}'
         rows.append([kind, sparkline(line, words), f'{first:.4g}', f'{last:.4g}', f'{100 * last / total:.1f} %'])
-    caption = f'{run.label}: terms of the loss, means of the first and the last tenth of training'
-    return tables(caption, ['term', 'curve', 'first', 'last', 'share of the last'], rows)
+    caption = f'{run.label}: loss terms, averaged over the first and the last tenth of training'
+    return tables(caption, ['term', 'curve', 'first', 'last', 'share of last'], rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -417,8 +419,8 @@ def further(runs: Runs) -> Section:
 
 def samples(runs: Runs, images: dict[int, list[dict[str, str]]]) -> Section:
     note = (
-        'Meshes are drawn as the network predicts them, without the protocol’s scale alignment. In the overlays each '
-        'predicted hand stands at its true root; left hand blue, right hand orange.'
+        'Meshes are shown as predicted, without the protocol’s scale alignment. Overlays place each predicted hand at '
+        'its ground-truth root; the left hand is blue, the right hand orange.'
     )
     missing = [lacks(run, 'samples.npz') for run in runs if run.samples is None]
     cards = [
@@ -471,5 +473,5 @@ def _worst_table(run: Evaluated, table: PerSample) -> Table:
         [table.sample[i], *(number(column[i].item()) for column in columns.values()), [Span(table.file[i], 'file')]]
         for i in order
     ]
-    caption = f'{run.label}: the {len(rows)} frames with the greatest mean joint error'
+    caption = f'{run.label}: the {len(rows)} frames with the largest mean joint error'
     return Table(caption, ['sample', *columns, 'file'], rows, 'sortable')

@@ -1,4 +1,4 @@
-"""The parts of a page as plain data, which page.html.j2 lays out."""
+"""View models: the page as plain data for page.html.j2."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ from evaluation.report.hands import HandDiagram
 
 
 class Span(NamedTuple):
-    """A run of text with a class of page.css; 'code' and 'strong' name elements instead."""
+    """Text with a class in page.css, or with the element 'code' or 'strong'."""
 
     text: str
     kind: str
@@ -26,25 +26,26 @@ class Table(NamedTuple):
 
 
 class Card(NamedTuple):
-    """A sample: its images as data: addresses, and where the 3D view finds its meshes."""
+    """A sample: images as data: URLs; ``slot`` and ``place`` locate its meshes."""
 
     run: str
     slot: int
     place: int
     title: str
     figures: str
-    sample: int  # its index in the evaluated split
+    sample: int  # index in the split
     file: str
     images: dict[str, str]
 
 
 class Block(NamedTuple):
-    """Content in the order in which the page shows it."""
+    """Content of a section, in page order."""
 
     heading: str | None = None
     warning: Text | None = None
     missing: Iterable[Text] = ()
     notes: Iterable[Text] = ()
+    sources: Iterable[Text] = ()
     items: Iterable[str] = ()
     charts: Iterable[Chart] = ()
     hands: Iterable[HandDiagram] = ()
@@ -54,11 +55,11 @@ class Block(NamedTuple):
 
 class Section(NamedTuple):
     identity: str
-    link: str  # in the navigation
+    link: str  # navigation text
     title: str
     blocks: Sequence[Block]
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """Format a figure: '1,234.56', or '–' for None and NaN."""
+    """Format a metric: '1,234.56', or '–' for None and NaN."""
     return '–' if value is None or not math.isfinite(value) else f'{value:,.{digits}f}'
