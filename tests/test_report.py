@@ -236,7 +236,7 @@ def test_missing_annotations_are_ignored(run, tmp_path):
         table.writeheader()
         table.writerows(rows)
     read = inputs.read_per_sample(path)
-    assert read.joint_mm()[0] == float(rows[0]['joint_mm_right']) and np.isnan(read.joint_mm()[1])
+    assert read.error('joint_mm')[0] == float(rows[0]['joint_mm_right']) and np.isnan(read.error('joint_mm')[1])
     page = make(run, out=tmp_path / 'page.html')
     quantiles = page.table('Quantiles over frames')
     assert [quantiles[name][0] for name in ('joint error', 'vert error', 'root error')] == ['119', '120', '119']

@@ -62,17 +62,10 @@ class PerSample(NamedTuple):
     file: list[str]
     columns: dict[str, np.ndarray]  # name -> (N,)
 
-    def joint_mm(self) -> np.ndarray:
-        return self._mean('joint_mm')
-
-    def vert_mm(self) -> np.ndarray:
-        return self._mean('vert_mm')
-
-    def root_mm(self) -> np.ndarray:
-        return self.columns['root_mm']
-
-    def _mean(self, name: str) -> np.ndarray:
-        """(N,) mean over the annotated hands of each frame."""
+    def error(self, name: str) -> np.ndarray:
+        """(N,) errors 'joint_mm' or 'vert_mm', as means over the annotated hands of each frame, or 'root_mm'."""
+        if name in self.columns:
+            return self.columns[name]
         hands = np.stack([self.columns[f'{name}_left'], self.columns[f'{name}_right']])
         known = np.isfinite(hands)
         return np.where(known, hands, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
@@ -156,11 +149,6 @@ def matches(value: Any, schema: Any) -> bool:
     return isinstance(value, schema)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# per_sample.csv
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def read_per_sample(path: Path) -> PerSample | None:
     if not path.is_file():
         return None
@@ -179,10 +167,6 @@ def read_per_sample(path: Path) -> PerSample | None:
         raise UserError(f'{path} is truncated or not a table of per-sample errors. {EVALUATE_AGAIN}') from None
     return PerSample([row[places['index']] for row in rows], [row[places['file']] for row in rows], columns)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# samples.npz
-# ---------------------------------------------------------------------------------------------------------------------
 
 # name -> (shape with K samples and S stages, numpy dtype kinds)
 ARRAYS = {
@@ -238,11 +222,6 @@ def _is_sound(name: str, values: np.ndarray, arrays: dict[str, np.ndarray]) -> b
     return values.dtype.kind != 'f' or name in MAY_BE_NAN or bool(np.isfinite(values).all())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# log.jsonl
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def find_log(run: Run) -> Path | None:
     """Path of the evaluated model's log, else of the log beside the evaluation."""
     model = run.metrics.get('model')
@@ -269,7 +248,7 @@ def read_log(path: Path | None) -> Log | None:
             log.train.append(record)
         elif kind.startswith('val_stage') and kind[9:].isdecimal():
             log.validation.setdefault(int(kind[9:]), []).append(record)
-    return log
+    return log if log.train or log.validation else None
 
 
 def value_of(record: dict[str, Any], key: str) -> float | None:

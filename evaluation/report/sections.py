@@ -1,7 +1,7 @@
 """Build the sections of the page as view models. A run keeps its colour; missing data becomes a line of text."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,6 @@ BINS = 40  # per histogram
 TAIL = 0.995  # share of frames within a histogram's axis
 CURVE_POINTS = 200  # per learning curve, each a mean over neighbouring records
 QUANTILES = (0.5, 0.9, 0.99)
-SAMPLE_ERRORS: dict[str, Callable[[PerSample], np.ndarray]] = {
-    'joint error': PerSample.joint_mm,
-    'vert error': PerSample.vert_mm,
-    'root error': PerSample.root_mm,
-}
 NOT_LOSSES = frozenset(('kind', 'step', 'epoch', 'lr', 'samples_per_second', 'waiting_for_data', 'total'))
 Runs = Sequence[Evaluated]
 
@@ -58,11 +53,6 @@ def tables(caption: str, head: Sequence[str], rows: Sequence, kind: str | None =
     return [Table(caption, head, rows, kind)] if rows else []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Figures
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def headline(runs: Runs) -> Section:
     rows: list[list[Text]] = [
         ['protocol', *(f'{run.metrics["protocol"]["name"]}: {run.metrics["protocol"]["description"]}' for run in runs)],
@@ -77,9 +67,8 @@ def headline(runs: Runs) -> Section:
             'the best value within a letter.',
         ]
     if len(runs) > 1:
-        rows.append(
-            [f'differs from {runs[0].run.name} in', *(differences(run.run, runs[0].run) or '–' for run in runs)]
-        )
+        first = runs[0].run
+        rows.append([f'differs from {first.name} in', *(differences(run.run, first) or '–' for run in runs)])
     rows += [[title, *(_compared(run, runs, title) for run in runs)] for title in COMPARED]
     caption = 'Metrics of the last stage, with 95 % bootstrap intervals in brackets and each hand below'
     table = Table(caption, ['', *(run.label for run in runs)], rows, 'headline')
@@ -120,7 +109,7 @@ def glance(run: Evaluated) -> list[str]:
     if errors:
         items.append('Worst joints: ' + ', '.join(text for _, text in sorted(errors, reverse=True)[:3]) + '.')
     if run.per_sample:
-        median, high, tail = map(number, quantiles(run.per_sample.joint_mm()))
+        median, high, tail = map(number, quantiles(run.per_sample.error('joint_mm')))
         items.append(
             f'Frames: half have a joint error above {median} mm, one in ten above {high} mm, one in a hundred above '
             f'{tail} mm.'
@@ -137,29 +126,20 @@ def glance(run: Evaluated) -> list[str]:
     return items
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Distributions and curves
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def distributions(runs: Runs) -> Section:
     found = [(run, run.per_sample) for run in runs if run.per_sample]
     charts, rows = [], []
-    for title, pick in SAMPLE_ERRORS.items() if found else ():
-        errors = [(run, _finite(pick(table))) for run, table in found]
+    for title, (name, *_) in ERRORS.items() if found else ():
+        errors = [(run, _finite(table.error(name))) for run, table in found]
         charts += _distribution(title, errors)
         rows += [
             [named(title, run, runs), f'{len(values):,}', *map(number, (*quantiles(values), values.max(initial=0.0)))]
             for run, values in errors
         ]
-    block = Block(
-        missing=[lacks(run, 'per_sample.csv') for run in runs if not run.per_sample],
-        notes=['Errors are means over both hands of a frame. The charts cut off at most the largest 0.5 %.']
-        if found
-        else [],
-        charts=charts,
-        tables=tables('Quantiles over frames, mm', ['mm', 'frames', 'median', '90 %', '99 %', 'max'], rows),
-    )
+    missing = [lacks(run, 'per_sample.csv') for run in runs if not run.per_sample]
+    note = 'Errors are means over both hands of a frame. The charts cut off at most the largest 0.5 %.'
+    quantiled = tables('Quantiles over frames, mm', ['mm', 'frames', 'median', '90 %', '99 %', 'max'], rows)
+    block = Block(missing=missing, notes=[note] if found else [], charts=charts, tables=quantiled)
     return Section('distribution', 'Distribution', 'Error distribution', [block])
 
 
@@ -180,9 +160,8 @@ def _distribution(title: str, errors: list[tuple[Evaluated, np.ndarray]]) -> lis
     for run, values in errors:
         percent = 100 / max(len(values), 1)
         within = np.searchsorted(np.sort(values), edges, side='right')
-        shares.append(
-            Series(run.label, run.slot, edges[:-1].tolist(), (percent * np.histogram(values, edges)[0]).tolist())
-        )
+        counts = np.histogram(values, edges)[0]
+        shares.append(Series(run.label, run.slot, edges[:-1].tolist(), (percent * counts).tolist()))
         sums.append(Series(run.label, run.slot, edges.tolist(), (percent * within).tolist()))
     share_axis, sum_axis = axis_of('share of frames, %', shares), Axis('frames with at most this error, %', 0, 100)
     return [
@@ -196,13 +175,9 @@ def pck(runs: Runs) -> Section:
     charts = []
     for side in SIDES if found else ():
         series = [
-            Series(
-                run.label,
-                run.slot,
-                run.metrics['pck']['thresholds_mm'],
-                [None if share is None else 100 * share for share in run.metrics['pck'][side]],
-            )
+            Series(run.label, run.slot, curves['thresholds_mm'], [_scaled(share, 100) for share in curves[side]])
             for run in found
+            for curves in [run.metrics['pck']]
         ]
         x_axis = Axis('threshold, mm', 0, max((x for one in series for x in one.x), default=1))
         charts.append(line_chart(f'PCK, {side} hand', x_axis, Axis('joints within the threshold, %', 0, 100), series))
@@ -236,11 +211,8 @@ def joints(runs: Runs) -> Section:
         for run in fingered
     ]
     fingers = tables('Mean error by finger, mm', ['mm', *SIDES, 'all'], rows)
-    blocks = [
-        Block(missing=missing, notes=[note] if hands else [], hands=hands),
-        Block(missing=missing_fingers, tables=fingers),
-    ]
-    return Section('joints', 'Joints', 'Joints and fingers', blocks)
+    diagrams = Block(missing=missing, notes=[note] if hands else [], hands=hands)
+    return Section('joints', 'Joints', 'Joints and fingers', [diagrams, Block(missing=missing_fingers, tables=fingers)])
 
 
 def stages(runs: Runs) -> Section:
@@ -267,11 +239,6 @@ def stages(runs: Runs) -> Section:
     head = ['mm', *(cell for title in ERRORS for cell in (title, 'gain'))]
     gained = tables('Errors of each stage and gains over the previous one, mm', head, rows)
     return Section('stages', 'Stages', 'Gain by stage', [Block(missing=missing, charts=charts, tables=gained)])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Interaction and visibility
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def span_of(row: dict[str, Any]) -> str:
@@ -309,24 +276,23 @@ def _binned(runs: Runs, key: str) -> Block:
     return Block(title, missing=missing, charts=charts, tables=tables(caption, [axis, counted, *errors], rows))
 
 
+def _scaled(value: float | None, factor: float) -> float | None:
+    return None if value is None else factor * value
+
+
 def _error(row: dict[str, Any], title: str) -> float | None:
     """Error of a bin, which stores the mean over both hands."""
     return value_of(row, ERRORS[title][0])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Learning curves
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def learning(runs: Runs) -> Section:
-    found = [(run, run.log) for run in runs if run.log and (run.log.train or run.log.validation)]
+    found = [(run, run.log) for run in runs if run.log]
     missing = [
         lacks(run, 'log.jsonl of its training', evaluation=False)
         if run.metrics.get('training')
         else f'{run.label}: not a trained model, so it has no learning curves.'
         for run in runs
-        if not any(run is other for other, _ in found)
+        if not run.log
     ]
 
     def over_steps(key: str, factor: float = 1.0) -> list[Series]:
@@ -401,17 +367,12 @@ def _loss_table(run: Evaluated, log: Log) -> list[Table]:
     return tables(caption, ['term', 'curve', 'first', 'last', 'share of last'], rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Further figures and samples
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def further(runs: Runs) -> Section:
     rows = []
     for title, (keys, factor, digits) in FURTHER.items():
         values = [figure(run.metrics, keys) for run in runs]
         if any(value is not None for value in values):
-            rows.append([title, *(number(None if value is None else factor * value, digits) for value in values)])
+            rows.append([title, *(number(_scaled(value, factor), digits) for value in values)])
     missing = [line for key in ('penetration', 'segmentation_iou', 'placement_mm') for line in having(runs, key)[1]]
     block = Block(missing=missing, tables=tables('Further figures', ['', *(run.label for run in runs)], rows))
     return Section('other', 'Further figures', 'Penetration, segmentation, placement', [block])
@@ -459,14 +420,13 @@ def worst(runs: Runs) -> Section:
 
 
 def _worst_table(run: Evaluated, table: PerSample) -> Table:
-    mean = table.joint_mm()
-    order = np.argsort(-np.nan_to_num(mean, nan=-1.0), kind='stable')[:WORST].tolist()
+    order = np.argsort(-np.nan_to_num(table.error('joint_mm'), nan=-1.0), kind='stable')[:WORST].tolist()
     columns = {
-        'joint mm': mean,
+        'joint mm': table.error('joint_mm'),
         'left': table.columns['joint_mm_left'],
         'right': table.columns['joint_mm_right'],
-        'vert mm': table.vert_mm(),
-        'root mm': table.root_mm(),
+        'vert mm': table.error('vert_mm'),
+        'root mm': table.error('root_mm'),
     }
     columns |= {title: table.columns[name] for name, title in OPTIONAL_COLUMNS.items() if name in table.columns}
     rows = [
