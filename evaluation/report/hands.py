@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from utils.hand import BONES, JOINT_NAMES, LEFT, SIDES
+from utils.hand import JOINT_NAMES, LEFT, SIDES
 
 WIDTH, HEIGHT = 360, 350
 # Joints of a right hand seen from the back, fingers up: wrist, then thumb to little finger, base to tip.
@@ -34,45 +34,31 @@ class Joint(NamedTuple):
     x: int
     y: int
     error: float | None  # mm
-    radius: float
-    fill: Colour
-    ink: str
+    share: float  # of the error within the span, 0 to 1
 
 
 class HandDiagram(NamedTuple):
     title: str
-    palm: Sequence[tuple[int, int]]
-    bones: Sequence[tuple[tuple[int, int], tuple[int, int]]]
+    side: int
     joints: Sequence[Joint]
-    scale: Sequence[tuple[int, Colour]]  # x and colour of each cell of the colour bar
-    span: tuple[float, float]  # mm
+    span: tuple[float, float]  # smallest and largest error, mm
 
 
 def hand_diagram(
     title: str, per_joint: dict[str, dict[str, float | None]], side: int, span: tuple[float, float]
 ) -> HandDiagram:
     """Diagram of one side of ``metrics['per_joint_mm']``; colour and size map errors over ``span``, in mm."""
-    places = [(WIDTH - x if side == LEFT else x, y) for x, y in PLACES]
-    left = WIDTH - 118 if side == LEFT else 8
-    return HandDiagram(
-        title,
-        [places[joint] for joint in PALM],
-        [(places[a], places[b]) for a, b in BONES],
-        [_joint(name, place, per_joint[name][SIDES[side]], span) for name, place in zip(JOINT_NAMES, places)],
-        [(left + 5 * i, ramp(i / 21)) for i in range(22)],
-        span,
-    )
+    joints = []
+    for name, (x, y) in zip(JOINT_NAMES, PLACES):
+        error = per_joint[name][SIDES[side]]
+        share = min(max(((error or 0.0) - span[0]) / max(span[1] - span[0], 1e-9), 0.0), 1.0)
+        joints.append(Joint(spoken(name), WIDTH - x if side == LEFT else x, y, error, share))
+    return HandDiagram(title, side, joints, span)
 
 
 def spoken(joint: str) -> str:
     """Joint name in words: 'index_2' -> 'index 2'."""
     return joint.replace('_', ' ')
-
-
-def _joint(name: str, place: tuple[int, int], error: float | None, span: tuple[float, float]) -> Joint:
-    share = min(max(((error or 0.0) - span[0]) / max(span[1] - span[0], 1e-9), 0.0), 1.0)
-    fill = ramp(share)
-    return Joint(spoken(name), *place, error, round(RADII[0] + share * (RADII[1] - RADII[0]), 1), fill, ink(fill))
 
 
 def ramp(share: float) -> Colour:

@@ -10,6 +10,7 @@ from evaluation.report import charts, hands, sections
 from evaluation.report.inputs import Evaluated
 from evaluation.report.samples import draw, meshes
 from evaluation.report.views import number
+from utils.hand import BONES
 from utils.rasterizer import HAND_COLOURS_BGR
 
 FOLDER = Path(__file__).parent
@@ -26,7 +27,7 @@ def environment() -> Environment:
     )
     templates.policies['json.dumps_kwargs'] = {'separators': (',', ':'), 'allow_nan': False}
     templates.filters['number'] = number
-    templates.globals |= {'plot': charts, 'diagram': hands}
+    templates.globals |= {'plot': charts, 'diagram': hands, 'bones': BONES}
     return templates
 
 
