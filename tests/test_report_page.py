@@ -68,8 +68,8 @@ def alike(a: np.ndarray, b: np.ndarray) -> bool:
     return np.abs(a - b).mean() < 0.5
 
 
-def all_differ(pictures: list[np.ndarray]) -> bool:
-    return not any(alike(a, b) for number, a in enumerate(pictures) for b in pictures[:number])
+def all_differ(images: list[np.ndarray]) -> bool:
+    return not any(alike(a, b) for number, a in enumerate(images) for b in images[:number])
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_pinch_zooms(open_page):
         points = [{'x': x, 'y': box['y'] + 100, 'id': number} for number, x in enumerate(places)]
         session.send('Input.dispatchTouchEvent', {'type': kind, 'touchPoints': points})
     after = drawn(page)
-    covered = [(np.abs(picture - picture[0, 0]).max(-1) > 30).mean() for picture in (before, after)]
+    covered = [(np.abs(image - image[0, 0]).max(-1) > 30).mean() for image in (before, after)]
     assert 2 < covered[1] / covered[0] < 4.1  # twice as large, except for what leaves the canvas
 
 
@@ -142,8 +142,8 @@ def test_prediction_is_coloured_and_ground_truth_is_grey(viewer):
     def tints(kind):
         """Number of bluish, orange and grey pixels, excluding the background."""
         viewer.get_by_label(kind, exact=True).check()
-        picture = drawn(viewer)
-        lean, hand = picture[..., 0] - picture[..., 2], picture.max(-1) < 240
+        image = drawn(viewer)
+        lean, hand = image[..., 0] - image[..., 2], image.max(-1) < 240
         return (lean > 25).sum(), (lean < -25).sum(), (hand & (abs(lean) <= 25)).sum()
 
     blue, orange, grey = tints('off')

@@ -26,7 +26,7 @@ function startReader(plot) {
   Object.entries(attributes).forEach(([name, value]) => reader.setAttribute(name, value));
   let at = 0;
 
-  function say(number) {
+  function update(number) {
     at = Math.min(Math.max(number, 0), stops.length - 1);
     const [x, text] = stops[at];
     const left = x < width / 2;
@@ -42,18 +42,18 @@ function startReader(plot) {
   const pointed = (event) => {
     const box = plot.getBoundingClientRect();
     const x = (event.clientX - box.left) / box.width * width;
-    say(stops.reduce((best, stop, i) => (Math.abs(stop[0] - x) < Math.abs(stops[best][0] - x) ? i : best), 0));
+    update(stops.reduce((best, stop, i) => (Math.abs(stop[0] - x) < Math.abs(stops[best][0] - x) ? i : best), 0));
   };
   reader.addEventListener('pointermove', pointed);
   reader.addEventListener('pointerdown', pointed);
   reader.addEventListener('pointerleave', () => show(reader.matches(':focus-visible')));
-  reader.addEventListener('focus', () => { if (reader.matches(':focus-visible')) say(at); });
+  reader.addEventListener('focus', () => { if (reader.matches(':focus-visible')) update(at); });
   reader.addEventListener('blur', () => show(false));
   reader.addEventListener('keydown', (event) => {
     const to = { ArrowLeft: at - 1, ArrowDown: at - 1, ArrowRight: at + 1, ArrowUp: at + 1, Home: 0, End: stops.length - 1 };
     if (event.key === 'Escape') show(false);
     if (!(event.key in to)) return;
-    say(to[event.key]);
+    update(to[event.key]);
     event.preventDefault();
   });
   reader.setAttribute('aria-valuenow', 0);
@@ -114,7 +114,7 @@ function startViewer() {
     }
     viewer.show(sample, runs[button.dataset.run].faces);
     offerStages(sample.stages.length);
-    say();
+    update();
   }
 
   function offerStages(count) {
@@ -129,7 +129,7 @@ function startViewer() {
     }
   }
 
-  function say() {
+  function update() {
     const { stage, truth, place } = viewer.view;
     byId('viewer-state').textContent = `Stage ${stage}, ground truth ${truth}, ${place === 'own' ? 'each hand at its own root'
       : 'right hand at the predicted offset'}.`;
@@ -140,7 +140,7 @@ function startViewer() {
     if (!input) return;
     input.checked = true;
     viewer.choose(name, name === 'stage' ? Number(value) : value);
-    say();
+    update();
   }
 
   const step = (by) => open(buttons[(shown + by + buttons.length) % buttons.length]);

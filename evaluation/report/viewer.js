@@ -54,7 +54,7 @@ function normalsOf(vertices, faces) {
 }
 
 /** The column-major rotation matrix after a further rotation about the screen's axes, in rad. */
-function turned(rotation, aboutX, aboutY) {
+function rotated(rotation, aboutX, aboutY) {
   const [cx, sx, cy, sy] = [Math.cos(aboutX), Math.sin(aboutX), Math.cos(aboutY), Math.sin(aboutY)];
   const result = [];
   for (let column = 0; column < 3; column += 1) {
@@ -152,7 +152,7 @@ function createViewer(canvas, colours) {
     gl.uniformMatrix3fv(uniforms.rotation, false, view.rotation);
     gl.uniform1f(uniforms.distance_, distance);
     if (view.truth !== 'only') {
-      const offset = view.place === 'offset' ? turnedRound(sample.offsets[view.stage]) : sample.trueRoot;
+      const offset = view.place === 'offset' ? flipped(sample.offsets[view.stage]) : sample.trueRoot;
       hands.prediction.forEach((hand) => drawHand(hand, offset, [...colours[hand.side], 1]));
     }
     if (view.truth === 'only') hands.truth.forEach((hand) => drawHand(hand, sample.trueRoot, [...TRUTH_COLOUR, 1]));
@@ -178,7 +178,7 @@ function createViewer(canvas, colours) {
     gl.drawElements(gl.TRIANGLES, faces[hand.side].length, gl.UNSIGNED_SHORT, 0);
   }
 
-  function turnedRound([x, y, z]) {
+  function flipped([x, y, z]) {
     return [x, -y, -z];
   }
 
@@ -190,7 +190,7 @@ function createViewer(canvas, colours) {
     view,
     show(next, facesOfHands) {
       faces = facesOfHands.map((text) => new Uint16Array(bytesOf(text)));
-      sample = { ...next, truthMeshes: unpackHands(next.truth, next.step), trueRoot: turnedRound(next.true_offset) };
+      sample = { ...next, truthMeshes: unpackHands(next.truth, next.step), trueRoot: flipped(next.true_offset) };
       view.stage = Math.min(view.stage, next.stages.length - 1);
       measure();
       load();
@@ -200,7 +200,7 @@ function createViewer(canvas, colours) {
       load();
     },
     turn(aboutX, aboutY) {
-      view.rotation = turned(view.rotation, aboutX, aboutY);
+      view.rotation = rotated(view.rotation, aboutX, aboutY);
       redraw();
     },
     zoom(factor) {
