@@ -1,4 +1,4 @@
-"""The stand-in hand: MANO's sizes and conventions, a sound mesh, and a hand's behaviour."""
+"""The stand-in hand: MANO's sizes and conventions, a valid mesh, plausible shapes and poses."""
 
 from dataclasses import replace
 
@@ -10,9 +10,8 @@ from manopth import ManoError, standin
 from manopth.assets import HandModel
 from manopth.lbs import HandArrays, linear_blend_skinning
 from manopth.rotations import axis_angle_to_matrix
-from manopth.standin import FLEXION_LIMITS, SPREAD_LIMITS, TWIST_LIMITS, pose_from_angles, standin_hand
-from models.hands import load_hands
-from utils.hand import CHAIN_PARENTS, FINGERS, PUBLISHED_LEFT_MIDDLE_TIP, SIDES, TIP_VERTICES
+from manopth.standin import FLEXION_LIMITS, SPREAD_LIMITS, TWIST_LIMITS, pose_from_angles, standin_hand, standin_pair
+from manopth.tables import CHAIN_PARENTS, FINGERS, PUBLISHED_LEFT_MIDDLE_TIP, SIDES, TIP_VERTICES
 
 CHAINS = {'index': (1, 2, 3), 'middle': (4, 5, 6), 'little': (7, 8, 9), 'ring': (10, 11, 12), 'thumb': (13, 14, 15)}
 TIP_OF = dict(zip(FINGERS, TIP_VERTICES, strict=True))
@@ -111,16 +110,16 @@ def self_intersections(vertices: np.ndarray, faces: np.ndarray) -> int:
     return int((through & (abs(s.sum(0)) == 3)).sum())
 
 
-def test_fields_have_manos_shapes(hand):
+def test_arrays_have_the_shapes_of_mano(hand):
     for name, shape in HandModel.SHAPES.items():
         array = getattr(hand, name)
         assert array.shape == shape
         assert array.dtype == (np.int64 if name == 'faces' else np.float64)
         assert np.isfinite(array).all()
-    assert load_hands('standin')[SIDES.index(hand.side)] is hand
+    assert standin_pair()[SIDES.index(hand.side)] is hand
 
 
-def test_mesh_is_a_disc_whose_rim_is_the_wrist(hand):
+def test_mesh_is_a_disc_bounded_by_the_wrist(hand):
     edges = directed_edges(hand.faces)
     assert len(np.unique(edges, axis=0)) == len(edges), 'faces disagree in orientation'
     undirected, counts = np.unique(np.sort(edges, 1), axis=0, return_counts=True)
@@ -183,7 +182,7 @@ def test_mesh_does_not_cross_itself_at_rest(right):
     assert self_intersections(folded, right.faces) > 0
 
 
-def test_rest_pose_follows_manos_axes(right):
+def test_rest_pose_follows_the_axes_of_mano(right):
     joints = right.joint_regressor @ right.template
     np.testing.assert_allclose(joints[0], [0.096, 0.006, 0.006], atol=2e-4)
     np.testing.assert_allclose(joints[4], [0.001, 0.005, 0.003], atol=2e-4)
@@ -199,7 +198,7 @@ def test_rest_pose_follows_manos_axes(right):
         assert (np.diff(path[:, 0]) < 0).all(), 'fingers point to -x'
 
 
-def test_tips_are_the_ends_of_their_fingers(hand):
+def test_tips_are_the_farthest_points_of_their_fingers(hand):
     joints = hand.joint_regressor @ hand.template
     for name, chain in CHAINS.items():
         tip = hand.template[TIP_OF[name]]
@@ -211,7 +210,7 @@ def test_tips_are_the_ends_of_their_fingers(hand):
     assert 0.001 < beside < 0.010
 
 
-def test_proportions_are_a_hands(hand):
+def test_proportions_are_those_of_a_hand(hand):
     joints = hand.joint_regressor @ hand.template
     length, bones = {}, {}
     for name, chain in CHAINS.items():
@@ -264,7 +263,7 @@ def test_joints_stay_inside_the_flesh(right):
     np.testing.assert_allclose(winding_number(np.array([[0.0, 0.1, 0.0]]), right.template, closed), 0, atol=1e-6)
 
 
-def test_betas_make_plausible_people(hand):
+def test_betas_yield_plausible_hand_sizes(hand):
     def length(betas: np.ndarray) -> float:
         shape = hand.template + hand.shape_dirs @ betas
         return np.linalg.norm(shape[444] - (hand.joint_regressor @ shape)[0])
@@ -320,7 +319,7 @@ def test_pose_space(hand):
     np.testing.assert_allclose(hand.pose_components @ hand.pose_components.T, np.eye(45), atol=1e-10)
     flexion_axis = hand.pose_mean.reshape(15, 3)[:, 2]  # of the long fingers: z, on either side by mirroring
     sign = 1 if hand.side == 'right' else -1
-    assert (sign * flexion_axis[:12] > 0.15).all(), 'the mean pose is half curled'
+    assert (sign * flexion_axis[:12] > 0.15).all(), 'the mean pose is not half curled'
     vertices, joints = posed(hand, hand.pose_mean + np.stack([FLAT, hand.pose_components[0], -hand.pose_components[0]]))
     tips = np.linalg.norm(vertices[:, list(TIP_VERTICES[1:])] - joints[:, :1], axis=-1)
     assert (tips[1] < tips[0]).all() and (tips[0] < tips[2]).all(), 'the first component curls all fingers'
@@ -352,7 +351,7 @@ def test_left_hand_mirrors_the_right():
     )
 
 
-def test_pose_from_angles_is_zero_for_the_flat_hand_and_takes_any_leading_axes():
+def test_pose_from_angles_is_zero_for_the_flat_hand_and_broadcasts_leading_axes():
     np.testing.assert_array_equal(pose_from_angles(np.zeros((5, 3)), np.zeros(5), side='right'), 0)
     rng = np.random.default_rng(5)
     flexion, spread, twist = (0.3 * rng.normal(size=size) for size in ((2, 3, 5, 3), (3, 5), (2, 1, 5)))
@@ -362,8 +361,8 @@ def test_pose_from_angles_is_zero_for_the_flat_hand_and_takes_any_leading_axes()
     assert pose_from_angles(np.zeros((0, 5, 3)), np.zeros((0, 5)), side='right').shape == (0, 45)
 
 
-def test_angles_mean_what_they_say(right):
-    """Single joints turn by exactly the angle; the base joint composes rotations instead of adding vectors."""
+def test_joints_turn_by_the_angles_given(right):
+    """Each joint turns by exactly its angle; the base joint composes rotations instead of adding vectors."""
     flexion, spread = np.zeros((5, 3)), np.zeros(5)
     flexion[1] = 0.4, 0.7, 0.3
     pose = pose_from_angles(flexion, spread, side='right').reshape(15, 3)
@@ -393,7 +392,7 @@ def test_angles_mean_what_they_say(right):
             assert abs(apart[1]) < 0.002
 
 
-def test_fist_brings_the_tips_to_the_palm_and_not_through_it(right):
+def test_fist_brings_the_tips_to_the_palm_without_penetration(right):
     twist = np.radians([16, 0, 0, 0, 0])
     vertices, joints = posed(right, right_pose(FIST, twist=twist))
     vertices, joints = vertices[0], joints[0]
@@ -421,7 +420,7 @@ def test_pinch_joins_thumb_and_index(right):
     assert inside.mean() < 0.1, 'the thumb is pressed into the index'
 
 
-def test_poses_within_the_limits_keep_the_skin_in_order(right):
+def test_poses_within_the_limits_keep_edges_and_volume(right):
     rng = np.random.default_rng(6)
     flexion = rng.uniform(FLEXION_LIMITS[..., 0], FLEXION_LIMITS[..., 1], size=(40, 5, 3))
     spread, twist = (rng.uniform(limits[:, 0], limits[:, 1], size=(40, 5)) for limits in (SPREAD_LIMITS, TWIST_LIMITS))
@@ -437,7 +436,7 @@ def test_poses_within_the_limits_keep_the_skin_in_order(right):
     assert (abs(volume / volume.mean() - 1) < 0.1).all()
 
 
-def test_hand_is_the_same_at_every_making():
+def test_generation_is_deterministic():
     again = standin._right_hand.__wrapped__()
     for name, array in again.items():
         np.testing.assert_array_equal(array, getattr(standin_hand('right'), name))
@@ -445,7 +444,7 @@ def test_hand_is_the_same_at_every_making():
     assert standin_hand('right').digest != standin_hand('left').digest
 
 
-def test_arrays_are_read_only_and_wrong_sides_refused(right):
+def test_arrays_are_read_only_and_unknown_sides_are_refused(right):
     with pytest.raises(ValueError, match='read-only'):
         right.template[0] = 0
     for call in (lambda: standin_hand('both'), lambda: pose_from_angles(np.zeros((5, 3)), np.zeros(5), side='Right')):
