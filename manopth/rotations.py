@@ -108,8 +108,8 @@ def gram_schmidt_6d_to_matrix(six: Tensor) -> Tensor:
 def nearest_rotation(matrix: Tensor) -> Tensor:
     """Project matrices (..., 3, 3) onto the nearest rotations in the Frobenius norm (Kabsch 1976).
 
-    The gradient is computed in closed form, because that of the SVD is undefined where singular values coincide, as they
-    do for every rotation. There is no second derivative.
+    The gradient is computed in closed form, because that of the SVD is undefined where singular values coincide, as
+    they do for every rotation. There is no second derivative.
     """
     left, scale, right = torch.linalg.svd(matrix.detach())
     sign = torch.ones_like(scale)

@@ -24,8 +24,8 @@ class Hands(NamedTuple):
 class TwoHandLayer(nn.Module):
     """Differentiable MANO layer for both hands; index 0 of the hand axis is the left hand, lengths are metres.
 
-    models: (left, right). tip_vertices: five vertex indices, or one row of five per hand. Raises ManoError for models in
-    the wrong order.
+    models: (left, right). tip_vertices: five vertex indices, or one row of five per hand. Raises ManoError for
+    models in the wrong order.
 
     The arrays are non-persistent buffers, so no checkpoint ever contains a licensed array.
     """
