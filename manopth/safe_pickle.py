@@ -22,6 +22,9 @@ class _Fields:
     def __setstate__(self, state: Any) -> None:
         self.fields = dict(state) if isinstance(state, dict) else {'state': state}
 
+    def to_array(self) -> np.ndarray:
+        raise NotImplementedError
+
 
 class ChumpyArray(_Fields):
     """chumpy.ch.Ch: the array is the field ``x``."""
@@ -43,7 +46,7 @@ class SparseColumns(_Fields):
     """scipy.sparse.csc_matrix, rebuilt from its three arrays without scipy."""
 
     def to_array(self) -> np.ndarray:
-        shape = tuple(int(n) for n in self.fields.get('_shape', self.fields.get('shape')))
+        shape = tuple(int(n) for n in self.fields['_shape' if '_shape' in self.fields else 'shape'])
         columns = np.repeat(np.arange(shape[1]), np.diff(self.fields['indptr']))
         dense = np.zeros(shape, dtype=np.asarray(self.fields['data']).dtype)
         np.add.at(dense, (self.fields['indices'], columns), self.fields['data'])

@@ -32,7 +32,7 @@ def test_official_format_round_trip(standin, tmp_path, protocol, sparse_kind):
 def test_official_format_needs_neither_chumpy_nor_scipy(standin, tmp_path, monkeypatch):
     path = write_pickle(tmp_path / 'hand.pkl', official_content(standin[1]))
     for module in ('chumpy', 'chumpy.ch', 'chumpy.reordering', 'scipy', 'scipy.sparse'):
-        monkeypatch.setitem(sys.modules, module, None)  # makes its import raise
+        monkeypatch.setitem(sys.modules, module, None)  # its import then raises
     assert_same_arrays(load_mano_pkl(path, side='right'), standin[1])
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from manopth import TwoHandLayer, fitting
+from manopth import ManoError, TwoHandLayer, fitting
 from manopth.fitting import HandParameters, PointModel
 from manopth.rotations import axis_angle_to_matrix
 from manopth.standin import pose_from_angles, standin_pair
@@ -64,10 +64,10 @@ def test_derivatives_equal_autograd(models):
             hands.betas + change[51:],
             hands.trans + change[48:51],
         )
-        return fitting._Linearised(model, moved).points
+        return fitting.LinearisedPoints(model, moved).points
 
     expected = torch.autograd.functional.jacobian(points, torch.zeros(61, dtype=torch.float64))
-    state = fitting._Linearised(model, hands)
+    state = fitting.LinearisedPoints(model, hands)
     torch.testing.assert_close(torch.cat([state.by_pose(), state.by_shape()], -1), expected)
 
 
@@ -186,3 +186,11 @@ def test_empty_batch_of_time_steps(point_model):
     joints = torch.zeros(0, 2, 21, 3, dtype=torch.float64)
     found = fitting.fit_hands(point_model, joints, all_valid(joints), subject=torch.zeros(0, dtype=torch.long))
     assert [len(value) for value in found] == [0, 0, 0, 0]
+
+
+def test_exactly_one_of_subject_and_betas_is_required(point_model):
+    joints = torch.zeros(1, 2, 21, 3, dtype=torch.float64)
+    subject, betas = torch.zeros(1, dtype=torch.long), torch.zeros(1, 2, 10, dtype=torch.float64)
+    for arguments in ({}, {'subject': subject, 'betas': betas}):
+        with pytest.raises(ManoError, match='fit_hands: pass either subject'):
+            fitting.fit_hands(point_model, joints, all_valid(joints), **arguments)
