@@ -68,7 +68,7 @@ def capped(hand: HandModel) -> np.ndarray:
 
 
 def winding_number(points: np.ndarray, vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """(N,) 1 inside a closed mesh, 0 outside (van Oosterom and Strackee 1983)."""
+    """Winding number (N,): 1 inside a closed mesh, 0 outside (van Oosterom and Strackee 1983)."""
     corners = vertices[faces][None] - points[:, None, None]
     a, b, c = corners[:, :, 0], corners[:, :, 1], corners[:, :, 2]
     la, lb, lc = (np.linalg.norm(x, axis=-1) for x in (a, b, c))
@@ -90,7 +90,7 @@ def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
 
 
 def self_intersections(vertices: np.ndarray, faces: np.ndarray) -> int:
-    """Number of (edge, face) pairs without a common vertex that cross."""
+    """Count the intersecting (edge, face) pairs that share no vertex."""
     edges = np.unique(np.sort(directed_edges(faces), 1), axis=0)
     p, q = vertices[edges[:, 0]], vertices[edges[:, 1]]
     triangles = vertices[faces]
@@ -141,7 +141,7 @@ def test_mesh_is_a_disc_bounded_by_the_wrist(hand):
     rest_wrist = (hand.joint_regressor @ hand.template)[0]
     assert (sign * (hand.template[loop, 0] - rest_wrist[0]) > 0.01).all()
     assert (hand.skinning_weights[loop, 0] == 1).all()
-    # Around every vertex the faces form a single fan.
+    # The faces around every vertex form a single fan.
     for vertex in range(778):
         around = hand.faces[(hand.faces == vertex).any(1)]
         corners = [np.roll(face, -int(np.flatnonzero(face == vertex)[0])) for face in around]
@@ -168,7 +168,7 @@ def test_normals_point_outwards_at_rest_and_for_all_betas(hand):
     assert quality[0].min() > 0.5
     assert quality.min() > 0.35
     assert areas.min() > 2e-6
-    # No face turns against its neighbours: every dihedral angle is open.
+    # The mesh is not folded: every dihedral angle is open.
     owner = {tuple(edge): i // 3 for i, edge in enumerate(edges.tolist())}
     pairs = np.array([(i, owner[b, a]) for (a, b), i in owner.items() if (b, a) in owner])
     unit = normals / np.linalg.norm(normals, axis=-1, keepdims=True)
@@ -178,7 +178,7 @@ def test_normals_point_outwards_at_rest_and_for_all_betas(hand):
 def test_mesh_does_not_cross_itself_at_rest(right):
     assert self_intersections(right.template, right.faces) == 0
     folded = right.template.copy()
-    folded[TIP_OF['index']] = folded[TIP_OF['ring']]  # the check itself sees a crossing
+    folded[TIP_OF['index']] = folded[TIP_OF['ring']]  # the check itself detects a crossing
     assert self_intersections(folded, right.faces) > 0
 
 
@@ -189,13 +189,13 @@ def test_rest_pose_follows_the_axes_of_mano(right):
     assert 0.090 < np.linalg.norm(joints[4] - joints[0]) < 0.098
     assert 0.18 < np.linalg.norm(right.template[444] - joints[0]) < 0.20
     bases = joints[[1, 4, 10, 7], 2]
-    assert (np.diff(bases) < 0).all(), 'thumb side is +z'
+    assert (np.diff(bases) < 0).all(), 'the thumb side is not +z'
     assert joints[13:16, 2].min() > joints[1, 2] - 0.005
-    assert right.template[TIP_OF['thumb'], 1] < joints[1, 1] - 0.015, 'the thumb stands out of the palm'
+    assert right.template[TIP_OF['thumb'], 1] < joints[1, 1] - 0.015, 'the thumb does not stand out of the palm'
     for name, chain in CHAINS.items():
         tip = right.template[TIP_OF[name]]
         path = np.array([*joints[list(chain)], tip])
-        assert (np.diff(path[:, 0]) < 0).all(), 'fingers point to -x'
+        assert (np.diff(path[:, 0]) < 0).all(), 'a finger does not point to -x'
 
 
 def test_tips_are_the_farthest_points_of_their_fingers(hand):
@@ -239,14 +239,14 @@ def test_weights_and_regressor(hand):
     assert hand.skinning_weights.min() >= 0
     assert (hand.skinning_weights > 0).sum(1).max() <= 5
     assert hand.joint_regressor.min() > -0.01
-    # Smooth: neighbours differ little.
+    # Smooth: neighbouring vertices have similar weights.
     edges = directed_edges(hand.faces)
     assert abs(np.diff(hand.skinning_weights[edges], axis=1)).max() < 0.8
     joints = hand.joint_regressor @ hand.template
     for joint in range(16):
         used = abs(hand.joint_regressor[joint]) > 0
         assert np.linalg.norm(hand.template[used] - joints[joint], axis=1).max() < (0.06 if joint == 0 else 0.04)
-    # A vertex hangs on bones of one finger and those beside it, never on its opposite.
+    # A vertex follows its own and neighbouring fingers, never a distant one.
     thumb = hand.skinning_weights[:, 13:].sum(1)
     assert hand.skinning_weights[thumb > 0.01][:, [7, 8, 9]].max() == 0
 
@@ -293,7 +293,7 @@ def test_pose_directions_are_small_and_vanish_at_rest(hand):
 
 
 def test_pose_directions_keep_the_knuckles_volume(right):
-    """At a right angle the middle joint's back keeps its distance from the joint better than plain blending does."""
+    """At a right angle, the back of the middle joint stays closer to its rest distance than with plain blending."""
     flexion = np.zeros((5, 3))
     flexion[2, 1] = np.pi / 2
     plain = replace(right, pose_dirs=np.zeros_like(right.pose_dirs))
@@ -322,7 +322,7 @@ def test_pose_space(hand):
     assert (sign * flexion_axis[:12] > 0.15).all(), 'the mean pose is not half curled'
     vertices, joints = posed(hand, hand.pose_mean + np.stack([FLAT, hand.pose_components[0], -hand.pose_components[0]]))
     tips = np.linalg.norm(vertices[:, list(TIP_VERTICES[1:])] - joints[:, :1], axis=-1)
-    assert (tips[1] < tips[0]).all() and (tips[0] < tips[2]).all(), 'the first component curls all fingers'
+    assert (tips[1] < tips[0]).all() and (tips[0] < tips[2]).all(), 'the first component does not curl all fingers'
 
 
 def test_left_hand_mirrors_the_right():
@@ -384,10 +384,10 @@ def test_joints_turn_by_the_angles_given(right):
         curled = posed(right, right_pose(flexion))[0][0, tip] - rest[tip]
         apart = posed(right, right_pose(0 * flexion, spread))[0][0, tip] - rest[tip]
         if name == 'thumb':
-            assert curled[2] < -0.01, 'across the palm'
-            assert apart[1] < -0.005, 'out of the palm'
+            assert curled[2] < -0.01, 'the thumb does not curl across the palm'
+            assert apart[1] < -0.005, 'the thumb does not spread out of the palm'
         else:
-            assert curled[1] < -0.01, 'to the palm'
+            assert curled[1] < -0.01, 'the finger does not curl towards the palm'
             assert np.sign(apart[2]) == (1 if name in ('index', 'middle') else -1)
             assert abs(apart[1]) < 0.002
 
@@ -406,8 +406,8 @@ def test_fist_brings_the_tips_to_the_palm_without_penetration(right):
         offset = vertices[last][:, None] - vertices[palm]
         nearest = np.linalg.norm(offset, axis=-1).argmin(1)
         height = (offset[np.arange(len(last)), nearest] * normals[palm[nearest]]).sum(-1)
-        assert height.min() > -0.005, 'sunk into the palm'
-        assert np.linalg.norm(offset, axis=-1).min() < 0.02, 'the finger reaches the palm'
+        assert height.min() > -0.005, 'the finger penetrates the palm'
+        assert np.linalg.norm(offset, axis=-1).min() < 0.02, 'the finger does not reach the palm'
 
 
 def test_pinch_joins_thumb_and_index(right):
@@ -417,7 +417,7 @@ def test_pinch_joins_thumb_and_index(right):
     assert gap < 0.004
     just_outside = vertices[0] + 0.0005 * vertex_normals(vertices[0], right.faces)
     inside = winding_number(just_outside[last['thumb']], vertices[0], capped(right)) > 0.5
-    assert inside.mean() < 0.1, 'the thumb is pressed into the index'
+    assert inside.mean() < 0.1, 'the thumb penetrates the index finger'
 
 
 def test_poses_within_the_limits_keep_edges_and_volume(right):
