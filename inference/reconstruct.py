@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dataset.targets import BatchMaker
 from inference.folding import for_inference
-from inference.winograd import keep_kernels
+from inference.winograd import use_winograd
 from manopth import HandPair, TwoHandLayer
 from manopth.rotations import symmetric_6d_to_matrix
 from models import DIR
@@ -159,8 +159,8 @@ class Reconstructor:
         self.device, self.precision, self.batch_size = torch.device(device), precision, batch_size
         self.hand_models: HandPair = model.hand_head.hand_layer.models
         self.network = to_device(for_inference(model.eval()), self.device)
-        if self.device.type == 'cpu':
-            keep_kernels(self.network)
+        if self.device.type == 'cpu' and precision != 'bfloat16':
+            use_winograd(self.network)
         self.batch_maker = BatchMaker(TwoHandLayer(self.hand_models), image_size=image_size).to(self.device)
 
     def __call__(
