@@ -4,8 +4,7 @@
     python apps/convert_checkpoint.py --src checkpoint/dir_interhand.pth --dst DIR.pth --reverse
 
 The published file contains the hand model's arrays, ours does not: both directions need the hand files that the network
-was trained on (MANO.PATH). A round trip is exact to the bit. ``apps/eval_interhand.py --model`` reads the published file
-directly, too.
+was trained on (MANO.PATH). A round trip is exact to the bit. ``apps/eval_interhand.py --model`` reads both files.
 """
 
 import argparse

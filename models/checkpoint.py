@@ -149,7 +149,7 @@ def load_model(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
         model, cfg, rest = published.load_published(content, path=path, overrides=overrides)
         return Loaded(model, cfg, {'published_rest': rest, 'hand_model': model.hand_head.hand_layer.models.identity})
     content = _require_ours(content, path)
-    cfg = load_config(None, overrides, base=content['config'])
+    cfg = load_config(None, list(overrides), base=content['config'])
     trained, now = flatten(load_config(None, base=content['config'])), flatten(cfg)
     changed = [key for key in now if now[key] != trained[key] and (key.startswith('MODEL.') or key == 'ROOT_JOINT')]
     if changed:
@@ -166,7 +166,8 @@ def load_model(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
 
 def to_device(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """Move a network; to CUDA in channels-last order, in which its convolutions are faster there."""
-    return model.to(device, memory_format=torch.channels_last if device.type == 'cuda' else torch.contiguous_format)
+    order = torch.channels_last if device.type == 'cuda' else torch.contiguous_format
+    return model.to(device).to(memory_format=order)
 
 
 def to_plain(cfg: CfgNode) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from models.predictions import CAMERA, POSE, ROOT_ROTATION, SHAPE, HandPredictio
 
 
 def full_precision(device_type: str) -> AbstractContextManager:
-    """Disable autocast in this context; a null context if it is off, as torch.export would make a subgraph of another."""
+    """Disable autocast in this context; a null context if it is off: torch.export makes a subgraph of any other."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()

@@ -74,7 +74,7 @@ _AFFINE = ('weight', 'bias')
 
 
 def _residual(ours: str, theirs: str) -> list[Entry]:
-    names = [(f'{3 * i}', f'bn{i + 1}', _NORM) for i in range(3)]
+    names: list[tuple[str, str, tuple[str, ...]]] = [(f'{3 * i}', f'bn{i + 1}', _NORM) for i in range(3)]
     names += [(f'{3 * i + 2}', f'conv{i + 1}.conv', _AFFINE) for i in range(3)] + [('skip', 'skip_layer.conv', _AFFINE)]
     return [_same(f'{ours}.{a}.{leaf}', f'{theirs}.{b}.{leaf}') for a, b, leaves in names for leaf in leaves]
 

@@ -8,9 +8,7 @@ from inference.winograd import WinogradConv2d, use_winograd
 
 @torch.no_grad()
 @pytest.mark.parametrize('bias', [True, False])
-@pytest.mark.parametrize(
-    ('batch', 'height', 'width'), [(1, 2, 2), (3, 8, 8), (2, 6, 4), (2, 7, 7), (1, 5, 8), (0, 8, 8)]
-)
+@pytest.mark.parametrize('size', [(1, 2, 2), (3, 8, 8), (2, 6, 4), (2, 7, 7), (1, 5, 8), (0, 8, 8)], ids=str)
 def test_it_is_a_convolution(size, bias):
     torch.manual_seed(0)
     layer = nn.Conv2d(5, 7, 3, padding=1, bias=bias).double()
