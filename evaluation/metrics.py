@@ -218,13 +218,13 @@ def predicted_classes(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(logits.float(), size, mode='bilinear', align_corners=False).argmax(1)
 
 
-def segmentation_overlap(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def segmentation_overlap(logits: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
     """logits (B, 3, s, s), labels (B, H, W) -> (B, 3) pixels in both and in either, of the labels' resolution.
 
-    Empty logits (a model without a segmentation): zeros.
+    Zeros for a model without segmentation (None).
     """
-    if logits.numel() == 0:
-        nothing = logits.new_zeros(len(labels), 3)
+    if logits is None:
+        nothing = torch.zeros(len(labels), 3, device=labels.device)
         return nothing, nothing
     predicted = predicted_classes(logits, labels.shape[-2:])
     both = torch.stack([((predicted == c) & (labels == c)).sum((1, 2)) for c in range(3)], 1)

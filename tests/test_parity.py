@@ -142,7 +142,7 @@ def test_the_names_and_shapes_that_are_asked_for_are_the_published_ones():
 
 def test_other_hands_than_the_files_are_noticed(weights):
     key = 'decoder.projecter_3.regressor.mano_layer_left.th_v_template'
-    with pytest.raises(UserError, match=f'trained on other hands .*{key} differs.*MANO.PATH'):
+    with pytest.raises(UserError, match=f'trained on another hand model .*{key} differs.*MANO.PATH'):
         published.load_published(
             {'net': weights | {key: weights[key] + 1e-4}}, path='DIR.pth', overrides=['MANO.PATH', str(PARITY)]
         )
