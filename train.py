@@ -86,7 +86,7 @@ class Training(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        return self.batch_maker.mean.device
+        return self.batch_maker.device
 
     @property
     def result(self) -> nn.Module:
