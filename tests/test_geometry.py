@@ -132,6 +132,7 @@ MOVE = {'flip': False, 'scale': 1.0, 'angle': 0.0, 'shift': (0.0, 0.0)}
         {'flip': True},
         {'angle': -2.5, 'scale': 0.9, 'shift': (-9.0, 4.5)},
         {'angle': 1.3, 'scale': 1.07, 'shift': (3.0, 8.0), 'flip': True},
+        {'angle': math.pi, 'flip': True},
     ],
 )
 def test_warp_matches_opencv(move, size):
