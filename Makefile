@@ -1,12 +1,13 @@
-# make demo   the whole road on made hands and data: make, prepare, train, evaluate; tables and pictures in output/demo/
-# make test   lint and tests
-# VENV=DIR    use (or make) the environment there; PYTHON=... the interpreter it is made with
+# make demo   the whole pipeline on synthetic data: synthesize, prepare, train, evaluate, report; results in output/demo/
+# make test   format, lint, types, layers and tests
+# make clean  remove the demo's output and caches
+# VENV=DIR    use, or create, the environment DIR; PYTHON=... the interpreter to create it with
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.dir-ready
 
-.PHONY: demo test setup clean
+.PHONY: demo test lint setup clean
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -19,9 +20,14 @@ $(READY): requirements.txt requirements-dev.txt
 demo: $(READY)
 	$(BIN)/python apps/run_demo.py
 
-test: $(READY)
+lint: $(READY)
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/mypy
+
+test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
 clean:
-	rm -rf output/demo .pytest_cache .ruff_cache .coverage*
+	rm -rf output/demo .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .coverage*

@@ -1,55 +1,40 @@
 """Train DIR.
 
-python train.py                                      # the published recipe, configs/dir_interhand.yaml
+python train.py                                          # the published recipe, configs/dir_interhand.yaml
 python train.py --cfg configs/demo.yaml TRAIN.LR 1e-3
-python train.py --resume                             # go on exactly where the run stopped
-torchrun --nproc_per_node 4 train.py                 # several GPUs; TRAIN.BATCH_SIZE is over all of them
-torchrun --max-restarts 3 --nproc_per_node 4 train.py    # a lost process costs what was done since the last save
+python train.py --resume                                 # continue exactly where the run stopped
+torchrun --nproc_per_node 4 train.py                     # several GPUs; TRAIN.BATCH_SIZE counts over all of them
+torchrun --max-restarts 3 --nproc_per_node 4 train.py    # a lost process costs the work since the last save
 """
 
 import argparse
 import math
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from yacs.config import CfgNode
 
+from dataset import PreparedSplit, Sample
 from dataset.batch import BatchMaker, build_batch_maker, parts_of
 from dataset.hand_model_record import check_hand_model_record
-from dataset.loader import EpochSampler, evaluation_loader, evaluation_split, training_loader
-from dataset.prepared import PreparedSplit, Sample
-from evaluation.evaluate import Evaluation, evaluate
-from evaluation.metrics import Protocol, SampleErrors
-from evaluation.pictures import draw_sheets, spread_over
-from models import build_criterion, build_model
-from models.checkpoint import check_hand_model, load_state, read_checkpoint, save_checkpoint, to_device, to_plain
+from dataset.loader import EpochSampler, evaluation_split, training_loader
+from evaluation.validation import validate
+from manopth import HandPair
+from models.checkpoint import check_hand_model, read_checkpoint, save_checkpoint, to_plain
 from models.hands import load_hands
+from models.trainer import NonFiniteLossError, Trainer
 from utils import distributed
-from utils.config import add_config_arguments, flatten, load_config
-from utils.drawing import write_image
+from utils.config import add_config_arguments, changed_keys, load_config
 from utils.errors import UserError, user_facing
-from utils.hand import SIDES
-from utils.training import (
-    RunLog,
-    StopRequest,
-    Waits,
-    autocast,
-    build_optimizer,
-    compiled,
-    learning_rate,
-    set_float32_precision,
-)
+from utils.training import RunLog, StopRequest, Waits, learning_rate
 
-# Keys that may change when a run is resumed: none of them changes what is learned.
+# Keys that a resumed run may change: none of them affects what is learned.
 FREE_KEYS = (
     'DEVICE',
     'OUTPUT_DIR',
@@ -59,57 +44,23 @@ FREE_KEYS = (
     'MODEL.BACKBONE_WEIGHTS',
     'EVAL.BATCH_SIZE',
     'EVAL.PRECISION',
+    'EVAL.WORKERS',
     'TRAIN.COMPILE',
     'TRAIN.WORKERS',
-    'EVAL.WORKERS',
     'TRAIN.SAVE_EVERY',
     'TRAIN.LOG_EVERY',
     'TRAIN.PICTURES',
 )
-SUMMARY_FIGURES = ('joint_mm', 'vert_mm', 'joint_px', 'vert_px')
-
-
-class Training(NamedTuple):
-    """Everything that a run is made of."""
-
-    cfg: CfgNode
-    model: nn.Module  # the network itself, what checkpoints hold
-    parallel: nn.Module  # the same, compiled and wrapped where there are several processes
-    average: AveragedModel | None  # moving average of its weights
-    criterion: nn.Module
-    optimizer: torch.optim.Optimizer
-    batch_maker: BatchMaker
-    loader: torch.utils.data.DataLoader
-    sampler: EpochSampler
-    validation: PreparedSplit | None  # None: the data set has no split val
-    hand_model: str
-
-    @property
-    def device(self) -> torch.device:
-        return self.batch_maker.device
-
-    @property
-    def result(self) -> nn.Module:
-        """What is validated and kept as the best."""
-        return self.average.module if self.average else self.model
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.cfg.OUTPUT_DIR)
-
-    @property
-    def total_steps(self) -> int:
-        return self.sampler.steps * self.cfg.TRAIN.EPOCHS
 
 
 @dataclass
 class Progress:
-    """Where a run stands: what a resumed one goes on from, next to weights and optimizer."""
+    """Where a run stands: with weights and optimizer state, all that a resumed run continues from."""
 
-    epoch: int = 0  # epochs done
-    step: int = 0  # steps done of the next one
+    epoch: int = 0  # finished epochs
+    step: int = 0  # finished steps of the next one
     best: float = math.inf  # mm: lowest validation joint error so far
-    seconds: float = 0.0  # spent on it, over all sessions, validation included
+    seconds: float = 0.0  # spent on the run, over all sessions, validation included
 
     def __post_init__(self):
         self._since = time.perf_counter()
@@ -120,18 +71,38 @@ class Progress:
         self.seconds, self._since = self.seconds + now - self._since, now
 
 
+class Training(NamedTuple):
+    """Everything that a run consists of."""
+
+    cfg: CfgNode
+    hands: HandPair
+    trainer: Trainer
+    batch_maker: BatchMaker
+    loader: DataLoader
+    sampler: EpochSampler
+    validation: PreparedSplit | None  # None: the data set has no split val
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.cfg.OUTPUT_DIR)
+
+    @property
+    def total_steps(self) -> int:
+        return self.sampler.steps * self.cfg.TRAIN.EPOCHS
+
+
 @user_facing
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser, default='configs/dir_interhand.yaml')
-    parser.add_argument('--resume', action='store_true', help='go on from OUTPUT_DIR/latest.pth')
+    parser.add_argument('--resume', action='store_true', help='continue from OUTPUT_DIR/latest.pth')
     args = parser.parse_intermixed_args(argv)
     cfg = load_config(args.cfg, args.opts)
     latest = Path(cfg.OUTPUT_DIR) / 'latest.pth'
     resuming = args.resume or (distributed.restarted() and latest.exists())
     if not resuming and latest.exists():
         raise UserError(
-            f'{latest.parent} already holds a run: add --resume to go on with it, or choose another OUTPUT_DIR.'
+            f'{latest.parent} already holds a run: continue it with --resume, or choose another OUTPUT_DIR.'
         )
     device = distributed.start(cfg.DEVICE)
     try:
@@ -142,52 +113,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_training(cfg: CfgNode, device: torch.device, *, fresh: bool) -> Training:
-    hand_models = load_hands(cfg.MANO.SOURCE, cfg.MANO.PATH)
-    check_hand_model_record(cfg.DATASET.PATH, hand_models)
+    """Open the data and build the network; ``fresh`` False skips the ImageNet weights, since a checkpoint follows."""
+    hands = load_hands(cfg.MANO.SOURCE, cfg.MANO.PATH)
+    check_hand_model_record(cfg.DATASET.PATH, hands)
     loader, sampler = training_loader(cfg)
-    validation = validation_split(cfg)  # now, not after the first epoch, it should turn out that it cannot be read
-    torch.manual_seed(cfg.SEED)
-    model = build_model(cfg, hand_models, pretrained=None if fresh else False)
-    model = to_device(model, device)
-    if distributed.rank_and_world()[1] > 1 and cfg.TRAIN.SYNC_BN:
-        model = distributed.synchronise_batch_norm(model, device)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.TRAIN.EMA)) if cfg.TRAIN.EMA else None
-    return Training(
-        cfg,
-        model,
-        parallelised(model, cfg, device),
-        average,
-        build_criterion(cfg, hand_models).to(device),
-        build_optimizer(model, cfg),
-        build_batch_maker(cfg, hand_models).to(device),
-        loader,
-        sampler,
-        validation,
-        hand_models.identity,
-    )
-
-
-def parallelised(model: nn.Module, cfg: CfgNode, device: torch.device) -> nn.Module:
-    """The network as it is called in training: over all processes, compiled if TRAIN.COMPILE."""
-    parallel = model
-    if distributed.rank_and_world()[1] > 1:
-        unused = not (cfg.MODEL.DENSE_HEADS and all(cfg.LOSS.WEIGHT.values()))
-        parallel = DistributedDataParallel(
-            model, [device] if device.type == 'cuda' else None, find_unused_parameters=unused
-        )
-    return compiled(parallel, device) if cfg.TRAIN.COMPILE else parallel
-
-
-def validation_split(cfg: CfgNode) -> PreparedSplit | None:
-    if not (Path(cfg.DATASET.PATH) / 'val').exists():
-        if distributed.is_main():
-            print(f'{cfg.DATASET.PATH} has no split val: nothing is validated, and best.pth is the last epoch.')
-        return None
-    return evaluation_split(cfg, 'val')
+    validation = None
+    if (Path(cfg.DATASET.PATH) / 'val').exists():
+        validation = evaluation_split(cfg, 'val')  # opened now: an unreadable split must not show after an epoch
+    elif distributed.is_main():
+        print(f'{cfg.DATASET.PATH} has no split val: nothing is validated, and best.pth holds the last epoch.')
+    trainer = Trainer(cfg, hands, device, pretrained=None if fresh else False)
+    return Training(cfg, hands, trainer, build_batch_maker(cfg, hands).to(device), loader, sampler, validation)
 
 
 def fit(run: Training, progress: Progress) -> int:
-    """The epoch loop; returns the exit code."""
+    """The epoch loop -> exit code."""
     cfg, stop, steps_done = run.cfg, StopRequest(), progress.epoch * run.sampler.steps + progress.step
     log = RunLog(run.folder, step=steps_done) if distributed.is_main() else None
     with tqdm(total=run.total_steps, initial=steps_done, unit='step', mininterval=1, disable=log is None) as bar:
@@ -195,17 +135,10 @@ def fit(run: Training, progress: Progress) -> int:
             bar.set_description(f'epoch {progress.epoch + 1}/{cfg.TRAIN.EPOCHS}')
             if not train_one_epoch(run, progress, stop=stop, log=log, bar=bar):
                 save_latest(run, progress)
-                bar.write(f'stopped after step {progress.step} of epoch {progress.epoch + 1}; --resume goes on there.')
+                bar.write(f'Stopped after step {progress.step} of epoch {progress.epoch + 1}; continue with --resume.')
                 return 130
             progress.epoch, progress.step = progress.epoch + 1, 0
-            if run.validation is None:
-                save_best(run, progress)
-            elif progress.epoch % cfg.TRAIN.VALIDATE_EVERY == 0 or progress.epoch == cfg.TRAIN.EPOCHS:
-                figure = validate(run, progress.epoch, log=log, bar=bar)
-                progress.tick()
-                if figure < progress.best:
-                    progress.best = figure
-                    save_best(run, progress)
+            validate_and_keep_best(run, progress, log=log, bar=bar)
             save_latest(run, progress)
     if log:
         log.close()
@@ -215,35 +148,26 @@ def fit(run: Training, progress: Progress) -> int:
 
 
 def train_one_epoch(run: Training, progress: Progress, *, stop: StopRequest, log: RunLog | None, bar: tqdm) -> bool:
-    """Train the epoch that ``progress`` points at, from its step on; False if it was asked to stop on the way."""
+    """Train the epoch that ``progress`` points at, from its step on; False if it was asked to stop before the end."""
     cfg = run.cfg
-    run.parallel.train()
-    set_float32_precision(cfg.TRAIN.PRECISION)
+    run.trainer.train()
     run.sampler.start_at(progress.epoch, progress.step)
     logged_at, logged_step = time.perf_counter(), progress.step
     waits = Waits(run.loader)
     for samples in waits:
-        global_step = progress.epoch * run.sampler.steps + progress.step
-        rate = learning_rate(global_step, total=run.total_steps, base=cfg.TRAIN.LR, warmup=cfg.TRAIN.WARMUP_STEPS)
+        step = progress.epoch * run.sampler.steps + progress.step
+        rate = learning_rate(step, total=run.total_steps, base=cfg.TRAIN.LR, warmup=cfg.TRAIN.WARMUP_STEPS)
         terms = train_step(run, samples, rate)
         progress.step += 1
         progress.tick()
-
         if log and progress.step % cfg.TRAIN.LOG_EVERY == 0:
             seconds = time.perf_counter() - logged_at
             speed = (progress.step - logged_step) * cfg.TRAIN.BATCH_SIZE / seconds
             logged_at, logged_step = time.perf_counter(), progress.step
-            log.write(
-                'train',
-                global_step + 1,
-                epoch=progress.epoch,
-                lr=rate,
-                samples_per_second=round(speed, 2),
-                waiting_for_data=round(waits.since_last_asked() / seconds, 4),
-                total=sum(terms.values()),
-                **terms,
-            )
-            bar.set_postfix(loss=f'{sum(terms.values()):.3f}', refresh=False)
+            waiting, total = waits.since_last_asked() / seconds, sum(terms.values())
+            figures = {'lr': rate, 'samples_per_second': round(speed, 2), 'waiting_for_data': round(waiting, 4)}
+            log.write('train', step + 1, epoch=progress.epoch, **figures, total=total, **terms)
+            bar.set_postfix(loss=f'{total:.3f}', refresh=False)
         bar.update()
         if asked_to_stop(stop, progress.step, cfg):
             return False
@@ -253,49 +177,22 @@ def train_one_epoch(run: Training, progress: Progress, *, stop: StopRequest, log
 
 
 def train_step(run: Training, samples: Sample, rate: float) -> dict[str, float]:
-    """One update; returns the loss terms of the whole batch. Raises UserError, before it touches the weights, on a
-    non-finite loss."""
-    for group in run.optimizer.param_groups:
-        group['lr'] = rate
-    run.optimizer.zero_grad(set_to_none=True)
+    """One update -> the loss terms of the whole batch. Raises UserError, before the weights change, on a non-finite
+    loss."""
     parts = parts_of(samples, len(samples.index) // run.cfg.TRAIN.ACCUMULATE)
-    of_parts = [accumulate(run, part, share=1 / len(parts), last=part is parts[-1]) for part in parts]
-    mine = torch.stack([torch.stack(list(terms.values())) for terms in of_parts]).mean(0)
-    # One wait for the device a step. All processes see the same numbers, so all of them go on or none.
-    terms = dict(zip(of_parts[0], distributed.mean_over_processes(mine).tolist()))
-    if not math.isfinite(sum(terms.values())):
-        refuse(run, samples, terms, mine)
-    if run.cfg.TRAIN.CLIP_NORM > 0:
-        nn.utils.clip_grad_norm_(run.model.parameters(), run.cfg.TRAIN.CLIP_NORM)
-    run.optimizer.step()
-    if run.average:
-        run.average.update_parameters(run.model)
-    return terms
-
-
-def accumulate(run: Training, samples: Sample, *, share: float, last: bool) -> dict[str, Tensor]:
-    """Add the gradients of a part of a batch; returns its loss terms. Processes exchange theirs with the last one."""
-    batch = run.batch_maker(samples)
-    image = run.model.preprocess.normalise(batch.image)
-    exchange = last or distributed.rank_and_world()[1] == 1
-    with nullcontext() if exchange else run.parallel.no_sync():
-        with autocast(run.cfg.TRAIN.PRECISION, run.device):
-            output = run.parallel(image)
-        terms = run.criterion(output, batch.target)
-        (share * sum(terms.values())).backward()
-    return {name: value.detach() for name, value in terms.items()}
-
-
-def refuse(run: Training, samples: Sample, terms: dict[str, float], mine: Tensor) -> None:
-    """Raises UserError with the terms and, on the processes where they arose, the samples of a non-finite loss."""
-    names = 'those of another process'
-    if not torch.isfinite(mine).all():
-        names = ', '.join(run.loader.dataset.name(index) for index in samples.index.tolist())
-    raise UserError(
-        'The loss is not finite; the run stops and its last checkpoint is kept.\n'
-        f'terms: {", ".join(f"{name} {value:.4g}" for name, value in terms.items())}\nsamples: {names}\n'
-        'A smaller TRAIN.LR or TRAIN.CLIP_NORM 1 often helps; --resume goes on from the last checkpoint.'
-    )
+    batches = ((batch.image, batch.target) for batch in map(run.batch_maker, parts))
+    try:
+        return run.trainer.step(batches, count=len(parts), rate=rate)
+    except NonFiniteLossError as error:
+        names = 'those of another process'
+        if error.here:
+            dataset = cast(PreparedSplit, run.loader.dataset)
+            names = ', '.join(map(dataset.name, samples.index.tolist()))
+        raise UserError(
+            'The loss is not finite; the run stops and its last checkpoint is kept.\n'
+            f'terms: {", ".join(f"{name} {value:.4g}" for name, value in error.terms.items())}\nsamples: {names}\n'
+            'A smaller TRAIN.LR or TRAIN.CLIP_NORM 1 often helps; --resume continues from the last checkpoint.'
+        ) from None
 
 
 def asked_to_stop(stop: StopRequest, step: int, cfg: CfgNode) -> bool:
@@ -305,100 +202,51 @@ def asked_to_stop(stop: StopRequest, step: int, cfg: CfgNode) -> bool:
     return step % cfg.TRAIN.LOG_EVERY == 0 and distributed.any_process(stop.requested)
 
 
-def validate(run: Training, epoch: int, *, log: RunLog | None, bar: tqdm) -> float:
-    """Figures of every stage on the validation split, and pictures; returns the one that ``best`` is chosen by."""
-    cfg, step, dataset = run.cfg, epoch * run.sampler.steps, run.validation
-    result = evaluate(
-        run.result,
-        evaluation_loader(dataset, cfg),
-        run.batch_maker,
-        network_root=cfg.ROOT_JOINT,
-        protocol=Protocol(cfg.ROOT_JOINT, scale=True),
-        title='validate',
-        precision=cfg.EVAL.PRECISION,
-    )
-    summary = result.summary()
-    if log:
-        log_validation(log, result, step, epoch)
-        if cfg.TRAIN.PICTURES:
-            log_pictures(run, log, step, epoch)
-        bar.write(
-            f'epoch {epoch}: validation joint {summary["joint_mm"]["all"]:.2f} mm, vert '
-            f'{summary["vert_mm"]["all"]:.2f} mm, root {summary["root_mm"]:.2f} mm'
-        )
-    return summary['joint_mm']['all']
-
-
-def log_validation(log: RunLog, result: Evaluation, step: int, epoch: int) -> None:
-    for stage in range(len(result.stages)):
-        summary = result.summary(stage)
-        figures = {f'{name}_{side}': value for name in SUMMARY_FIGURES for side, value in summary[name].items()}
-        log.write(f'val_stage{stage}', step, epoch=epoch, root_mm=summary['root_mm'], **figures)
-        for name, values in errors_of_samples(result.stages[stage]).items():
-            # A tag holds values of one kind only, and the scalars have the plain names.
-            log.board.add_histogram(f'val_stage{stage}/{name}_samples', values, step)
-
-
-def errors_of_samples(errors: SampleErrors) -> dict[str, Tensor]:
-    """What the histograms show: {name: (N,) mm}."""
-    hands = {
-        f'{name}_{side}': getattr(errors, name)[:, hand]
-        for name in ('joint_mm', 'vert_mm')
-        for hand, side in enumerate(SIDES)
-    }
-    return hands | {'root_mm': errors.root_mm}
-
-
-def log_pictures(run: Training, log: RunLog, step: int, epoch: int) -> None:
-    """Every sheet to TensorBoard, predictions beside truth to the run folder as well."""
-    indices = spread_over(len(run.validation), run.cfg.TRAIN.PICTURES)
-    sheets = draw_sheets(run.result, run.validation, indices, run.batch_maker)
-    write_image(run.folder / 'pictures' / f'epoch_{epoch:03d}.jpg', sheets['validation'])
-    for name, sheet in sheets.items():
-        log.picture(name, sheet, step)
+def validate_and_keep_best(run: Training, progress: Progress, *, log: RunLog | None, bar: tqdm) -> None:
+    """After an epoch: its validation, where one is due, and best.pth."""
+    cfg, epoch = run.cfg, progress.epoch
+    if run.validation is None:
+        save_best(run, progress)
+    elif epoch % cfg.TRAIN.VALIDATE_EVERY == 0 or epoch == cfg.TRAIN.EPOCHS:
+        step = epoch * run.sampler.steps
+        summary = validate(run.trainer.result, run.validation, run.batch_maker, cfg, epoch=epoch, step=step, log=log)
+        joint, vert = summary['joint_mm']['all'], summary['vert_mm']['all']
+        if log:
+            bar.write(
+                f'epoch {epoch}: validation joint {joint:.2f} mm, vert {vert:.2f} mm, root {summary["root_mm"]:.2f} mm'
+            )
+        progress.tick()
+        if joint < progress.best:
+            progress.best = joint
+            save_best(run, progress)
 
 
 def save_latest(run: Training, progress: Progress) -> None:
-    """All that an exact resume needs."""
-    if distributed.is_main():
-        average = {'average': run.average.state_dict()} if run.average else {}
-        save_checkpoint(
-            run.folder / 'latest.pth',
-            model=run.model,
-            cfg=run.cfg,
-            hand_model=run.hand_model,
-            optimizer=run.optimizer.state_dict(),
-            progress=asdict(progress),
-            **average,
-        )
+    """Save all that an exact resume needs."""
+    _save(run, 'latest.pth', run.trainer.model, progress=asdict(progress), **run.trainer.state())
 
 
 def save_best(run: Training, progress: Progress) -> None:
+    _save(run, 'best.pth', run.trainer.result, progress=asdict(progress))
+
+
+def _save(run: Training, name: str, model: torch.nn.Module, **more) -> None:
     if distributed.is_main():
-        save_checkpoint(
-            run.folder / 'best.pth', model=run.result, cfg=run.cfg, hand_model=run.hand_model, progress=asdict(progress)
-        )
+        save_checkpoint(run.folder / name, model=model, cfg=run.cfg, hand_model=run.hands.identity, **more)
 
 
 def resume(run: Training, path: Path) -> Progress:
-    """Put a saved run back. Raises UserError if it was another run."""
+    """Restore a saved run. Raises UserError if the file belongs to another run."""
     content = read_checkpoint(path)
     if 'optimizer' not in content:
         raise UserError(f'{path} holds a network but no training state; only latest.pth can be resumed.')
-    was, now = (flatten(load_config(None, base=config)) for config in (content['config'], to_plain(run.cfg)))
-    changed = [
-        f'{key} was {was[key]!r}, is {now[key]!r}' for key in now if was[key] != now[key] and key not in FREE_KEYS
-    ]
-    if changed:
+    if changed := changed_keys(content['config'], to_plain(run.cfg), free=FREE_KEYS):
         raise UserError(
-            f'{path} belongs to a run with another configuration ({"; ".join(changed)}): resume it with '
-            'the same one, or start a new run in another OUTPUT_DIR.'
+            f'{path} belongs to a run with another configuration ({"; ".join(changed)}). Resume it with the same '
+            'configuration, or start a new run in another OUTPUT_DIR.'
         )
-    check_hand_model(content, run.batch_maker.hands, path=path)
-    load_state(run.model, content['model'], path=path)
-    run.optimizer.load_state_dict(content['optimizer'])
-    if run.average:
-        run.average.load_state_dict(content['average'])
+    check_hand_model(content, run.hands, path=path)
+    run.trainer.load(content, path=path)
     return Progress(**content['progress'])
 
 

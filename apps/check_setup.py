@@ -1,9 +1,9 @@
-"""Before a run: what is there, what is missing, and what to do about each. Changes nothing and downloads nothing.
+"""Check the setup before a run: what is ready, what is missing, and how to fix it. Changes and downloads nothing.
 
     python apps/check_setup.py                                # for python train.py
     python apps/check_setup.py --cfg configs/demo.yaml DATASET.PATH DIR
 
-Takes train.py's --cfg FILE and KEY VALUE pairs. Exit code 0 when training can start, 2 when it cannot.
+Accepts train.py's --cfg FILE and KEY VALUE pairs. Exits with 0 if training can start, with 2 if it cannot.
 """
 
 import argparse
@@ -38,9 +38,9 @@ try:
     from utils.distributed import choose_device, usable_cores
     from utils.errors import UserError, user_facing
     from utils.files import read_json
-except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
+except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
     print(
-        f'error: a package is missing or does not fit the others ({error}): '
+        f'error: a package is missing or incompatible with the others ({error}): '
         f'python -m pip install -r {ROOT / "requirements.txt"}',
         file=sys.stderr,
     )
@@ -49,18 +49,21 @@ except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that
 OK, NOTE, MISSING, WRONG = 'ok', 'note', 'MISSING', 'WRONG'  # the last two keep training from starting
 WIDTH = 110  # characters of a line
 OLDEST_PYTHON = (3, 11)
-# Where the name under which a package is imported is not its own; it may then come from another package, too.
+# Packages whose import name differs; another package may then provide the same module.
 IMPORTED_AS = {'opencv-python-headless': 'cv2'}
 LITTLE_SPACE = 5  # GB
 CHECKPOINT_SIZES = (
-    'Of the published network (resnet50) latest.pth takes 1.1 GB, twice that while it is being '
-    'replaced, and best.pth 0.4 GB.'
+    'For the published network (resnet50), latest.pth needs 1.1 GB, twice that while it is being replaced, and '
+    'best.pth 0.4 GB.'
 )
-WITHOUT = {'val': 'training then validates nothing, and best.pth is the last epoch', 'test': 'only evaluation wants it'}
+WITHOUT = {
+    'val': 'training then validates nothing, and best.pth holds the last epoch',
+    'test': 'only evaluation needs it',
+}
 
 
 class Check(NamedTuple):
-    """One line of the report and what is printed below it."""
+    """One line of the report, and the advice printed below it."""
 
     mark: str  # OK, NOTE, MISSING or WRONG
     what: str
@@ -89,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def examine(cfg: CfgNode) -> Iterator[Check]:
-    """Run every check; what one of them raises for the user is its result, and the others still run."""
+    """Run every check; an error that one of them raises becomes its result, and the others still run."""
     for what, check in CHECKS.items():
         try:
             result = check(what, cfg)
@@ -100,7 +103,7 @@ def examine(cfg: CfgNode) -> Iterator[Check]:
 
 
 def layout(check: Check) -> str:
-    """The line of a check with what is to be done below it, wrapped, but no path or address broken."""
+    """A check's line with the advice wrapped below it; paths and addresses are never broken."""
     names = max(map(len, CHECKS))
     indent = ' ' * (len(MISSING) + names + 4)
     below = textwrap.fill(
@@ -121,12 +124,12 @@ def sentence(error: UserError | OSError) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The checks: (what, configuration) -> Check, or None where there is nothing to say
+# The checks: (name, configuration) -> Check, or None where a check does not apply
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def check_software(what: str, cfg: CfgNode) -> Check:
-    """Python and the packages of requirements.txt, in versions that are new enough."""
+    """Python and the packages of requirements.txt are recent enough."""
     found = f'Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}'
     problems = []
     if sys.version_info[:2] < OLDEST_PYTHON:
@@ -151,29 +154,29 @@ def check_software(what: str, cfg: CfgNode) -> Check:
 
 
 def release(version: str) -> tuple[int, ...]:
-    """'2.6.0+cu124' -> (2, 6): what is compared."""
+    """'2.6.0+cu124' -> (2, 6), for comparison."""
     return tuple(int(number) for number in re.findall(r'\d+', version)[:2])
 
 
 def check_device(what: str, cfg: CfgNode) -> Check:
-    """What DEVICE stands for on this machine, tried out."""
+    """The device that DEVICE selects on this machine works."""
     device = choose_device(cfg.DEVICE)
     if device.type == 'cuda':
         gpu = torch.cuda.get_device_properties(device)
         return Check(OK, what, f'{device}: {gpu.name}, {gpu.total_memory / 1e9:.0f} GB')
     cores = usable_cores()
-    todo = 'Training on the whole data set takes a GPU; a CPU does for configs/demo.yaml.'
+    todo = 'Training on the full data set needs a GPU; a CPU is enough for configs/demo.yaml.'
     if not torch.cuda.is_available():
         todo += (
-            ' If there is a GPU: nvidia-smi tells whether its driver works.'
+            ' If this machine has a GPU, check its driver with nvidia-smi.'
             if torch.version.cuda
-            else ' If there is a GPU: this torch is a build without CUDA, https://pytorch.org has the others.'
+            else ' If this machine has a GPU: this torch was built without CUDA; see https://pytorch.org for others.'
         )
     return Check(NOTE, what, f'{device}, {cores} {"core" if cores == 1 else "cores"}', todo)
 
 
 def check_hands(what: str, cfg: CfgNode) -> Check:
-    """The hand model: its files there, whole, and not swapped."""
+    """The hand model's files exist, are intact and not swapped."""
     try:
         return Check(OK, what, load_hands(cfg.MANO.SOURCE, cfg.MANO.PATH).identity)
     except UserError as error:
@@ -183,7 +186,7 @@ def check_hands(what: str, cfg: CfgNode) -> Check:
 
 
 def check_split(what: str, cfg: CfgNode, *, split: str) -> Check:
-    """A split of the prepared data set: complete, its first sample readable, at least a batch to train on."""
+    """A split is complete, its first sample is readable, and it holds at least one batch."""
     folder = Path(cfg.DATASET.PATH) / split
     absent = not folder.exists()
     files = cfg.DATASET.TARGETS == 'files'
@@ -205,25 +208,27 @@ def check_split(what: str, cfg: CfgNode, *, split: str) -> Check:
 
 
 def _unusable_split(what: str, cfg: CfgNode, folder: Path, problem: str, *, absent: bool) -> Check:
-    """Whether training can do without depends on the split, and for val on whether it is away or broken."""
+    """Report a split that cannot be opened: training can do without test, and without val where it is missing."""
     split, partial_folder = folder.name, folder.with_name(f'{folder.name}.partial')
     half = absent and partial_folder.is_dir()
     found = f'only half prepared ({partial_folder})' if half else f'none in {folder.parent}' if absent else 'damaged'
     if split == 'test' or (split == 'val' and absent):
-        if absent and not half:  # what the loader says of it, train has said already
+        if absent and not half:  # the check of train has reported the loader's error already
             hands = ' MANO.SOURCE standin' if cfg.MANO.SOURCE == 'standin' else ''
             problem = (
-                'To have it: python dataset/interhand.py --data_path INTERHAND --save_path '
+                'To prepare it: python dataset/interhand.py --data_path INTERHAND --save_path '
                 f'{shlex.quote(cfg.DATASET.PATH)} --splits {split}{hands}'
             )
         return Check(NOTE, what, f'{found}: {WITHOUT[split]}', problem)
     if absent and not half and cfg.MANO.SOURCE == 'standin':
-        problem += ' Without InterHand2.6M: `make demo` makes pictures of stand-in hands (dataset/synthesize.py).'
+        problem += (
+            ' Without InterHand2.6M: `make demo` generates synthetic data with stand-in hands (dataset/synthesize.py).'
+        )
     return Check(MISSING if absent else WRONG, what, found, problem)
 
 
 def _with_preparation(check: Check, folder: Path, samples: int) -> Check:
-    """Add what preparation.json says; a data set prepared by other tools has none."""
+    """Add the counts of preparation.json; data sets prepared by other tools have none."""
     file = folder / 'preparation.json'
     if not file.exists():
         return check
@@ -235,16 +240,16 @@ def _with_preparation(check: Check, folder: Path, samples: int) -> Check:
         return check._replace(
             mark=NOTE,
             found=f'{check.found}; preparation.json is damaged',
-            todo=f'{file} is only a record of the preparation: training does not read it.',
+            todo=f'{file} is only a record of the preparation; training does not read it.',
         )
     check = check._replace(found=f'{check.found}; {frames:,} frames, {skipped:,} skipped, {damaged:,} of them damaged')
     if samples == kept:
         return check
-    return check._replace(mark=NOTE, todo=f'{file} says that {kept:,} were prepared: is this copy of them complete?')
+    return check._replace(mark=NOTE, todo=f'{file} records {kept:,} prepared samples: is this copy complete?')
 
 
 def check_hands_of_data(what: str, cfg: CfgNode) -> Check | None:
-    """Whether the data was made with the hands that are set; nothing to say where either is not there."""
+    """The data was generated with the configured hands; does not apply where either is missing."""
     if not (Path(cfg.DATASET.PATH) / HAND_MODEL_RECORD).exists():
         return None
     try:
@@ -254,15 +259,15 @@ def check_hands_of_data(what: str, cfg: CfgNode) -> Check | None:
     try:
         check_hand_model_record(cfg.DATASET.PATH, models)
     except UserError as error:
-        return Check(WRONG, what, f'{cfg.DATASET.PATH} belongs to other hands', str(error))
+        return Check(WRONG, what, f'{cfg.DATASET.PATH} was generated with other hands', str(error))
     return Check(OK, what, 'the same')
 
 
 def check_weights(what: str, cfg: CfgNode) -> Check:
-    """What the backbone starts from; weights that are on this machine are read and tried on."""
+    """The backbone's initial weights; local ones are loaded into a backbone to see that they fit."""
     name, file = cfg.MODEL.BACKBONE, cfg.MODEL.BACKBONE_WEIGHTS
     if not cfg.MODEL.PRETRAINED:
-        return Check(OK, what, f'{name} from random weights (MODEL.PRETRAINED false)')
+        return Check(OK, what, f'{name} from scratch (MODEL.PRETRAINED false)')
     url = torchvision.models.get_model_weights(name).DEFAULT.url
     cached = Path(torch.hub.get_dir()) / 'checkpoints' / Path(urlparse(url).path).name
     if not file and not cached.exists():
@@ -270,13 +275,13 @@ def check_weights(what: str, cfg: CfgNode) -> Check:
             NOTE,
             what,
             f'{name}: the first run downloads {url}',
-            f'Without a network: get that file elsewhere and put it into {cached.parent} or give it with '
+            f'Without a network connection: copy that file into {cached.parent}, pass it with '
             'MODEL.BACKBONE_WEIGHTS FILE, or train from scratch with MODEL.PRETRAINED false.',
         )
     source = file or str(cached)
-    again = '' if file else f' Or remove {cached}: the first run then downloads it again.'
+    again = '' if file else f' Or remove {cached}; the first run then downloads it again.'
     try:
-        # By its path, the cached one too: so nothing can be downloaded here.
+        # Loaded by path, even from the cache, so that nothing is downloaded here.
         load_imagenet(ResNetBackbone(name), name, source)
     except UserError as error:
         return Check(WRONG if Path(source).exists() else MISSING, what, f'{source} cannot be used', f'{error}{again}')
@@ -284,27 +289,27 @@ def check_weights(what: str, cfg: CfgNode) -> Check:
 
 
 def check_output(what: str, cfg: CfgNode) -> Check:
-    """Whether OUTPUT_DIR can be written, has room, and is not taken."""
+    """OUTPUT_DIR is writable, has enough space, and holds no other run."""
     folder = Path(cfg.OUTPUT_DIR)
     ground = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not ground.is_dir() or not os.access(ground, os.W_OK | os.X_OK):
-        reason = 'may not be written' if ground.is_dir() else 'is not a folder'
-        return Check(WRONG, what, f'{folder}: {ground} {reason}', 'Choose another OUTPUT_DIR, or mend this one.')
+        reason = 'is not writable' if ground.is_dir() else 'is not a folder'
+        return Check(WRONG, what, f'{folder}: {ground} {reason}', 'Choose another OUTPUT_DIR, or fix this one.')
     free = shutil.disk_usage(ground).free / 1e9
     found, notes = f'{folder}, {free:.0f} GB free', []
     if free < LITTLE_SPACE:
         found, notes = (
             f'{folder}, only {free:.1f} GB free',
-            [f'{CHECKPOINT_SIZES} Make room, or choose another OUTPUT_DIR.'],
+            [f'{CHECKPOINT_SIZES} Free some space, or choose another OUTPUT_DIR.'],
         )
     if latest(cfg).exists():
         found += ', holds a run'
-        notes.append('train.py wants --resume to go on with it; for a new run choose another OUTPUT_DIR.')
+        notes.append('Continue it with train.py --resume; for a new run choose another OUTPUT_DIR.')
     return Check(NOTE if notes else OK, what, found, ' '.join(notes))
 
 
 def latest(cfg: CfgNode) -> Path:
-    """What train.py resumes, and without --resume refuses to overwrite."""
+    """The checkpoint that train.py resumes, and refuses to overwrite without --resume."""
     return Path(cfg.OUTPUT_DIR) / 'latest.pth'
 
 

@@ -1,9 +1,8 @@
-"""The whole road on made hands and data: make, prepare, train, evaluate, compare, show. ``make demo`` runs this.
+"""The whole pipeline on synthetic data: synthesize, prepare, train, evaluate, compare, report (``make demo``).
 
     python apps/run_demo.py [--out output/demo] [--frames TRAIN VAL TEST] [KEY VALUE ...]
 
-Every step is the command that real data takes; each is printed before it runs. Called again, it goes on where it
-stopped.
+Every step is the command for real data, printed before it runs. Rerun it to continue where it stopped.
 """
 
 import argparse
@@ -31,14 +30,14 @@ PICTURES = 8
 @user_facing
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--out', default='output/demo', help='everything goes there (default: %(default)s)')
+    parser.add_argument('--out', default='output/demo', help='output folder (default: %(default)s)')
     parser.add_argument(
         '--frames',
         type=int,
         nargs=3,
         default=FRAMES,
         metavar=('TRAIN', 'VAL', 'TEST'),
-        help='pictures to make (default: %(default)s)',
+        help='number of synthetic images (default: %(default)s)',
     )
     parser.add_argument('opts', nargs='*', metavar='KEY VALUE', help='configuration keys over configs/demo.yaml')
     args = parser.parse_intermixed_args(argv)
@@ -50,13 +49,13 @@ def main(argv: list[str] | None = None) -> int:
     hands = ['MANO.SOURCE', 'standin']
     seconds = {}
 
-    def step(name: str, *command: str) -> None:
+    def step(name: str, *command: str | int | Path) -> None:
         started = time.perf_counter()
         run_command(name, [str(part) for part in command])
         seconds[name] = round(time.perf_counter() - started, 1)
 
     if not raw.exists():
-        step('make data', 'dataset/synthesize.py', '--save_path', raw, '--frames', *args.frames, *hands)
+        step('synthesize', 'dataset/synthesize.py', '--save_path', raw, '--frames', *args.frames, *hands)
     step('prepare', 'dataset/interhand.py', '--data_path', raw, '--save_path', data, *hands)
     step('train', 'train.py', *config, *(['--resume'] if (run / 'latest.pth').exists() else []), *keys)
     step(
@@ -76,18 +75,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_command(name: str, command: list[str]) -> None:
-    """Run one of the project's scripts as a user would; raises UserError if it fails (it has said why)."""
+    """Run one of the project's scripts as a user would. Raises UserError if it fails; it has printed why."""
     print(f'\n== {name}\n$ python {shlex.join(command)}', flush=True)
     code = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
     if code:
         raise UserError(
-            f"the demo stopped at '{name}' (exit code {code}); the same command goes on from there, and "
-            '`make clean` makes it start afresh.'
+            f"The demo stopped at '{name}' (exit code {code}). Rerun it to continue from there, or run `make clean` "
+            'to start afresh.'
         )
 
 
 def draw_test_samples(run: Path, data: Path, opts: list[str], path: Path) -> Path:
-    """A picture sheet of test samples spread over the split."""
+    """Write a sheet of test samples spread over the split."""
     model, cfg, _ = load_model(run, [*opts, 'DATASET.PATH', str(data)])
     batch_maker = build_batch_maker(cfg, model.hands)
     dataset = evaluation_split(cfg, 'test')
@@ -96,7 +95,7 @@ def draw_test_samples(run: Path, data: Path, opts: list[str], path: Path) -> Pat
 
 
 def comparison_table(trained: dict, baseline: dict) -> str:
-    """The headline figures of both, side by side, and their ratio."""
+    """The headline figures of both evaluations side by side, with their ratio."""
     rows = [
         (title, trained[key]['all'], baseline[key]['all'], unit)
         for title, key, unit in (

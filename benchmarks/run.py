@@ -62,7 +62,7 @@ from models.backbone import ResNetBackbone
 from models.bone_projection import ProjectedConvolution, bone_weights, draw
 from models.checkpoint import to_device
 from models.hands import load_hands
-from train import Progress, accumulate, build_training
+from models.trainer import Trainer
 from utils.config import load_config, split_off_pairs
 from utils.distributed import choose_device, keep_freed_memory, usable_cores
 from utils.errors import UserError, user_facing
@@ -497,21 +497,20 @@ def waiting(setting: Setting) -> Table:
         'TRAIN.PRECISION',
         'bfloat16' if setting.device.type == 'cuda' else 'float32',
     )
-    run = build_training(cfg, setting.device, fresh=True)
-    run.parallel.train()
-    waited, progress, steps = 0.0, Progress(), 0
-    run.sampler.start_at(progress.epoch)
-    batches = iter(run.loader)
+    hands = load_hands('standin')
+    (loader, sampler), make_batch = training_loader(cfg), build_batch_maker(cfg, hands).to(setting.device)
+    trainer = Trainer(cfg, hands, setting.device)
+    trainer.train()
+    waited, steps = 0.0, 0
+    batches = iter(loader)
     next(batches)
     begin = time.perf_counter()
-    for _ in range(min(run.sampler.steps - 1, setting.repeats)):
+    for _ in range(min(sampler.steps - 1, setting.repeats)):
         asked = time.perf_counter()
         samples = next(batches)
         waited += time.perf_counter() - asked
-        run.optimizer.zero_grad(set_to_none=True)
-        terms = accumulate(run, samples, share=1.0, last=True)
-        run.optimizer.step()
-        sum(terms.values()).item()
+        batch = make_batch(samples)
+        trainer.step([(batch.image, batch.target)], count=1, rate=cfg.TRAIN.LR)
         steps += 1
     share = 100 * waited / (time.perf_counter() - begin)
     return Table(

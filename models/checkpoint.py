@@ -6,7 +6,7 @@ A checkpoint records its configuration and which hand model it was trained on; n
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from yacs.config import CfgNode
@@ -18,6 +18,7 @@ from utils.config import flatten, load_config
 from utils.errors import UserError
 from utils.files import written_aside
 
+Network = TypeVar('Network', bound=torch.nn.Module)
 FORMAT = 'dir-checkpoint-1'
 
 
@@ -139,7 +140,7 @@ def load_model(path: str | Path, overrides: list[str] = ()) -> Loaded:
     return Loaded(model.eval(), cfg, {key: value for key, value in content.items() if key != 'model'})
 
 
-def to_device(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+def to_device(model: Network, device: torch.device) -> Network:
     """Move a network; on CUDA in channels-last order, which its convolutions run faster in. A CPU prefers the other."""
     return model.to(device, memory_format=torch.channels_last if device.type == 'cuda' else torch.contiguous_format)
 

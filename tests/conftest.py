@@ -9,8 +9,8 @@ from prepared_tree import write_prepared
 
 from models.hands import load_hands
 
-# Each takes a minute or more: begun first, so that no process is left alone with one of them at the end.
-LONGEST_FILES = ('test_road.py', 'test_train.py', 'test_real_frames.py', 'test_convert_checkpoint.py')
+# Each runs a minute or more. They start first, so that no process is left with one of them at the end.
+LONGEST_FILES = ('test_pipeline.py', 'test_train.py', 'test_real_frames.py', 'test_convert_checkpoint.py')
 
 
 def pytest_collection_modifyitems(items):
@@ -20,13 +20,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope='session')
 def standin():
-    """(left, right) stand-in hand models."""
+    """The stand-in hands."""
     return load_hands('standin')
 
 
 @pytest.fixture(scope='session')
 def tiny_prepared(tmp_path_factory):
-    """Folder of a prepared data set, for reading only: train 8, val 3, test 5 samples (DATASET.PATH)."""
+    """A read-only prepared data set (DATASET.PATH) with 8 train, 3 val and 5 test samples."""
     root = tmp_path_factory.mktemp('prepared')
     for seed, (split, count) in enumerate((('train', 8), ('val', 3), ('test', 5))):
         write_prepared(root, split, count, seed=seed)

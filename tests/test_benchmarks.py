@@ -1,4 +1,4 @@
-"""The benchmark's machinery on tiny networks and data; its numbers are nobody's business here."""
+"""The benchmark scripts on tiny networks and data; their figures are not judged here."""
 
 import json
 
@@ -53,7 +53,7 @@ def test_benchmark_mistakes(capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_one_device_costs_what_it_computes_and_more_share_the_work():
+def test_one_device_only_computes_and_several_share_the_work():
     base = scaling.Run(samples=1000, epochs=3, batch=64, samples_per_second=100.0)
     alone = scaling.cost(base, 1)
     assert alone.hours == pytest.approx(3000 / 100 / 3600) and alone.efficiency == 1

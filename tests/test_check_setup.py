@@ -1,4 +1,4 @@
-"""The pre-flight, run for real on machines and folders in every state that people have them in."""
+"""The setup check on machines and folders in every state."""
 
 import importlib.metadata
 import importlib.util
@@ -30,7 +30,7 @@ DEMO = ['--cfg', str(ROOT / 'configs/demo.yaml'), 'DEVICE', 'cpu', 'TRAIN.BATCH_
 
 @pytest.fixture
 def report(tmp_path, capsys, monkeypatch):
-    """Run main() with KEY VALUE pairs over the demo's -> (exit code, {what: (mark, all that was said)}, last line)."""
+    """Run main() with KEY VALUE pairs over the demo's -> (exit code, {what: (mark, its whole text)}, last line)."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch_home'))
 
     def run(*more, data):
@@ -54,7 +54,7 @@ def parse(printed: str) -> tuple[dict[str, tuple[str, str]], str]:
             name = what
         else:
             checks[name] = (checks[name][0], f'{checks[name][1]}\n{rest}')
-    # What is to be done is wrapped: its words are what counts.
+    # The advice is wrapped, so only its words are compared.
     return {what: (mark, ' '.join(text.split())) for what, (mark, text) in checks.items()}, last
 
 
@@ -67,7 +67,7 @@ def todo_of(printed: str, what: str) -> str:
 
 @pytest.fixture
 def data(tiny_prepared, tmp_path):
-    """A copy of the tiny data set that a test may damage."""
+    """A copy of the tiny data set for tests that damage it."""
     return Path(shutil.copytree(tiny_prepared, tmp_path / 'data'))
 
 
@@ -80,8 +80,8 @@ def save_resnet18(path: Path) -> Path:
 # Bare and ready
 
 
-def test_a_bare_machine_is_told_everything_at_once(tmp_path):
-    """As a process of its own, with the published recipe: no hands, no data, no weights, no GPU."""
+def test_a_bare_machine_gets_all_advice_at_once(tmp_path):
+    """In a process of its own, with the published recipe: no hands, data, weights or GPU."""
     keys = [
         'MANO.PATH',
         tmp_path / 'mano',
@@ -119,7 +119,7 @@ def test_a_bare_machine_is_told_everything_at_once(tmp_path):
     assert f'--save_path {tmp_path / "data"} --splits val' in checks['data: val'][1]
     assert 'a GPU' in checks['device'][1]
     assert last == 'not ready: 2 things are missing or wrong'
-    assert not list(tmp_path.iterdir())  # looking changes nothing
+    assert not list(tmp_path.iterdir())  # checking changes nothing
 
 
 def test_the_tiny_data_set_is_ready(report, tiny_prepared, tmp_path):
@@ -176,7 +176,7 @@ def test_old_and_missing_packages_are_named(report, tiny_prepared, monkeypatch):
     assert (
         'Python is older than 9.1, torch 2.5.1+cu124 is older than 2.6, tensorboard is not installed '
         'python -m pip install -r requirements.txt'
-    ) in text  # cv2 may come from another package: not named
+    ) in text  # cv2 may come from another package, so it is not named
 
 
 def test_the_gpu_is_named_with_its_memory(report, tiny_prepared, monkeypatch):
@@ -187,7 +187,7 @@ def test_the_gpu_is_named_with_its_memory(report, tiny_prepared, monkeypatch):
     assert checks['device'] == (OK, 'cuda:0: NVIDIA H100, 85 GB')
 
 
-def test_a_device_that_is_not_there(report, tiny_prepared):
+def test_a_missing_device(report, tiny_prepared):
     code, checks, _ = report('DEVICE', 'cuda:77', data=tiny_prepared)
     assert code == 2 and checks['device'][0] == WRONG and 'DEVICE cuda:77 cannot be used' in checks['device'][1]
 
@@ -225,7 +225,7 @@ def test_hands_of_another_kind_than_the_datas(report, data, standin, tmp_path):
     assert report(data=data)[1]['data: hands'] == (OK, 'the same')
     mano = ['MANO.SOURCE', 'files', 'MANO.PATH', tmp_path / 'mano']
     code, checks, _ = report(*mano, data=data)
-    assert code == 2 and 'data: hands' not in checks  # without hands there is nothing to compare
+    assert code == 2 and 'data: hands' not in checks  # there is nothing to compare without hands
     write_mano_files(tmp_path / 'mano', standin)
     code, checks, _ = report(*mano, data=data)
     assert (code, checks['hand files'][0], checks['data: hands'][0]) == (2, OK, WRONG)
@@ -245,7 +245,7 @@ def test_a_half_prepared_split(report, data, split, code, mark):
 
 
 @pytest.mark.parametrize('split, code, mark', [('train', 2, MISSING), ('val', 0, NOTE), ('test', 0, NOTE)])
-def test_a_split_that_is_not_there(report, data, split, code, mark):
+def test_a_missing_split(report, data, split, code, mark):
     shutil.rmtree(data / split)
     found, checks, _ = report(data=data)
     assert (found, checks[f'data: {split}'][0]) == (code, mark)
@@ -276,7 +276,7 @@ def test_a_batch_larger_than_the_split(report, tiny_prepared):
     assert report('TRAIN.BATCH_SIZE', 8, data=tiny_prepared)[0] == 0
 
 
-def test_what_the_preparation_noted(report, data):
+def test_counts_of_the_preparation(report, data):
     record = {
         'frames': 1234,
         'kept': 8,
@@ -290,7 +290,7 @@ def test_what_the_preparation_noted(report, data):
 
     file.write_text(json.dumps(record | {'kept': 10}))
     mark, text = report(data=data)[1]['data: train']
-    assert mark == NOTE and 'says that 10 were prepared' in text
+    assert mark == NOTE and 'records 10 prepared samples' in text
 
     for content in ('{"frames": 1', '[]', '{}', json.dumps(record | {'kept': 'all'})):
         file.write_text(content)
@@ -313,7 +313,7 @@ def test_a_check_that_fails_does_not_stop_the_others(report, tiny_prepared, monk
 # Weights
 
 
-def test_weights_of_torchvision_are_looked_for_in_its_cache(report, tiny_prepared, tmp_path, monkeypatch):
+def test_torchvision_weights_are_found_in_its_cache(report, tiny_prepared, tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise AssertionError('a look is no download')
 
@@ -323,7 +323,7 @@ def test_weights_of_torchvision_are_looked_for_in_its_cache(report, tiny_prepare
     cached = tmp_path / 'torch_home/hub/checkpoints/resnet18-f37072fd.pth'
     assert (code, mark) == (0, NOTE) and not cached.parent.exists()
     assert f'the first run downloads https://download.pytorch.org/models/{cached.name}' in text
-    assert f'put it into {cached.parent} or give it with MODEL.BACKBONE_WEIGHTS FILE' in text
+    assert f'copy that file into {cached.parent}, pass it with MODEL.BACKBONE_WEIGHTS FILE' in text
 
     save_resnet18(cached)
     code, checks, _ = report('MODEL.PRETRAINED', 'true', data=tiny_prepared)
@@ -359,11 +359,11 @@ def test_a_weights_file(report, tiny_prepared, tmp_path):
 # Output
 
 
-def test_an_existing_run_is_to_be_resumed(report, tiny_prepared, tmp_path):
+def test_an_existing_run_calls_for_resume(report, tiny_prepared, tmp_path):
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run/latest.pth').touch()
     code, checks, last = report(data=tiny_prepared)
-    assert (code, checks['output'][0]) == (0, NOTE) and 'train.py wants --resume' in checks['output'][1]
+    assert (code, checks['output'][0]) == (0, NOTE) and 'train.py --resume' in checks['output'][1]
     assert last.startswith('ready: python train.py --resume --cfg ')
 
 
@@ -375,7 +375,7 @@ def test_an_output_folder_that_cannot_be_written(report, tiny_prepared, tmp_path
     monkeypatch.setattr(check_setup.os, 'access', lambda path, mode: path != tmp_path)
     code, checks, _ = report(data=tiny_prepared)
     assert (code, checks['output'][0]) == (2, WRONG)
-    assert f'{tmp_path} may not be written' in checks['output'][1] and 'OUTPUT_DIR' in checks['output'][1]
+    assert f'{tmp_path} is not writable' in checks['output'][1] and 'OUTPUT_DIR' in checks['output'][1]
 
 
 def test_a_disk_that_is_nearly_full(report, tiny_prepared, monkeypatch):
@@ -383,7 +383,7 @@ def test_a_disk_that_is_nearly_full(report, tiny_prepared, monkeypatch):
     monkeypatch.setattr(check_setup.shutil, 'disk_usage', lambda path: usage)
     code, checks, _ = report(data=tiny_prepared)
     assert (code, checks['output'][0]) == (0, NOTE)
-    assert 'only 1.0 GB free' in checks['output'][1] and 'latest.pth takes 1.1 GB' in checks['output'][1]
+    assert 'only 1.0 GB free' in checks['output'][1] and 'latest.pth needs 1.1 GB' in checks['output'][1]
 
 
 def test_every_check_is_laid_out_in_columns():

@@ -36,7 +36,7 @@ def test_every_key_has_a_comment():
     plain = {key: line for key, line in lines.items() if 'CfgNode()' not in line}
     assert plain.keys() == flatten(load_config()).keys()
     bare = {key for key, line in plain.items() if '#' not in line}
-    assert bare <= {'LOSS.WEIGHT.VERTEX_UV', 'LOSS.WEIGHT.VERTEX_XYZ'}  # each stands right below its twin
+    assert bare <= {'LOSS.WEIGHT.VERTEX_UV', 'LOSS.WEIGHT.VERTEX_XYZ'}  # each follows its twin
 
 
 def test_keys_that_may_change_on_resuming_exist():
@@ -48,7 +48,7 @@ SHIPPED = sorted((ROOT / 'configs').rglob('*.yaml'))
 
 
 @pytest.mark.parametrize('file', SHIPPED, ids=lambda path: path.name)
-def test_every_shipped_file_loads_and_says_only_what_differs(file):
+def test_every_shipped_file_loads_and_holds_only_differences(file):
     cfg, default = flatten(load_config(file)), flatten(load_config())
     keys = set(re.findall(r'^ *([A-Z_]+): *\S', file.read_text(), re.M))
     changed = {key.rpartition('.')[2] for key in cfg if cfg[key] != default[key]}
@@ -67,10 +67,10 @@ def test_an_ablation_is_one_key_and_its_claim(file, standin):
     assert len([key for key in cfg if cfg[key] != main[key] and key != 'OUTPUT_DIR']) == 1
     assert file.read_text().startswith('# Claim')
     small = load_config([ROOT / 'configs/demo.yaml', file], ['MODEL.IMAGE_SIZE', '64', 'MODEL.MAP_CHANNELS', '16'])
-    build_model(small, standin)  # and it is one that can be built
+    build_model(small, standin)  # and it can be built
 
 
-def test_files_go_over_each_other_in_their_order(tmp_path):
+def test_later_files_override_earlier_ones(tmp_path):
     a, b = write(tmp_path / 'a.yaml', 'SEED: 1\nTRAIN:\n  LR: 0.1\n'), write(tmp_path / 'b.yaml', 'SEED: 2\n')
     cfg = load_config([a, b])
     assert (cfg.SEED, cfg.TRAIN.LR, cfg.OUTPUT_DIR) == (2, 0.1, './output/a+b')
@@ -88,12 +88,12 @@ def test_loss_keys_are_the_criterions_terms(standin):
     assert {name.upper() for name in criterion.weights} == load_config().LOSS.WEIGHT.keys()
 
 
-def test_file_goes_over_base_and_command_line_over_both(tmp_path):
+def test_a_file_overrides_the_base_and_the_command_line_both(tmp_path):
     file = write(tmp_path / 'a.yaml', 'TRAIN:\n  LR: 0.2\n  EPOCHS: 3\n')
     base = {'TRAIN': {'LR': 0.1, 'EPOCHS': 2, 'WORKERS': 7}, 'SEED': 5}
     cfg = load_config(file, ['TRAIN.EPOCHS', '4'], base=base)
     assert (cfg.SEED, cfg.TRAIN.WORKERS, cfg.TRAIN.LR, cfg.TRAIN.EPOCHS) == (5, 7, 0.2, 4)
-    assert load_config().TRAIN.EPOCHS == 50  # the defaults are nobody's to change
+    assert load_config().TRAIN.EPOCHS == 50  # the defaults are unchanged
 
 
 def test_configuration_is_frozen_and_defaults_are_copies():
@@ -119,7 +119,7 @@ def test_configuration_is_frozen_and_defaults_are_copies():
         ('MODEL.BONE_RADIUS', '(1,2,3)', [1.0, 2.0, 3.0]),
     ],
 )
-def test_values_on_the_command_line_take_the_keys_type(key, text, value):
+def test_values_on_the_command_line_are_converted_to_the_keys_type(key, text, value):
     result = flatten(load_config(None, [key, text]))[key]
     assert result == value and type(result) is type(value)
 
@@ -143,14 +143,14 @@ def test_yaml_numbers_become_floats(tmp_path, text, value):
     ],
 )
 def test_an_unknown_key_names_the_nearest(tmp_path, key, near):
-    with pytest.raises(UserError, match=f"command line: there is no configuration key '{key}'; the nearest is '{near}"):
+    with pytest.raises(UserError, match=f"command line: '{key}' is not a configuration key; the nearest is '{near}"):
         load_config(None, [key, '1'])
     file = write(tmp_path / 'a.yaml', f'{key}: 1\n')
-    with pytest.raises(UserError, match=f"a.yaml: there is no configuration key '{key}'"):
+    with pytest.raises(UserError, match=f"a.yaml: '{key}' is not a configuration key"):
         load_config(file)
 
 
-def test_an_unknown_key_of_a_checkpoint_says_so():
+def test_an_unknown_key_of_a_checkpoint_is_attributed_to_it():
     with pytest.raises(UserError, match="the checkpoint: .*'TRAIN.OLD'"):
         load_config(base={'TRAIN': {'OLD': 1}})
 
@@ -171,7 +171,7 @@ def test_an_unknown_key_of_a_checkpoint_says_so():
     ],
 )
 def test_a_value_of_another_type_is_refused(key, text):
-    with pytest.raises(UserError, match=f'{key} takes '):
+    with pytest.raises(UserError, match=f'{key} must be a '):
         load_config(None, [key, text])
 
 
@@ -217,10 +217,10 @@ def test_a_key_without_a_value_is_refused():
         ('a: b: c', 'not valid YAML'),
         ('- 1\n- 2\n', 'must hold KEY: VALUE'),
         ('just words', 'must hold KEY: VALUE'),
-        ('TRAIN: 5\n', "no configuration key 'TRAIN'"),
+        ('TRAIN: 5\n', "'TRAIN' is not a configuration key"),
     ],
 )
-def test_files_that_are_no_configuration(tmp_path, content, said):
+def test_files_that_are_not_configurations(tmp_path, content, said):
     with pytest.raises(UserError, match=said) as refused:
         load_config(write(tmp_path / 'bad.yaml', content))
     assert 'bad.yaml' in str(refused.value) and '\n' not in str(refused.value)
@@ -238,7 +238,7 @@ def test_missing_binary_and_folder_files(tmp_path):
 
 def test_an_empty_file_changes_nothing(tmp_path):
     cfg = load_config(write(tmp_path / 'a.yaml', '# nothing\n'))
-    assert cfg == load_config(None, ['OUTPUT_DIR', './output/a'])  # but where its runs go
+    assert cfg == load_config(None, ['OUTPUT_DIR', './output/a'])  # except where its runs go
 
 
 def test_flatten_names_every_leaf():
@@ -254,7 +254,7 @@ def test_scripts_take_a_file_and_pairs():
     assert (given.cfg, given.opts) == (['x.yaml'], ['SEED', '1'])
     again = parser.parse_intermixed_args(['--cfg', 'x.yaml', 'SEED', '1', '--cfg', 'y.yaml', 'TRAIN.LR', '1'])
     assert (again.cfg, again.opts) == (['x.yaml', 'y.yaml'], ['SEED', '1', 'TRAIN.LR', '1'])
-    assert parser.parse_args([]).cfg == 'configs/demo.yaml'  # one use leaves no trace in the next
+    assert parser.parse_args([]).cfg == 'configs/demo.yaml'  # one use does not leak into the next
 
 
 def test_checkpoint_with_keys_of_an_earlier_version_still_loads():

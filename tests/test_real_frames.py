@@ -1,4 +1,4 @@
-"""Four real InterHand2.6M frames, two interacting, where they are at hand: fit, prepare, train, evaluate."""
+"""Four real InterHand2.6M frames, two of them interacting, where available: fit, prepare, train, evaluate."""
 
 import json
 import os
@@ -22,7 +22,7 @@ REPEATS = 20
 
 @pytest.fixture(scope='module')
 def prepared(tmp_path_factory) -> Path:
-    """The two interacting frames as a prepared data set; its training split repeats them to make a real epoch."""
+    """The two interacting frames as a prepared data set; the training split repeats them to fill an epoch."""
     root = tmp_path_factory.mktemp('real')
     shutil.copytree(SAMPLE, root / 'raw')
     assert fit_mano.main(['--data_path', str(root / 'raw'), *STANDIN]) == 0

@@ -1,4 +1,4 @@
-"""Training for real on tiny data: exact resume, determinism, stopping, refusing."""
+"""Real training on tiny data: exact resume, determinism, stopping, refusals."""
 
 import json
 import os
@@ -14,7 +14,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from dataset.loader import evaluation_split
 from evaluation.pictures import draw_samples
+from models import build_model, trainer
 from models.checkpoint import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,7 +72,7 @@ def lines(out: Path, kind: str) -> list[dict]:
     return [line for line in map(json.loads, (out / 'log.jsonl').read_text().splitlines()) if line['kind'] == kind]
 
 
-def test_run_writes_what_people_look_for(finished):
+def test_a_run_folder_holds_logs_figures_and_pictures(finished):
     assert [line['step'] for line in lines(finished, 'train')] == [1, 2, 3, 4]
     first = lines(finished, 'train')[0]
     assert {'lr', 'samples_per_second', 'total', 'joint_xyz_left_0', 'offset_1', 'segmentation'} <= first.keys()
@@ -80,7 +82,7 @@ def test_run_writes_what_people_look_for(finished):
     assert sorted(path.name for path in (finished / 'pictures').iterdir()) == [f'epoch_00{n}.jpg' for n in (1, 2)]
 
 
-def test_tensorboard_shows_pictures_maps_and_the_errors_of_samples(finished):
+def test_tensorboard_holds_sheets_and_histograms_of_sample_errors(finished):
     board = EventAccumulator(str(finished), size_guidance={'images': 0, 'histograms': 0}).Reload()
     pictures = {tag: board.Images(tag) for tag in board.Tags()['images']}
     assert pictures.keys() == {'validation', 'stages', 'attention', 'bone_features', 'segmentation'}
@@ -100,12 +102,12 @@ def test_tensorboard_shows_pictures_maps_and_the_errors_of_samples(finished):
 
 def test_training_changes_every_weight(finished, standin):
     torch.manual_seed(0)  # as train.py does before it builds the network
-    fresh = train.build_model(train.load_config('configs/demo.yaml', TINY[2:]), standin)
+    fresh = build_model(train.load_config('configs/demo.yaml', TINY[2:]), standin)
     after = content(finished / 'latest.pth')['model']
     assert [name for name, value in fresh.named_parameters() if torch.equal(after[name], value)] == []
 
 
-def test_same_seed_same_bits_whatever_the_workers(finished, tiny_prepared, tmp_path):
+def test_one_seed_is_bit_identical_for_any_number_of_workers(finished, tiny_prepared, tmp_path):
     assert run(tiny_prepared, tmp_path / 'again', 'TRAIN.WORKERS', '1') == 0
     assert_same_weights(finished / 'latest.pth', tmp_path / 'again' / 'latest.pth')
 
@@ -135,7 +137,7 @@ def test_killed_run_resumes_to_the_same_bits(finished, tiny_prepared, tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     saved = content(out / 'latest.pth')
-    assert (saved['progress']['epoch'], saved['progress']['step']) < (2, 0)  # it was killed on its way
+    assert (saved['progress']['epoch'], saved['progress']['step']) < (2, 0)  # it was killed before the end
     assert run(tiny_prepared, out, '--resume') == 0
     assert_same_weights(finished / 'latest.pth', out / 'latest.pth')
     assert [line['step'] for line in lines(out, 'train')] == [1, 2, 3, 4]
@@ -174,7 +176,7 @@ def test_resuming_a_finished_run_does_nothing(finished, tiny_prepared, tmp_path)
 
 
 def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(tiny_prepared, tmp_path, monkeypatch, capsys):
-    out, real_build = tmp_path / 'nan', train.build_criterion
+    out, real_build = tmp_path / 'nan', trainer.build_criterion
 
     def spoiled(cfg, models):
         criterion = real_build(cfg, models)
@@ -188,7 +190,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(tiny_prepared, tmp_
         criterion.forward = forward
         return criterion
 
-    monkeypatch.setattr(train, 'build_criterion', spoiled)
+    monkeypatch.setattr(trainer, 'build_criterion', spoiled)
     assert run(tiny_prepared, out) == 2
     message = capsys.readouterr().err
     assert 'offset_1 nan' in message and 'joint_xyz_left_0' in message
@@ -250,14 +252,14 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(tiny_prepared, tmp_path, caps
     assert not (tmp_path / 'out' / 'latest.pth').exists()
 
 
-def test_without_a_validation_split_it_says_so_and_keeps_the_last_epoch(tiny_prepared, tmp_path, capsys):
+def test_without_a_validation_split_the_last_epoch_is_kept(tiny_prepared, tmp_path, capsys):
     shutil.copytree(tiny_prepared / 'train', tmp_path / 'data' / 'train')
     assert run(tmp_path / 'data', tmp_path / 'out', 'TRAIN.EPOCHS', '1') == 0
     assert 'has no split val' in capsys.readouterr().out
     assert_same_weights(tmp_path / 'out' / 'best.pth', tmp_path / 'out' / 'latest.pth')
 
 
-def test_a_broken_validation_split_is_noticed_before_training(tiny_prepared, tmp_path, capsys):
+def test_a_broken_validation_split_is_reported_before_training(tiny_prepared, tmp_path, capsys):
     shutil.copytree(tiny_prepared, tmp_path / 'data')
     (tmp_path / 'data' / 'val' / 'img' / '1.jpg').unlink()
     assert run(tmp_path / 'data', tmp_path / 'out') == 2
@@ -266,7 +268,7 @@ def test_a_broken_validation_split_is_noticed_before_training(tiny_prepared, tmp
 
 
 def children(pid: int) -> list[int]:
-    """Process ids of those that ``pid`` started and that run train.py."""
+    """Ids of the child processes of ``pid`` that run train.py."""
     found = []
     for folder in Path('/proc').glob('[0-9]*'):
         try:
@@ -278,9 +280,9 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def test_two_processes_lose_one_go_on_and_follow_the_curve_of_one(finished, tiny_prepared, tmp_path):
-    """1 x 4 and 2 x 2 samples a step: the same loss to rounding, although batch norms and some losses mix samples, and
-    although one process is killed after the first step and torchrun starts both again."""
+def test_two_processes_survive_the_loss_of_one_and_match_a_single_process(finished, tiny_prepared, tmp_path):
+    """1 x 4 and 2 x 2 samples per step yield the same loss up to rounding, although batch norms and some losses mix
+    samples and although one process is killed after the first step and torchrun restarts both."""
     out = tmp_path / 'two'
     command = [
         sys.executable,
@@ -318,7 +320,7 @@ def test_two_processes_lose_one_go_on_and_follow_the_curve_of_one(finished, tiny
     for one, other in zip(ours, alone):
         for name in one.keys() - {'kind', 'samples_per_second', 'waiting_for_data'}:
             assert one[name] == pytest.approx(other[name], rel=2e-3, abs=1e-4), (one['step'], name)
-    # Rounding grows from step to step through the optimizer; before the first one there is none of that.
+    # Rounding grows from step to step through the optimizer; the first step is free of it.
     assert ours[0]['total'] == pytest.approx(alone[0]['total'], rel=1e-5)
     assert ours[1]['total'] == pytest.approx(alone[1]['total'], rel=1e-4)
 
@@ -327,12 +329,12 @@ AVERAGED = ['TRAIN.EMA', '0.5', 'TRAIN.ACCUMULATE', '2', 'TRAIN.PICTURES', '1', 
 
 
 def test_moving_average_is_the_best_and_resumes_exactly(tiny_prepared, tmp_path, monkeypatch):
-    """Together with accumulation; the average is written down step by step."""
+    """Combined with accumulation; the test tracks the average step by step."""
     real_step, weights = train.train_step, []
 
     def step(run, *args):
         terms = real_step(run, *args)
-        weights.append({name: value.detach().clone() for name, value in run.model.named_parameters()})
+        weights.append({name: value.detach().clone() for name, value in run.trainer.model.named_parameters()})
         return terms
 
     with monkeypatch.context() as patch:
@@ -346,9 +348,9 @@ def test_moving_average_is_the_best_and_resumes_exactly(tiny_prepared, tmp_path,
             average = 0.5 * average + 0.5 * later[name]
         torch.testing.assert_close(best['model'][name], average, atol=1e-6, rtol=1e-5)
 
-    model, cfg, _ = load_model(tmp_path / 'whole', [])  # the pictures are the average's, too
+    model, cfg, _ = load_model(tmp_path / 'whole', [])  # pictures show the average, too
     batch_maker = train.build_batch_maker(cfg, model.hands)
-    draw_samples(model, train.validation_split(cfg), [0], batch_maker, path=tmp_path / 'again.jpg')
+    draw_samples(model, evaluation_split(cfg, 'val'), [0], batch_maker, path=tmp_path / 'again.jpg')
     drawn = (tmp_path / 'whole' / 'pictures' / 'epoch_002.jpg').read_bytes()
     assert drawn == (tmp_path / 'again.jpg').read_bytes()
 
@@ -360,16 +362,18 @@ def test_moving_average_is_the_best_and_resumes_exactly(tiny_prepared, tmp_path,
 
 
 def one_step(data: Path, *words: str, evaluation_mode: bool = False) -> tuple[dict, dict]:
-    """Loss terms and gradients of a step that leaves the weights as they are."""
+    """Loss terms and gradients of a step with learning rate 0."""
     words = [*TINY[2:], 'DATASET.PATH', str(data), 'TRAIN.WEIGHT_DECAY', '0', *words]
     training = train.build_training(train.load_config('configs/demo.yaml', words), torch.device('cpu'), fresh=True)
-    training.model.train(not evaluation_mode)
+    training.trainer.model.train(not evaluation_mode)
     terms = train.train_step(training, next(iter(training.loader)), 0.0)
-    return terms, {name: value.grad for name, value in training.model.named_parameters() if value.grad is not None}
+    return terms, {
+        name: value.grad for name, value in training.trainer.model.named_parameters() if value.grad is not None
+    }
 
 
 def test_accumulated_parts_give_the_gradients_of_the_whole(tiny_prepared):
-    """Where no layer and no loss mixes samples: batch norms in evaluation mode, no loss over all pixels."""
+    """With batch norms in evaluation mode and no loss over all pixels, nothing mixes samples."""
     apart = ['LOSS.WEIGHT.SEGMENTATION', '0', 'LOSS.WEIGHT.LOVASZ', '0', 'TRAIN.CLIP_NORM', '0']
     terms, grads = one_step(tiny_prepared, *apart, evaluation_mode=True)
     of_parts, grads_of_parts = one_step(tiny_prepared, *apart, 'TRAIN.ACCUMULATE', '2', evaluation_mode=True)
@@ -392,7 +396,7 @@ def test_bfloat16_changes_the_loss_by_little(tiny_prepared):
 
 
 def test_compiled_training_takes_the_same_step(tiny_prepared, monkeypatch):
-    """Through torch.compile's tracing; code generation, which takes minutes, is left out."""
+    """Tracing only: code generation would take minutes."""
     real, asked = torch.compile, []
 
     def traced(module):
@@ -407,7 +411,7 @@ def test_compiled_training_takes_the_same_step(tiny_prepared, monkeypatch):
         torch.testing.assert_close(grad, plain_grads[name], rtol=1e-2, atol=1e-4)
 
 
-def test_without_a_compiler_it_says_what_to_install(tiny_prepared, tmp_path, monkeypatch, capsys):
+def test_a_missing_compiler_is_named(tiny_prepared, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('PATH', '')
     monkeypatch.delenv('CXX', raising=False)
     assert run(tiny_prepared, tmp_path / 'out', 'TRAIN.COMPILE', 'true') == 2

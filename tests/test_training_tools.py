@@ -65,7 +65,7 @@ def test_every_parameter_is_optimised_once(network, decay_all):
     assert all(group['lr'] == 5e-4 for group in optimizer.param_groups)
 
 
-def test_norms_biases_and_positions_are_spared_without_decay_all(network):
+def test_norms_biases_and_positions_are_not_decayed_without_decay_all(network):
     decayed, free = build_optimizer(network, tiny_config('TRAIN.DECAY_ALL', 'false')).param_groups
     free, decayed = ({id(p) for p in group['params']} for group in (free, decayed))
     norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
@@ -105,7 +105,7 @@ def run(folder, steps, *, step=0):
     log.close()
 
 
-def test_log_has_one_object_a_line_and_the_same_numbers_on_the_board(tmp_path):
+def test_log_and_tensorboard_hold_the_same_numbers(tmp_path):
     log = RunLog(tmp_path / 'new' / 'run', step=0)
     scalars = []
     log.board.add_scalar = lambda *args: scalars.append(args)
@@ -116,7 +116,7 @@ def test_log_has_one_object_a_line_and_the_same_numbers_on_the_board(tmp_path):
     assert list((tmp_path / 'new' / 'run').glob('events.out.tfevents.*'))
 
 
-def test_resuming_drops_what_came_after_the_checkpoint(tmp_path):
+def test_resuming_drops_records_after_the_checkpoint(tmp_path):
     run(tmp_path, range(1, 7))
     run(tmp_path, [5, 6], step=4)
     assert [line['step'] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
@@ -124,7 +124,7 @@ def test_resuming_drops_what_came_after_the_checkpoint(tmp_path):
     assert [line['step'] for line in lines(tmp_path)] == [1, 2]
 
 
-def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
+def test_a_truncated_line_is_dropped(tmp_path):
     run(tmp_path, [1, 2])
     with open(tmp_path / LOG_NAME, 'a') as file:
         file.write('{"kind": "train", "step": 3, "lo')
@@ -142,7 +142,7 @@ def test_a_fresh_run_starts_an_empty_log(tmp_path):
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_a_first_signal_asks_and_a_second_one_insists(number):
+def test_the_first_signal_requests_a_stop_and_the_second_interrupts(number):
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     try:
         stop = StopRequest()

@@ -1,11 +1,12 @@
-"""One process or many under ``torchrun``: the same calls work in both.
+"""One process or many under ``torchrun``: the same calls work for both.
 
-The gradient of a run is the mean of the processes' gradients (DistributedDataParallel), so that a loss which is a mean
-over samples needs nothing here. What mixes the samples of a batch does: batch norms and losses over all pixels.
+DistributedDataParallel averages the gradients of the processes, so a loss that is a mean over samples needs no help.
+Whatever mixes the samples of a batch does: batch norms, and losses over all pixels.
 """
 
 import ctypes
 import os
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,9 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.errors import UserError
 
+Network = TypeVar('Network', bound=nn.Module)
+
 
 def choose_device(name: str) -> torch.device:
-    """DEVICE 'auto', 'cpu', 'cuda' or 'cuda:N' -> a device that works; raises UserError if it does not."""
+    """DEVICE 'auto', 'cpu', 'cuda' or 'cuda:N' -> a working device. Raises UserError if it cannot be used."""
     if name == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'cpu'
     if name == 'cuda' and dist.is_initialized():
@@ -31,16 +34,16 @@ def choose_device(name: str) -> torch.device:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on: fewer than the machine's in a container or under a job scheduler."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    """Cores that this process may run on: a container or a job scheduler may grant fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def start(device: str) -> torch.device:
-    """Join the process group if ``torchrun`` started us; returns this process's device for DEVICE ``device``."""
+    """Join the process group if started by ``torchrun`` -> the device of this process for DEVICE ``device``."""
     if 'RANK' in os.environ and not dist.is_initialized():
         use_cuda = device.startswith('cuda') or (device == 'auto' and torch.cuda.is_available())
         store, rank, world = next(dist.rendezvous('env://'))
-        # Processes that are started again must not find the addresses of those that are gone.
+        # Restarted processes must not find the addresses of dead ones in the store.
         store = dist.PrefixStore(f'start_{_restarts()}', store)
         dist.init_process_group('nccl' if use_cuda else 'gloo', store=store, rank=rank, world_size=world)
         device = 'cuda' if use_cuda else device
@@ -53,10 +56,10 @@ def start(device: str) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep large blocks that are freed, where it is glibc.
+    """Make glibc keep large freed blocks instead of returning them to the system.
 
-    It gives them back to the system at once; the next operation's result then comes as fresh pages, each of which the
-    system has to clear. On the large, short-lived tensors of a CPU run that can cost as much as the arithmetic.
+    Otherwise every large tensor comes as fresh pages that the kernel has to clear first, which can cost a CPU run as
+    much as the arithmetic.
     """
     trim_threshold, mmap_max = -1, -4  # malloc.h
     try:
@@ -64,7 +67,7 @@ def keep_freed_memory() -> None:
     except (OSError, AttributeError):
         return
     mallopt(trim_threshold, -1)  # never
-    mallopt(mmap_max, 0)  # no block of its own, which would be unmapped when it is freed
+    mallopt(mmap_max, 0)  # no separate mapping for large blocks, which would be unmapped when freed
 
 
 def stop() -> None:
@@ -82,7 +85,7 @@ def is_main() -> bool:
 
 
 def gather_objects(part) -> list:
-    """``part`` of every process, in rank order, on every process."""
+    """Every process's ``part``, in rank order, on every process."""
     world = rank_and_world()[1]
     if world == 1:
         return [part]
@@ -92,12 +95,12 @@ def gather_objects(part) -> list:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether ``flag`` holds on any process: all must leave a loop together."""
+    """Whether ``flag`` is set on any process, so that all leave a loop together."""
     return any(gather_objects(flag))
 
 
 def restarted() -> bool:
-    """Whether ``torchrun`` started us again after a process of this run was lost."""
+    """Whether ``torchrun`` restarted this run after losing a process."""
     return _restarts() > 0
 
 
@@ -106,7 +109,7 @@ def _restarts() -> int:
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
-    """Mean of a tensor that every process has one of; without gradient."""
+    """Mean of every process's ``values``; no gradient."""
     world = rank_and_world()[1]
     if world > 1:
         values = values.clone()
@@ -116,7 +119,7 @@ def mean_over_processes(values: Tensor) -> Tensor:
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over the processes, with gradient: each contribution's is the sum of what all processes do with the sum."""
+    """Differentiable sum over the processes: the gradient of a contribution is summed over all processes, too."""
 
     @staticmethod
     def forward(ctx, mine: Tensor) -> Tensor:
@@ -132,7 +135,7 @@ class _Sum(torch.autograd.Function):
 
 
 def whole_batch(share: Tensor) -> Tensor:
-    """Every process's share, all of one size, in rank order, on each of them; differentiable."""
+    """Concatenate the processes' shares, all of one size, in rank order, on every process; differentiable."""
     rank, world = rank_and_world()
     if world == 1:
         return share
@@ -141,10 +144,10 @@ def whole_batch(share: Tensor) -> Tensor:
 
 
 class _SynchronisedBatchNorm(_BatchNorm):
-    """Batch norm over the shares of all processes, which must be equal, for a CPU; on CUDA PyTorch has one."""
+    """Batch norm over equal shares of all processes on a CPU; PyTorch's own is CUDA only."""
 
     def _check_input_dim(self, x: Tensor) -> None:
-        pass  # the layer in whose place it is was chosen for its input
+        pass  # the replaced layer was chosen for its input
 
     def forward(self, x: Tensor) -> Tensor:
         world = rank_and_world()[1]
@@ -157,15 +160,17 @@ class _SynchronisedBatchNorm(_BatchNorm):
         variance = _Sum.apply(centred.square().mean(others)) / world
         with torch.no_grad():
             count = world * x.numel() / x.shape[1]
-            self.num_batches_tracked += 1
+            assert self.running_mean is not None and self.running_var is not None
+            assert self.num_batches_tracked is not None and self.momentum is not None
+            self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
         return centred * scale.view(shape) + self.bias.view(shape)
 
 
-def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Replace the batch norms of ``model`` by ones that see the whole batch; parameters and their names stay."""
+def synchronise_batch_norm(model: Network, device: torch.device) -> Network:
+    """Replace the batch norms of ``model`` with ones that see the whole batch; parameters keep their names."""
     if device.type == 'cuda':
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for parent in list(model.modules()):

@@ -1,4 +1,4 @@
-"""The one way in which a script tells its user about a mistake: one sentence, exit code 2, no traceback."""
+"""How scripts report a user's mistake: one sentence on stderr, exit code 2, no traceback."""
 
 import functools
 import re
@@ -9,11 +9,11 @@ from manopth.errors import ManoError
 
 
 class UserError(Exception):
-    """Something the user can put right. The message names the file or key, what is wrong and what to do."""
+    """A mistake that the user can fix. The message names the file or key, what is wrong and what to do."""
 
 
 def user_facing(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wrap a script's ``main``: a UserError or a full disk becomes one line on stderr and exit code 2, Ctrl-C 130."""
+    """Wrap a script's ``main``: UserError, ManoError or a full disk -> one line and exit code 2; Ctrl-C -> 130."""
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> int:
@@ -28,11 +28,11 @@ def user_facing(main: Callable[..., int | None]) -> Callable[..., int]:
                 raise
             where = f' ({error.filename})' if error.filename else ''
             print(
-                f'error: {error.strerror}{where}; nothing was left half-written, mend it and start again.',
+                f'error: {error.strerror}{where}; no partial file was written. Fix the cause and rerun the command.',
                 file=sys.stderr,
             )
         except KeyboardInterrupt:
-            print('\ninterrupted; what was finished is kept, the same command goes on from there.', file=sys.stderr)
+            print('\ninterrupted; finished work is kept. Rerun the same command to continue.', file=sys.stderr)
             return 130
         return 2
 

@@ -1,4 +1,4 @@
-"""Writing files so that a killed run or a full disk leaves the old file or the new one, never half of one."""
+"""Reading and writing files; writes are atomic, so a killed run or a full disk never leaves a partial file."""
 
 import hashlib
 import json
@@ -19,13 +19,13 @@ from utils.errors import UserError
 
 @contextmanager
 def written_aside(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO]:
-    """A binary file that takes the name ``path`` only once the block ends well; on failure nothing is left behind.
+    """A binary file that is renamed to ``path`` when the block succeeds, and removed when it fails.
 
-    Makes missing folders. ``durable`` waits for the disk: else a power cut can leave the new name on an empty file.
+    Creates missing folders. ``durable`` waits for the disk: without it, a power cut can leave ``path`` empty.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Tasks of a job array write the same file from different machines, where process ids may be the same.
+    # Tasks of a job array may write the same file from different machines with equal process ids.
     aside = path.with_name(f'.{path.name}.{secrets.token_hex(8)}.partial')
     try:
         with open(aside, 'wb') as file:
@@ -40,25 +40,25 @@ def written_aside(path: str | Path, *, durable: bool = True) -> Iterator[BinaryI
 
 
 def write_atomically(path: str | Path, content: bytes, *, durable: bool = True) -> None:
-    """Write ``content`` to ``path`` by way of ``written_aside``."""
+    """Write ``content`` to a temporary file, then rename it to ``path``."""
     with written_aside(path, durable=durable) as file:
         file.write(content)
 
 
 def read_image(path: str | Path) -> np.ndarray | None:
-    """(H, W, 3) uint8 BGR, or None for what is cut short or no picture. Raises OSError if there is no reading it."""
+    """(H, W, 3) uint8 BGR, or None for a truncated or foreign file. Raises OSError if it cannot be read."""
     return decode_image(Path(path).read_bytes())
 
 
 def decode_image(content: bytes | memoryview) -> np.ndarray | None:
-    """A picture file's bytes -> (H, W, 3) uint8 BGR, or None for what is cut short or no picture."""
-    # The decoder fills what is missing of a JPEG cut short with grey and says nothing.
-    cut_short = content[:2] == b'\xff\xd8' and b'\xff\xd9' not in bytes(content[-1024:])
-    return None if cut_short or not content else cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+    """An image file's bytes -> (H, W, 3) uint8 BGR, or None for truncated content or no image."""
+    # The decoder silently fills the missing part of a truncated JPEG with grey.
+    truncated = content[:2] == b'\xff\xd8' and b'\xff\xd9' not in bytes(content[-1024:])
+    return None if truncated or not content else cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """``value`` as indented JSON, atomically. JSON has no NaN or infinity: they become null."""
+    """Write ``value`` as indented JSON, atomically. NaN and infinity, which JSON lacks, become null."""
     write_atomically(path, (json.dumps(_finite(value), indent=1, allow_nan=False) + '\n').encode())
 
 
@@ -71,14 +71,14 @@ def _finite(value: Any) -> Any:
 
 
 def read_json(path: str | Path) -> Any:
-    """Raises UserError if the file is missing or is not JSON."""
+    """The content of a JSON file. Raises UserError if it is missing or not valid JSON."""
     try:
         return json.loads(Path(path).read_bytes())
     except FileNotFoundError:
         raise UserError(f'{path} does not exist.') from None
     except ValueError as error:
         raise UserError(
-            f'{path} is not valid JSON ({error}): it is cut short or damaged, make or get it again.'
+            f'{path} is not valid JSON ({error}): it is truncated or damaged. Create or download it again.'
         ) from None
 
 

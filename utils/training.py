@@ -1,4 +1,4 @@
-"""What a training run needs around its loop: schedule, parameter groups, a clean way to stop, logs."""
+"""The surroundings of a training loop: schedule, parameter groups, precision, stop requests and logs."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -25,15 +25,16 @@ LOG_NAME = 'log.jsonl'
 
 
 def learning_rate(step: int, *, total: int, base: float, warmup: int = 0) -> float:
-    """Rate of step ``step`` (0-based): linear warm-up, then cosine to 0 at ``total``."""
+    """Learning rate of step ``step`` (0-based): linear warm-up, then cosine to 0 at ``total``."""
     if step < warmup:
         return base * (step + 1) / (warmup + 1)
     return base * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
 
 def build_optimizer(model: nn.Module, cfg: CfgNode) -> torch.optim.AdamW:
-    """AdamW; with DECAY_ALL false, norms, biases and position embeddings are not decayed."""
-    decayed, free = [], []
+    """AdamW; without TRAIN.DECAY_ALL, norms, biases and position embeddings are not decayed."""
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         plain = parameter.ndim <= 1 or name.endswith(('bias', 'position', 'neighbour_logits'))
         (free if plain and not cfg.TRAIN.DECAY_ALL else decayed).append(parameter)
@@ -42,29 +43,29 @@ def build_optimizer(model: nn.Module, cfg: CfgNode) -> torch.optim.AdamW:
 
 
 def set_float32_precision(precision: str) -> None:
-    """What CUDA does with float32 matrices and convolutions: TF32 only if asked for."""
+    """Let CUDA run float32 matrices and convolutions in TF32 only if ``precision`` is 'tf32'."""
     tf32 = precision == 'tf32'
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The region in which the network runs under PRECISION ``precision``."""
+    """The autocast region in which the network runs at ``precision``."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bfloat16')
 
 
 def compiled(module: nn.Module, device: torch.device) -> nn.Module:
-    """``torch.compile``; raises UserError where its compiler is missing."""
+    """``torch.compile``. Raises UserError where a CPU run lacks a C++ compiler."""
     if device.type == 'cpu' and not (os.environ.get('CXX') or shutil.which('g++') or shutil.which('clang++')):
         raise UserError(
-            'TRAIN.COMPILE needs a C++ compiler on a CPU, and there is no g++: install one (Debian: apt '
-            'install g++), or leave it off.'
+            'TRAIN.COMPILE needs a C++ compiler on a CPU, and none was found. Install one (Debian: apt install g++), '
+            'or leave TRAIN.COMPILE off.'
         )
-    return torch.compile(module)
+    return cast(nn.Module, torch.compile(module))
 
 
 class Waits:
-    """Iterates over ``items`` and adds up how long it waited for them."""
+    """Iterate over ``items`` and sum up the time spent waiting for them."""
 
     def __init__(self, items: Iterable):
         self.items, self.seconds = items, 0.0
@@ -86,7 +87,7 @@ class Waits:
 
 
 class StopRequest:
-    """Ctrl-C or a termination signal asks the loop to stop after the step in hand; a second one stops at once."""
+    """Ctrl-C or SIGTERM asks the loop to stop after the current step; a second one stops at once."""
 
     def __init__(self):
         self.requested = False
@@ -100,7 +101,7 @@ class StopRequest:
 
 
 class RunLog:
-    """log.jsonl (one object a line) and TensorBoard in ``folder``. Lines after ``step``, a lost future, are removed."""
+    """log.jsonl (one object per line) and TensorBoard in ``folder``; records after ``step`` are discarded on resume."""
 
     def __init__(self, folder: str | Path, *, step: int):
         self.path = Path(folder) / LOG_NAME
@@ -113,10 +114,12 @@ class RunLog:
         if not self.path.exists():
             return []
         lines = self.path.read_text().splitlines()
-        return [line for line in lines if line.startswith('{') and line.endswith('}')]  # a kill may cut the last one
+        return [
+            line for line in lines if line.startswith('{') and line.endswith('}')
+        ]  # a kill may truncate the last one
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Append one line and the same numbers as TensorBoard scalars ``kind/name``."""
+        """Append one line, and its numbers to TensorBoard as scalars ``kind/name``."""
         with open(self.path, 'a') as file:
             file.write(json.dumps({'kind': kind, 'step': step, **values}) + '\n')
         for name, value in values.items():
@@ -124,7 +127,7 @@ class RunLog:
                 self.board.add_scalar(f'{kind}/{name}', value, step)
 
     def picture(self, tag: str, picture: np.ndarray, step: int) -> None:
-        """A picture (H, W, 3) uint8 BGR for TensorBoard; as JPEG, in a thirtieth of the time of ``add_image``'s PNG."""
+        """Show a sheet (H, W, 3) uint8 BGR in TensorBoard; as JPEG, thirty times faster than ``add_image``'s PNG."""
         height, width, channels = picture.shape
         image = Summary.Image(
             height=height,
@@ -132,7 +135,7 @@ class RunLog:
             colorspace=channels,
             encoded_image_string=cv2.imencode('.jpg', picture)[1].tobytes(),
         )
-        self.board.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+        self.board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
     def close(self) -> None:
         self.board.close()

@@ -1,4 +1,4 @@
-"""The whole road through the real scripts on tiny made data, as ``make demo`` takes it, and what can go wrong there."""
+"""The whole pipeline through the real scripts on tiny synthetic data, as in ``make demo``, and its failures."""
 
 import csv
 import json
@@ -78,7 +78,7 @@ def test_demo_draws_pictures(demo):
 
 
 def run_here(name: str, command: list[str]) -> None:
-    """``run_demo.run_command`` without a new process for every step, which takes most of a short one's time."""
+    """``run_demo.run_command`` without a process per step, whose start would dominate short steps."""
     script = {
         'dataset/interhand.py': preparation,
         'train.py': train,
@@ -89,7 +89,7 @@ def run_here(name: str, command: list[str]) -> None:
     assert script.main(command[1:]) in (0, None)
 
 
-def test_demo_called_again_trains_no_further(demo, monkeypatch):
+def test_rerunning_the_demo_trains_no_further(demo, monkeypatch):
     monkeypatch.setattr(run_demo, 'run_command', run_here)
     before = (demo / 'run' / 'latest.pth').read_bytes()
     images = {path: path.stat().st_mtime_ns for path in (demo / 'data').rglob('*.jpg')}
@@ -111,7 +111,7 @@ def test_per_sample_rows_average_to_the_headline(demo):
             assert mean == pytest.approx(metrics[figure][side], abs=1e-5)
 
 
-def test_chosen_samples_hold_what_was_measured(demo):
+def test_chosen_samples_agree_with_the_measured_errors(demo):
     metrics = json.loads((demo / 'trained' / 'metrics.json').read_text())
     with open(demo / 'trained' / 'per_sample.csv') as file:
         rows = list(csv.DictReader(file))
@@ -138,7 +138,7 @@ def evaluate(demo: Path, *more: str) -> int:
     )
 
 
-def test_printed_lines_are_the_fields(demo, capsys):
+def test_printed_lines_are_the_established_ones(demo, capsys):
     assert evaluate(demo, '--root_joint', '9', '--no-scale', '--split', 'val') == 0
     lines = capsys.readouterr().out.splitlines()
     assert 'root joint 9' in lines[1] and 'scale alignment off' in lines[1] and 'frames' in lines[1]
@@ -153,7 +153,7 @@ def test_printed_lines_are_the_fields(demo, capsys):
     assert all(line.endswith(' px') for line in lines[9:14] if line.startswith(' '))
 
 
-def test_everything_is_measured_and_says_on_how_many_frames(demo):
+def test_every_metric_is_reported_with_its_number_of_frames(demo):
     metrics = json.loads((demo / 'trained' / 'metrics.json').read_text())
     frames = metrics['frames']
     assert metrics['version'] == METRICS_VERSION and metrics['subset'] is None
@@ -177,7 +177,7 @@ def test_everything_is_measured_and_says_on_how_many_frames(demo):
     assert baseline['segmentation_iou'] is None and len(baseline['stages']) == 1
 
 
-def test_every_protocol_at_once_is_each_alone(demo, tmp_path, capsys):
+def test_all_protocols_at_once_equal_each_alone(demo, tmp_path, capsys):
     assert evaluate(demo, '--all_protocols', '--out', str(tmp_path / 'grid')) == 0
     assert 'scale off' in capsys.readouterr().out
     grid = json.loads((tmp_path / 'grid' / 'metrics.json').read_text())['protocols']
@@ -196,11 +196,11 @@ def test_every_protocol_at_once_is_each_alone(demo, tmp_path, capsys):
         }
     assert alone['protocol']['name'] == 'acr'
     assert evaluate(demo, '--root_joint', '9', '--no-scale') == 0
-    assert 'protocol acr: root joint 9' in capsys.readouterr().out  # the name of what was asked for
+    assert 'protocol acr: root joint 9' in capsys.readouterr().out  # the name of the requested combination
 
 
-def test_two_processes_measure_what_one_does(demo, tmp_path):
-    odd = ['--first', '5']  # one process has a sample more than the other
+def test_two_processes_measure_the_same_as_one(demo, tmp_path):
+    odd = ['--first', '5']  # one process has one sample more
     assert evaluate(demo, *odd, '--out', str(tmp_path / 'one')) == 0
     command = [
         sys.executable,
@@ -280,7 +280,7 @@ def test_checkpoint_holds_no_hand_array(demo):
     assert [key for key, value in content['model'].items() if {778, 1538} & set(value.shape)] == []
 
 
-def test_other_hands_are_refused(demo, capsys, monkeypatch):
+def test_another_hand_model_is_refused(demo, capsys, monkeypatch):
     content = torch.load(demo / 'run' / 'best.pth', weights_only=True)
     other = demo / 'other.pth'
     torch.save(content | {'hand_model': 'mano:000000000000:111111111111'}, other)
@@ -289,7 +289,7 @@ def test_other_hands_are_refused(demo, capsys, monkeypatch):
     assert 'mano:000000000000' in error and 'standin' in error and error.count('\n') == 1
 
 
-def test_what_was_trained_cannot_be_changed_afterwards(demo, capsys):
+def test_keys_of_the_network_cannot_be_changed_afterwards(demo, capsys):
     assert evaluate(demo, 'ROOT_JOINT', '9') == 2
     assert 'ROOT_JOINT 0' in capsys.readouterr().err
 
@@ -306,10 +306,10 @@ def test_a_bad_checkpoint_is_one_sentence(demo, tmp_path, capsys, spoil):
     assert str(path) in error and error.count('\n') == 1
 
 
-def test_a_constant_cannot_be_beaten_by_chance(demo, capsys):
-    """The baseline on its own training split is better than on another one: it is made of that split's means."""
+def test_the_constant_baseline_fits_its_own_training_split_best(demo, capsys):
+    """It consists of that split's means."""
     arguments = ['--data_path', str(demo / 'data'), '--cfg', 'configs/demo.yaml', 'TRAIN.WORKERS', '0']
     assert eval_baseline.main([*arguments, '--split', 'train', '--out', str(demo / 'b_train')]) == 0
     train, test = (json.loads((demo / name / 'metrics.json').read_text()) for name in ('b_train', 'baseline'))
     assert train['root_mm'] < 1.2 * test['root_mm']
-    assert train['joint_mm']['all'] > 10  # hands do move
+    assert train['joint_mm']['all'] > 10  # the hands do move

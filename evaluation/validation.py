@@ -1,0 +1,74 @@
+"""Validation during training: figures of every stage and pictures, written to the run's log."""
+
+from pathlib import Path
+
+from torch import Tensor
+from yacs.config import CfgNode
+
+from dataset import PreparedSplit
+from dataset.batch import BatchMaker
+from dataset.loader import evaluation_loader
+from evaluation.evaluate import Evaluation, evaluate
+from evaluation.metrics import Protocol, SampleErrors
+from evaluation.pictures import draw_sheets, spread_over
+from models import DIR
+from utils.drawing import write_image
+from utils.hand import SIDES
+from utils.training import RunLog
+
+LOGGED_FIGURES = ('joint_mm', 'vert_mm', 'joint_px', 'vert_px')
+
+
+def validate(
+    model: DIR,
+    dataset: PreparedSplit,
+    batch_maker: BatchMaker,
+    cfg: CfgNode,
+    *,
+    epoch: int,
+    step: int,
+    log: RunLog | None,
+) -> dict:
+    """Evaluate ``model`` on a split in the training's own protocol -> the headline figures of the last stage.
+
+    log: where figures, histograms and pictures go; None on processes that do not write. Every process of a distributed
+    run takes part. Raises UserError if a prediction is not finite.
+    """
+    result = evaluate(
+        model,
+        evaluation_loader(dataset, cfg),
+        batch_maker,
+        network_root=cfg.ROOT_JOINT,
+        protocol=Protocol(cfg.ROOT_JOINT, scale=True),
+        title='validate',
+        precision=cfg.EVAL.PRECISION,
+    )
+    if log:
+        _log_figures(log, result, epoch=epoch, step=step)
+        if cfg.TRAIN.PICTURES:
+            # Every sheet goes to TensorBoard, predictions beside the truth to the run folder as well.
+            sheets = draw_sheets(model, dataset, spread_over(len(dataset), cfg.TRAIN.PICTURES), batch_maker)
+            write_image(Path(cfg.OUTPUT_DIR) / 'pictures' / f'epoch_{epoch:03d}.jpg', sheets['validation'])
+            for name, sheet in sheets.items():
+                log.picture(name, sheet, step)
+    return result.summary()
+
+
+def _log_figures(log: RunLog, result: Evaluation, *, epoch: int, step: int) -> None:
+    for stage, errors in enumerate(result.stages):
+        summary = result.summary(stage)
+        figures = {f'{name}_{side}': value for name in LOGGED_FIGURES for side, value in summary[name].items()}
+        log.write(f'val_stage{stage}', step, epoch=epoch, root_mm=summary['root_mm'], **figures)
+        for name, values in _errors_of_samples(errors).items():
+            # A tag holds values of one kind only, and the scalars own the plain names.
+            log.board.add_histogram(f'val_stage{stage}/{name}_samples', values, step)
+
+
+def _errors_of_samples(errors: SampleErrors) -> dict[str, Tensor]:
+    """{name: (N,) mm} for the histograms."""
+    hands = {
+        f'{name}_{side}': getattr(errors, name)[:, hand]
+        for name in ('joint_mm', 'vert_mm')
+        for hand, side in enumerate(SIDES)
+    }
+    return hands | {'root_mm': errors.root_mm}

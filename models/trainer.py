@@ -1,0 +1,117 @@
+"""One update at a time: a network, its objective, its optimizer and the moving average of its weights."""
+
+import math
+from collections.abc import Iterable
+from contextlib import nullcontext
+from functools import reduce
+from operator import add
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from yacs.config import CfgNode
+
+from manopth import HandPair
+from models import DIR, build_criterion, build_model
+from models.checkpoint import load_state, to_device
+from models.predictions import Target
+from utils import distributed
+from utils.training import autocast, build_optimizer, compiled, set_float32_precision
+
+
+class NonFiniteLossError(Exception):
+    """The loss is NaN or infinite; the weights are untouched. ``terms`` is the whole batch's, ``here`` is True on the
+    processes whose samples caused it."""
+
+    def __init__(self, terms: dict[str, float], *, here: bool):
+        super().__init__(terms)
+        self.terms, self.here = terms, here
+
+
+class Trainer:
+    """The network in training. Build it after ``utils.distributed.start`` has joined the other processes, if any.
+
+    model: the network itself, which checkpoints hold; parallel: the same, compiled and wrapped for several processes.
+    """
+
+    def __init__(self, cfg: CfgNode, hands: HandPair, device: torch.device, *, pretrained: bool | None = None):
+        """pretrained: overrides MODEL.PRETRAINED. The weights follow from SEED alone."""
+        self.cfg, self.device = cfg, device
+        world = distributed.rank_and_world()[1]
+        torch.manual_seed(cfg.SEED)
+        self.model = to_device(build_model(cfg, hands, pretrained=pretrained), device)
+        if world > 1 and cfg.TRAIN.SYNC_BN:
+            self.model = distributed.synchronise_batch_norm(self.model, device)
+        self.average = None
+        if cfg.TRAIN.EMA:
+            self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(cfg.TRAIN.EMA))
+        self.parallel: nn.Module = self.model
+        if world > 1:
+            every_weight_is_used = cfg.MODEL.DENSE_HEADS and all(cfg.LOSS.WEIGHT.values())
+            self.parallel = DistributedDataParallel(
+                self.model, [device] if device.type == 'cuda' else None, find_unused_parameters=not every_weight_is_used
+            )
+        if cfg.TRAIN.COMPILE:
+            self.parallel = compiled(self.parallel, device)
+        self.criterion = build_criterion(cfg, hands).to(device)
+        self.optimizer = build_optimizer(self.model, cfg)
+
+    @property
+    def result(self) -> DIR:
+        """The network that is validated and kept as the best: the moving average where there is one."""
+        return cast(DIR, self.average.module) if self.average else self.model
+
+    def train(self) -> None:
+        """Enter training mode, also after a validation in another precision."""
+        self.parallel.train()
+        set_float32_precision(self.cfg.TRAIN.PRECISION)
+
+    def step(self, batches: Iterable[tuple[Tensor, Target]], *, count: int, rate: float) -> dict[str, float]:
+        """One update from a batch that arrives in ``count`` equal parts -> loss terms of the whole batch.
+
+        batches: (image (B, 3, s, s) BGR in [0, 255], target) of each part, one at a time. rate: learning rate. Raises
+        NonFiniteLossError, on every process alike, before the weights change.
+        """
+        for group in self.optimizer.param_groups:
+            group['lr'] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = [
+            self.accumulate(image, target, share=1 / count, last=number == count)
+            for number, (image, target) in enumerate(batches, 1)
+        ]
+        mine = torch.stack([torch.stack(list(terms.values())) for terms in parts]).mean(0)
+        # The device is waited for once a step. All processes see the same numbers, so all of them go on or none.
+        terms = dict(zip(parts[0], distributed.mean_over_processes(mine).tolist()))
+        if not math.isfinite(sum(terms.values())):
+            raise NonFiniteLossError(terms, here=not bool(mine.isfinite().all()))
+        if self.cfg.TRAIN.CLIP_NORM > 0:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.TRAIN.CLIP_NORM)
+        self.optimizer.step()
+        if self.average:
+            self.average.update_parameters(self.model)
+        return terms
+
+    def accumulate(self, image: Tensor, target: Target, *, share: float = 1.0, last: bool = True) -> dict[str, Tensor]:
+        """Add the gradients of a part of a batch -> its loss terms. Processes exchange gradients with the last part."""
+        in_sync = last or distributed.rank_and_world()[1] == 1
+        with nullcontext() if in_sync else self.parallel.no_sync():
+            normalised = self.model.preprocess.normalise(image)
+            with autocast(self.cfg.TRAIN.PRECISION, self.device):
+                output = self.parallel(normalised)
+            terms = self.criterion(output, target)
+            (share * reduce(add, terms.values())).backward()
+        return {name: value.detach() for name, value in terms.items()}
+
+    def state(self) -> dict[str, Any]:
+        """What an exact resume needs besides the network itself."""
+        average = {'average': self.average.state_dict()} if self.average else {}
+        return {'optimizer': self.optimizer.state_dict(), **average}
+
+    def load(self, content: dict[str, Any], *, path: Any) -> None:
+        """Restore the network and ``state`` from a checkpoint's content. Raises UserError where it does not fit."""
+        load_state(self.model, content['model'], path=path)
+        self.optimizer.load_state_dict(content['optimizer'])
+        if self.average:
+            self.average.load_state_dict(content['average'])
