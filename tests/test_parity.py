@@ -22,7 +22,7 @@ from dataset.batch import BatchMaker
 from dataset.prepared import InterHandDataset
 from evaluation.metrics import JointRegressor, Protocol, sample_errors
 from evaluation.summary import summarise
-from manopth import TwoHandLayer
+from manopth import ManoLayer, TwoHandLayer
 from manopth.rotations import axis_angle_to_matrix, symmetric_6d_to_matrix
 from models import build_criterion, losses, published
 from models.bone_projection import bone_weights, draw
@@ -171,6 +171,22 @@ def test_hand_layer(hand_models, units):
     hands = TwoHandLayer(hand_models, tip_vertices=[left_tips, TIP_VERTICES])(pose[..., :6], pose[..., 6:], betas)
     close(hands.vertices, units.hands('mano/{}/verts'), 5e-7)
     close(hands.joints, units.hands('mano/{}/joints'), 5e-7)
+
+
+@pytest.mark.parametrize('side', SIDES)
+def test_one_hand_layer(units, side):
+    layer = ManoLayer(
+        side=side,
+        mano_root=PARITY,
+        ncomps=45,
+        flat_hand_mean=False,
+        root_rot_mode='rot6d',
+        robust_rot=True,
+        correct_left_shape=True,
+    )
+    vertices, joints = layer(units('mano/pose6d45'), units('mano/beta'))
+    close(vertices / 1000, units(f'mano/{side}/verts'), 5e-7)
+    close(joints / 1000, units(f'mano/{side}/joints'), 5e-7)
 
 
 def test_hand_layer_of_the_data(hand_models, units):

@@ -185,7 +185,7 @@ def with_pose_of(size):
         (lambda c: np.zeros(3), 'is not a prepared annotation'),
         (lambda c: 'text', 'is not a prepared annotation'),
         (lambda c: c | {'camera': {'R': 'x', 't': 'y', 'camera': 'z'}}, 'is not a prepared annotation'),
-        (lambda c: c | {'code': shutil.rmtree}, r'was refused: it wants to run shutil\.'),
+        (lambda c: c | {'code': shutil.rmtree}, r'was refused: it refers to shutil\.'),
     ],
 )
 def test_invalid_annotation(spoilt, change, message):
@@ -198,7 +198,7 @@ def test_invalid_annotation(spoilt, change, message):
 def test_truncated_and_missing_annotation(spoilt):
     path, dataset = spoilt / 'train/anno/6.pkl', InterHandDataset(spoilt, 'train')
     path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(UserError, match=r'train/anno/6\.pkl .*cut short or damaged'):
+    with pytest.raises(UserError, match=r'train/anno/6\.pkl .*truncated or damaged'):
         dataset[6]
     path.unlink()
     with pytest.raises(UserError, match=r'train/anno/6\.pkl does not exist'):
