@@ -1,9 +1,10 @@
 import pytest
 import torch
+from test_dir import images, tiny_model
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from inference.folding import fold_batch_norms
+from inference.folding import fold_batch_norms, for_inference
 from models import build_model
 from models.backbone import Backbone
 from utils.config import load_config
@@ -62,6 +63,19 @@ def test_every_norm_of_a_bottleneck_backbone_is_folded():
     assert norms(folded) == 0 < norms(model)
     for a, b in zip(folded(image), model(image)):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * b.abs().max().item())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('changes', [{}, {'STAGES': 0}, {'STAGES': 1, 'PROJECTION': 'none'}], ids=str)
+def test_the_inference_form_keeps_the_last_estimate_and_drops_the_rest(standin, changes):
+    model = tiny_model(standin, **changes).double().eval()
+    slim, image = for_inference(model), images(2).double()
+    expected, got = model(image), slim(image)
+    for a, b in zip(got.stages[-1], expected.stages[-1]):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert got.segmentation is None and got.dense is None
+    unused = ('dense_heads', f'stages.{len(model.stages) - 1}.enhance_map', f'stages.{len(model.stages) - 1}.proj')
+    assert not [name for name, _ in slim.named_parameters() if name.startswith(unused)]
 
 
 def test_training_mode_is_refused():
