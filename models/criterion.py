@@ -17,7 +17,7 @@ SEGMENTATION_CLASS_WEIGHTS = (0.1, 0.45, 0.45)  # background, left, right
 
 
 class DIRCriterion(nn.Module):
-    """Losses on every stage's hands and on the dense maps (Ren et al., ICCV 2023, section 3.4).
+    """Losses on every stage's hands and on the dense maps (Ren et al., ICCV 2023).
 
     weights: joint_uv, vertex_uv, joint_xyz, vertex_xyz, edge, normal, offset (every stage), segmentation, lovasz,
     dense.
