@@ -1,14 +1,20 @@
-"""Rotations as pure functions; leading axes are free, everything is differentiable and safe at the singular points."""
+"""Rotation conversions as pure functions: axis-angle, matrices, quaternions, 6D.
+
+Leading axes are arbitrary; values and gradients are finite at the singular points. Matrices rotate column vectors.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SMALL = 1e-3  # rad^2: below it the series is exact to float64 rounding and the closed form is 0 / 0
+_SMALL = 1e-3  # rad^2: below it the series is exact to float64 rounding, and the closed form tends to 0 / 0
 
 
 def axis_angle_to_matrix(axis_angle: Tensor) -> Tensor:
-    """(..., 3) rad -> (..., 3, 3). Rodrigues' formula, R = I + sin(t)/t K + (1 - cos t)/t^2 K^2, finite at t = 0."""
+    """Axis-angle (..., 3) rad -> rotation matrix (..., 3, 3).
+
+    Rodrigues' formula R = I + sin(t)/t K + (1 - cos t)/t^2 K^2, with the series about t = 0.
+    """
     squared = (axis_angle * axis_angle).sum(-1)[..., None, None]
     small = squared < _SMALL
     safe = torch.where(small, torch.ones_like(squared), squared)
@@ -23,14 +29,14 @@ def axis_angle_to_matrix(axis_angle: Tensor) -> Tensor:
 
 
 def cross_product_matrix(vector: Tensor) -> Tensor:
-    """(..., 3) -> (..., 3, 3) with ``K @ x = vector x x``."""
+    """Vector v (..., 3) -> skew-symmetric matrix K (..., 3, 3) with K x = v x x."""
     x, y, z = vector.unbind(-1)
     zero = torch.zeros_like(x)
     return torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
 
 
 def matrix_to_axis_angle(matrix: Tensor) -> Tensor:
-    """(..., 3, 3) -> (..., 3) rad, angle in [0, pi], by way of a quaternion (Shepperd 1978)."""
+    """Rotation matrix (..., 3, 3) -> axis-angle (..., 3) rad, angle in [0, pi], via a quaternion (Shepperd 1978)."""
     quaternion = matrix_to_quaternion(matrix)
     quaternion = torch.where(quaternion[..., :1] < 0, -quaternion, quaternion)
     real, vector = quaternion[..., :1], quaternion[..., 1:]
@@ -45,12 +51,12 @@ def matrix_to_axis_angle(matrix: Tensor) -> Tensor:
 
 
 def matrix_to_quaternion(matrix: Tensor) -> Tensor:
-    """(..., 3, 3) -> (..., 4) unit quaternion, real part first."""
+    """Rotation matrix (..., 3, 3) -> unit quaternion (..., 4), real part first."""
     m = matrix.flatten(-2).unbind(-1)
     diagonal = torch.stack(
         [1 + m[0] + m[4] + m[8], 1 + m[0] - m[4] - m[8], 1 - m[0] + m[4] - m[8], 1 - m[0] - m[4] + m[8]], -1
     )  # 4 * q_i^2
-    # Row i is q * 4 * q_i: each is right, the one with the largest q_i is well-conditioned.
+    # Row i is 4 * q_i * q: each is correct, the one with the largest q_i is well-conditioned.
     rows = torch.stack(
         [
             diagonal[..., 0],
@@ -77,10 +83,10 @@ def matrix_to_quaternion(matrix: Tensor) -> Tensor:
 
 
 def symmetric_6d_to_matrix(six: Tensor) -> Tensor:
-    """(..., 6) -> (..., 3, 3): two vectors a, b placed symmetrically about the first two axes' bisector.
+    """6D representation (..., 6) -> rotation matrix (..., 3, 3), sharing the error between both vectors a and b.
 
     m = norm(a + b), o = norm(a - b) after normalising a and b; columns are x = norm(m + o), y = norm(m - o),
-    z = norm(x x y). Lengths are clamped at 1e-8, which keeps zero and parallel inputs finite, their gradients too.
+    z = norm(x x y). Lengths are clamped at 1e-8, so values and gradients stay finite for zero or parallel vectors.
     """
     a, b = (_unit(part) for part in six.unflatten(-1, (2, 3)).unbind(-2))
     middle, outer = _unit(a + b), _unit(a - b)
@@ -89,11 +95,43 @@ def symmetric_6d_to_matrix(six: Tensor) -> Tensor:
 
 
 def gram_schmidt_6d_to_matrix(six: Tensor) -> Tensor:
-    """(..., 6) -> (..., 3, 3): columns x = norm(a), z = norm(x x b), y = z x x (Zhou et al., CVPR 2019)."""
+    """6D representation (..., 6) -> rotation matrix (..., 3, 3) by Gram-Schmidt (Zhou et al., CVPR 2019).
+
+    Columns are x = norm(a), z = norm(x x b), y = z x x.
+    """
     a, b = six.unflatten(-1, (2, 3)).unbind(-2)
     x = _unit(a)
     z = _unit(torch.linalg.cross(x, b))
     return torch.stack([x, torch.linalg.cross(z, x), z], -1)
+
+
+def nearest_rotation(matrix: Tensor) -> Tensor:
+    """Project matrices (..., 3, 3) onto the nearest rotations in the Frobenius norm (Kabsch 1976).
+
+    The gradient is computed in closed form, because that of the SVD is undefined where singular values coincide, as
+    they do for every rotation. There is no second derivative.
+    """
+    rotation, scale, right = polar_decomposition(matrix.detach())
+    # With M = R S, a change dM turns R by the vector w = (tr(S) I - S)^-1 vee(R^T dM - dM^T R).
+    symmetric = right.mT @ (scale[..., None] * right)
+    identity = torch.eye(3, dtype=matrix.dtype, device=matrix.device)
+    inertia = scale.sum(-1)[..., None, None] * identity - symmetric
+    local = rotation.mT @ (matrix - matrix.detach())  # zero; carries the gradient
+    skew = local - local.mT
+    vee = torch.stack([skew[..., 2, 1], skew[..., 0, 2], skew[..., 1, 0]], -1)
+    turn = (torch.linalg.pinv(inertia, hermitian=True) @ vee[..., None]).squeeze(-1)
+    return rotation + rotation @ cross_product_matrix(turn)
+
+
+def polar_decomposition(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Decompose matrices M (..., 3, 3) as R V^T diag(s) V with a rotation R.
+
+    -> R (..., 3, 3), s (..., 3), V (..., 3, 3). s are the singular values, the last one negative if det M < 0.
+    """
+    left, singular, right = torch.linalg.svd(matrix)
+    sign = torch.ones_like(singular)
+    sign[..., 2] = torch.linalg.det(left @ right).sign()
+    return (left * sign[..., None, :]) @ right, singular * sign, right
 
 
 def _unit(vector: Tensor) -> Tensor:
