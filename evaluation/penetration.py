@@ -138,7 +138,7 @@ def surface_distance(points: Tensor, surfaces: Tensor, row: Tensor) -> Tensor:
     distance = points.new_full((len(row),), torch.inf)
     for part in _parts(torch.arange(len(row), device=row.device)):
         to_centre = _length(centres.index_select(1, row[part]) - points[:, part, None])
-        # A face's centre lies on the surface, so a face whose bounding sphere is farther than the nearest centre is out.
+        # Centres are on the surface: faces whose bounding sphere is farther away than the nearest centre are out.
         near = to_centre - radii.index_select(0, row[part]) <= to_centre.amin(1, keepdim=True)
         point, corners = _pairs(near, part, surfaces, row)
         distance.scatter_reduce_(0, point, triangle_distance(points.index_select(1, point), corners), 'amin')
