@@ -21,9 +21,9 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from dataset import PreparedSplit, Sample
+from dataset.batch import BatchMaker, build_batch_maker, parts_of
 from dataset.hand_model_record import check_hand_model_record
 from dataset.loader import EpochSampler, evaluation_split, training_loader
-from dataset.targets import BatchMaker, build_batch_maker, parts_of
 from evaluation.validation import validate
 from manopth import HandPair
 from models.checkpoint import check_hand_model, read_checkpoint, save_checkpoint, to_plain

@@ -39,7 +39,7 @@ def to_our_form(src: str, dst: str, overrides: list[str]) -> None:
     if not published.is_published(content):
         raise UserError(f"{src} does not have the published form {{'net': ...}}; from ours to that one goes --reverse.")
     model, cfg, rest = published.load_published(content, path=src, overrides=overrides)
-    hand_model = model.hand_head.hand_layer.models.identity
+    hand_model = model.hands.identity
     save_checkpoint(dst, model=model, cfg=cfg, hand_model=hand_model, published_rest=rest)
     names = list(content['net'])
     dropped = Counter(filter(None, map(published.why_dropped, names)))

@@ -51,11 +51,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from yacs.config import CfgNode
 
-from dataset.targets import IMAGENET_MEAN, IMAGENET_STD
 from inference.folding import for_inference
 from models import DIR
 from models.checkpoint import load_model
 from models.predictions import CAMERA, POSE, ROOT_ROTATION, SHAPE, HandPrediction
+from models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from utils.config import split_off_pairs
 from utils.errors import UserError, user_facing
 from utils.files import write_json, written_aside
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, kind in formats.items():
         require_packages(name, kind)
     model, cfg, _ = load_model(args.model, [*keys, *args.opts])
-    hand_model = model.hand_head.hand_layer.models.identity
+    hand_model = model.hands.identity
     print(f'{args.model}: tracing; this takes a minute or two ...', flush=True)
     files = export(model, cfg.MODEL.IMAGE_SIZE, Path(args.out), formats)
     write_json(

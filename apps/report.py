@@ -1,10 +1,10 @@
-"""Where a network fails, on one HTML page: figures, distributions, joints, interaction, curves, samples in 3D.
+"""Write an HTML report on evaluated runs: metrics, distributions, joints, interaction, learning curves, 3D samples.
 
     python apps/report.py RUN [RUN ...] [--out report.html]
 
-RUN is a metrics.json or a folder with one in it or in its eval/ (`apps/eval_interhand.py --out`). What lies beside it
-is read too: per_sample.csv, samples.npz, and the log.jsonl of the run that was evaluated. What is missing is left out,
-and the page says which command makes it. The page needs no network and no other file.
+RUN is a metrics.json, or a folder that contains metrics.json or eval/metrics.json (`apps/eval_interhand.py --out`). The
+report also reads per_sample.csv and samples.npz beside it, and the log.jsonl of the evaluated run. If one is missing,
+the page prints the command that creates it. The page is self-contained: it loads no other file and no network resource.
 """
 
 import argparse

@@ -15,8 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from dataset.batch import build_batch_maker
 from dataset.loader import evaluation_split
-from dataset.targets import build_batch_maker
 from evaluation.pictures import draw_samples, spread_over
 from models.checkpoint import load_model
 from utils.errors import UserError, user_facing
@@ -88,7 +88,7 @@ def run_command(name: str, command: list[str]) -> None:
 def draw_test_samples(run: Path, data: Path, opts: list[str], path: Path) -> Path:
     """Write a sheet of test samples spread over the split."""
     model, cfg, _ = load_model(run, [*opts, 'DATASET.PATH', str(data)])
-    batch_maker = build_batch_maker(cfg, model.hand_head.hand_layer.models)
+    batch_maker = build_batch_maker(cfg, model.hands)
     dataset = evaluation_split(cfg, 'test')
     draw_samples(model, dataset, spread_over(len(dataset), PICTURES), batch_maker, path=path)
     return path

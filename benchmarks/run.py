@@ -48,11 +48,11 @@ from yacs.config import CfgNode
 from apps import export
 from dataset import open_split
 from dataset import packed as pack
+from dataset.batch import build_batch_maker, parts_of
 from dataset.loader import training_loader
 from dataset.prepare import pack as pack_command
 from dataset.prepare import split as preparation
 from dataset.synthetic import synthesize
-from dataset.targets import build_batch_maker, parts_of
 from dataset.vertex_colours import canonical_colours
 from inference.files import reduced, write_picture_files
 from inference.folding import fold_batch_norms, for_inference
@@ -208,7 +208,7 @@ def latency(setting: Setting) -> Table:
     images, model = make_images(setting, 1), make_network(setting).eval()
     runs = {name: lambda run=run: run(images) for name, run in inference_forms(model, setting).items()}
     picture = (255 * torch.rand(256, 256, 3)).byte().numpy()
-    reconstruct = Reconstructor(model, image_size=setting.cfg.MODEL.IMAGE_SIZE, device=setting.device)
+    reconstruct = Reconstructor(model, device=setting.device)
 
     def all_files():
         write_picture_files(

@@ -1,4 +1,4 @@
-"""Files -> batches. ``open_split`` is the one place that decides which class reads a folder."""
+"""Data sets: files -> batches. ``open_split`` alone decides which class reads a folder."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ __all__ = ['PreparedSplit', 'Sample', 'open_split']
 
 
 def open_split(path: str | Path, split: str, **options) -> PreparedSplit:
-    """The split, packed or as a folder of files; ``options`` as PreparedSplit takes them."""
+    """Open a prepared split, packed or as a folder of files. ``options``: the keyword arguments of PreparedSplit."""
     folder = Path(path) / split
     packed = (folder / MANIFEST).exists() or (partial_folder(folder) / HEAD).exists()
     return (PackedDataset if packed else InterHandDataset)(path, split, **options)

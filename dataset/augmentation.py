@@ -1,4 +1,4 @@
-"""Augmentation: one small struct of random numbers per sample, drawn in the loader from (seed, epoch, index)."""
+"""Draw random augmentation parameters per sample from (seed, epoch, index), in the loader."""
 
 import math
 from typing import NamedTuple
@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLUR_LENGTHS = (3, 9)  # pixels of the motion-blur line, inclusive
+BLUR_LENGTHS = (3, 9)  # pixels, length of the motion-blur line, inclusive
 
 
 class AugmentationRanges(NamedTuple):
-    """How far each draw goes; units and meaning: AUGMENT in utils/config.py."""
+    """The range of each draw; for units and meaning, see AUGMENT in utils/config.py."""
 
     rotation: float
     scale: float
@@ -24,21 +24,21 @@ class AugmentationRanges(NamedTuple):
 
 
 class AugmentationParameters(NamedTuple):
-    """What happens to one sample (with a leading axis: to a batch), in order: flip, blur, warp, colour, noise."""
+    """Augmentation of one sample (with a leading axis: of a batch), in order: flip, blur, warp, colour, noise."""
 
     flip: Tensor  # () bool
-    blur_length: Tensor  # () int64 pixels; 0: none
+    blur_length: Tensor  # () int64 pixels; 0 for no blur
     blur_angle: Tensor  # () rad
     scale: Tensor  # ()
-    angle: Tensor  # () rad, positive turns right towards down
+    angle: Tensor  # () rad, clockwise on screen
     shift: Tensor  # (2,) pixels of the 256 crop
-    gain: Tensor  # (3,) per channel, in the file's order (BGR)
+    gain: Tensor  # (3,) per channel, BGR
     brightness: Tensor  # () grey levels
     noise: Tensor  # () grey levels, standard deviation
     noise_seed: Tensor  # () int64
 
 
-_TYPES = AugmentationParameters(torch.bool, torch.int64, *[torch.float32] * 7, torch.int64)
+_TYPES = (torch.bool, torch.int64, *[torch.float32] * 7, torch.int64)  # of the fields of AugmentationParameters
 
 
 def parameters(
@@ -48,24 +48,24 @@ def parameters(
     blur_angle: float = 0.0,
     scale: float = 1.0,
     angle: float = 0.0,
-    shift=(0.0, 0.0),
-    gain=(1.0, 1.0, 1.0),
+    shift: tuple[float, float] = (0.0, 0.0),
+    gain: tuple[float, float, float] = (1.0, 1.0, 1.0),
     brightness: float = 0.0,
     noise: float = 0.0,
     noise_seed: int = 0,
 ) -> AugmentationParameters:
-    """One sample's struct from plain numbers; without arguments: leave it as it is."""
+    """Augmentation parameters of one sample from plain numbers. The defaults leave the sample unchanged."""
     row = (flip, blur_length, blur_angle, scale, angle, shift, gain, brightness, noise, noise_seed)
     return AugmentationParameters(*(torch.tensor(value, dtype=kind) for value, kind in zip(row, _TYPES)))
 
 
 def draw_augmentation(ranges: AugmentationRanges | None, key: tuple[int, int, int]) -> AugmentationParameters:
-    """All draws are uniform and depend on ``key`` = (seed, epoch, index) alone; None leaves the sample as it is."""
+    """Draw uniformly, from ``key`` = (seed, epoch, index) alone. Without ranges, the sample stays unchanged."""
     return AugmentationParameters(*(column[0] for column in draw_augmentations(ranges, [key])))
 
 
 def draw_augmentations(ranges: AugmentationRanges | None, keys: list[tuple[int, int, int]]) -> AugmentationParameters:
-    """``draw_augmentation`` of a batch: every field with a leading axis."""
+    """``draw_augmentation`` for a batch: every field has a leading axis."""
     if ranges is None:
         return AugmentationParameters(*(value.expand(len(keys), *value.shape).clone() for value in parameters()))
     columns = zip(*(_draw(ranges, key) for key in keys))
@@ -73,8 +73,7 @@ def draw_augmentations(ranges: AugmentationRanges | None, keys: list[tuple[int, 
 
 
 def _draw(ranges: AugmentationRanges, key: tuple[int, int, int]) -> tuple:
-    """Plain numbers in the order of ``AugmentationParameters``: tensors of one sample each would cost more than the
-    drawing."""
+    """Plain numbers in the order of ``AugmentationParameters``: one tensor per number would cost more than drawing."""
     random = np.random.default_rng(key)
 
     def around(centre: float, reach: float, size: int | None = None):

@@ -1,4 +1,4 @@
-"""Which hand model the meshes of a data folder were generated with: a file beside the data."""
+"""Record which hand model a data set was generated with, in a file beside the data."""
 
 from pathlib import Path
 
@@ -6,24 +6,23 @@ from manopth import HandPair
 from utils.errors import UserError
 from utils.files import read_json, write_json
 
-# m
 HAND_MODEL_RECORD = 'hand_model.json'
 
 
-def write_hand_model_record(root: str | Path, models: HandPair) -> None:
-    """Note in a data folder which hand its meshes are made of."""
-    write_json(Path(root) / HAND_MODEL_RECORD, {'hand_model': models.identity})
+def write_hand_model_record(root: str | Path, hands: HandPair) -> None:
+    """Record the hand model of a data folder."""
+    write_json(Path(root) / HAND_MODEL_RECORD, {'hand_model': hands.identity})
 
 
-def check_hand_model_record(root: str | Path, models: HandPair) -> None:
-    """Raises UserError if the folder's record names another hand. Without a record (real data) any hand will do."""
+def check_hand_model_record(root: str | Path, hands: HandPair) -> None:
+    """Raise UserError if the folder records another hand model. Without a record (real data), any model is accepted."""
     path = Path(root) / HAND_MODEL_RECORD
     if not path.exists():
         return
     content = read_json(path)
     recorded = content.get('hand_model') if isinstance(content, dict) else None
-    if recorded != models.identity:
+    if recorded != hands.identity:
         raise UserError(
-            f'{root} was made with the hand model {recorded}, but {models.identity} is set; set '
-            'MANO.SOURCE and MANO.PATH to the same hand, or use another folder.'
+            f'{root} was generated with the hand model {recorded}, but MANO.SOURCE and MANO.PATH select '
+            f'{hands.identity}. Set them to the same model, or use another folder.'
         )

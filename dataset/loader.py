@@ -1,6 +1,7 @@
-"""Loaders and the order of samples: all follows from (seed, epoch, index), so a resumed run sees what it would have."""
+"""Data loaders and sample order, reproducible from (seed, epoch, index): a resumed run sees the same batches."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -8,16 +9,16 @@ from yacs.config import CfgNode
 
 from dataset import open_split
 from dataset.augmentation import AugmentationRanges
+from dataset.batch import learns_dense
 from dataset.prepared import PreparedSplit, Sample
-from dataset.targets import learns_dense
 from utils.distributed import rank_and_world, usable_cores
 from utils.errors import UserError
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """(index, epoch) of this process's share of every global batch, from step ``first_step`` of epoch ``epoch`` on.
+    """Yield (index, epoch) of this process's share of each global batch, starting at ``start_at``.
 
-    The global order does not depend on the number of processes. A last batch that is not full is left out.
+    The global order does not depend on the number of processes. An incomplete last batch is dropped.
     """
 
     def __init__(self, length: int, *, batch_size: int, seed: int):
@@ -29,10 +30,11 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
     @property
     def steps(self) -> int:
-        """Steps of a whole epoch."""
+        """Number of steps in a full epoch."""
         return self.length // self.batch_size
 
     def start_at(self, epoch: int, step: int = 0) -> None:
+        """Start the next iteration at this step of this epoch."""
         self.epoch, self.first_step = epoch, step
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -47,7 +49,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
 
 def training_loader(cfg: CfgNode) -> tuple[DataLoader, EpochSampler]:
-    """Loader of the training split with augmentation; raises UserError if the split is too small for one batch."""
+    """Build the augmenting loader of the training split. Raises UserError for a batch size that does not fit."""
     ranges = AugmentationRanges(**{name.lower(): value for name, value in cfg.AUGMENT.items()})
     from_files = cfg.DATASET.TARGETS == 'files'
     dataset = open_split(
@@ -62,7 +64,8 @@ def training_loader(cfg: CfgNode) -> tuple[DataLoader, EpochSampler]:
     if cfg.TRAIN.BATCH_SIZE % (world * cfg.TRAIN.ACCUMULATE):
         raise UserError(
             f'TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} is over all processes and cannot be split over '
-            f'{world} of them in TRAIN.ACCUMULATE {cfg.TRAIN.ACCUMULATE} parts each; choose a multiple.'
+            f'{world} of them in TRAIN.ACCUMULATE {cfg.TRAIN.ACCUMULATE} parts each; set it to a multiple of '
+            f'{world * cfg.TRAIN.ACCUMULATE}.'
         )
     if len(dataset) < cfg.TRAIN.BATCH_SIZE:
         raise UserError(
@@ -75,12 +78,12 @@ def training_loader(cfg: CfgNode) -> tuple[DataLoader, EpochSampler]:
 
 
 def evaluation_split(cfg: CfgNode, split: str) -> PreparedSplit:
-    """A split as evaluation reads it: no augmentation, no dense maps."""
+    """Open a split for evaluation: without augmentation and dense maps."""
     return open_split(cfg.DATASET.PATH, split, with_mask=cfg.DATASET.TARGETS == 'files', with_dense=False)
 
 
 def evaluation_loader(dataset: PreparedSplit, cfg: CfgNode, indices: Sequence[int] | None = None) -> DataLoader:
-    """Loader of this process's share of a data set, or of some samples of it: over all processes each comes once."""
+    """Build the loader of this process's share of a data set, or of ``indices``: each sample goes to one process."""
     rank, world = rank_and_world()
     indices = range(len(dataset)) if indices is None else indices
     workers = cfg.TRAIN.WORKERS if cfg.EVAL.WORKERS < 0 else cfg.EVAL.WORKERS
@@ -88,13 +91,13 @@ def evaluation_loader(dataset: PreparedSplit, cfg: CfgNode, indices: Sequence[in
 
 
 def _loader(dataset: PreparedSplit, *, batch_size: int, sampler: Iterable, workers: int) -> DataLoader:
-    workers = min(workers, usable_cores())  # more of them would only compete for the cores
+    workers = min(workers, usable_cores())  # more would only compete for the cores
     return DataLoader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
         num_workers=workers,
-        collate_fn=_as_fetched,
+        collate_fn=_fetched_batch,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None,
@@ -102,12 +105,12 @@ def _loader(dataset: PreparedSplit, *, batch_size: int, sampler: Iterable, worke
     )
 
 
-def _as_fetched(batch: Sample) -> Sample:
-    return batch  # ``__getitems__`` made it
+def _fetched_batch(batch: Any) -> Sample:
+    return batch  # ``__getitems__`` has already batched it
 
 
 def _worker_setup(worker: int) -> None:
     import cv2
 
     torch.set_num_threads(1)
-    cv2.setNumThreads(0)  # not 1: that joins the parent's threads, which a fork does not copy, and never returns
+    cv2.setNumThreads(0)  # 1 would join the parent's threads, which a fork does not copy, and hang

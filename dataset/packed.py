@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dataset.prepared import PreparedSplit, checked_crop, partial_folder
+from dataset.prepared import LABEL_SHAPES, PreparedSplit, checked_crop, partial_folder
 from utils.errors import UserError
 from utils.files import decode_image, read_json, sha256_of_file
 from utils.geometry import CROP_SIZE
@@ -23,15 +23,6 @@ from utils.hand import MASK_THRESHOLD
 FORMAT = 'dir-packed-1'  # raised when older readers would misread it
 MANIFEST, LABELS, SAMPLES = 'manifest.json', 'labels.npy', 'samples.bin'
 HEAD = 'head.json'  # of an unfinished split: what its manifest will begin with
-LABEL_FIELDS = (
-    ('root', (2, 3, 3)),
-    ('pose', (2, 45)),
-    ('shape', (2, 10)),
-    ('translation', (2, 3)),
-    ('camera_rotation', (3, 3)),
-    ('camera_translation', (3,)),
-    ('intrinsics', (3, 3)),
-)
 PARTS = ('img', 'mask', 'dense', 'entries')  # of a sample in samples.bin, in this order
 PACK_AGAIN = 'copy it again, or pack the data set again (python dataset/pack.py)'
 
@@ -39,7 +30,7 @@ PACK_AGAIN = 'copy it again, or pack the data set again (python dataset/pack.py)
 def record_type() -> np.dtype:
     """One sample in labels.npy: float32 labels as in ``dataset.prepared.Sample``, first byte, bytes of each part."""
     return np.dtype(
-        [(name, '<f4', shape) for name, shape in LABEL_FIELDS]
+        [(name, '<f4', shape) for name, shape in LABEL_SHAPES.items()]
         + [('begin', '<u8'), *((f'{part}_bytes', '<u4') for part in PARTS)]
     )
 
@@ -83,12 +74,12 @@ class PackedDataset(PreparedSplit):
 
     def labels(self, index: int) -> tuple[np.ndarray, ...]:
         record = self._records[index]
-        return tuple(record[name] for name, _ in LABEL_FIELDS)
+        return tuple(record[name] for name in LABEL_SHAPES)
 
     def entries(self, index: int) -> dict[str, dict]:
         return json.loads(bytes(self._bytes('entries', index)))
 
-    def picture(self, kind: str, index: int) -> np.ndarray:
+    def image(self, kind: str, index: int) -> np.ndarray:
         return checked_crop(
             decode_image(self._bytes(kind, index)), f'The {kind} picture of {self.name(index)}', advice=PACK_AGAIN
         )

@@ -1,4 +1,4 @@
-"""Parts of a split, chosen by what its annotations say, and the annotated joints of its frames."""
+"""Select subsets of a split by annotation, and read the annotated joints of its frames."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from utils.errors import UserError
 
 
 class Subset(NamedTuple):
-    """Samples of a split and how they were chosen; ``description`` is None for the whole split."""
+    """Indices of selected samples, and how they were selected; ``description`` is None for the whole split."""
 
     indices: list[int]
     description: str | None = None
@@ -31,40 +31,43 @@ def choose(
     captures: Iterable[str] = (),
     first: int | None = None,
 ) -> Subset:
-    """The samples that pass every filter, in the order of the split; ``first`` takes the first N of them.
+    """Select the samples that pass every filter, in the order of the split, or only the first ``first`` of them.
 
     image_ids, annotation_ids: files of ids as in InterHand2.6M's data.json (see ``read_ids``). Raises UserError if a
-    file cannot be read or nothing is left.
+    file cannot be read or no sample passes.
     """
-    indices, said = list(range(len(dataset))), []
-    captures = {str(capture) for capture in captures}
+    indices, filters = list(range(len(dataset))), []
+    wanted = {str(capture) for capture in captures}
     files = {'image': image_ids, 'annotation': annotation_ids}
     lists = [(kind, path, read_ids(path)) for kind, path in files.items() if path]
-    if lists or captures:
+    if lists or wanted:
         table = [
             _identity(dataset.entries(index))
             for index in tqdm(indices, desc='choose', unit='sample', leave=False, disable=None)
         ]
         for kind, path, ids in lists:
             indices = [index for index in indices if table[index][kind] in ids]
-            said.append(f'{kind} ids of {path} ({len(ids):,} listed)')
-        if captures:
+            filters.append(f'{kind} ids of {path} ({len(ids):,} listed)')
+        if wanted:
             known = {row['capture'] for row in table}
-            if unknown := captures - known:
+            if unknown := wanted - known:
                 raise UserError(
                     f'{dataset.folder} has no capture {", ".join(sorted(unknown))}; it has '
                     f'{", ".join(sorted(known, key=lambda name: (len(name), name)))}.'
                 )
-            indices = [index for index in indices if table[index]['capture'] in captures]
-            said.append(f'capture {", ".join(sorted(captures))}')
+            indices = [index for index in indices if table[index]['capture'] in wanted]
+            filters.append(f'capture {", ".join(sorted(wanted))}')
     if not indices:
-        raise UserError(f'No sample of {dataset.folder} passes: {"; ".join(said)}. Do they belong to this split?')
+        raise UserError(
+            f'No sample of {dataset.folder} passes the filters ({"; ".join(filters)}). '
+            'Choose ids and captures of this split.'
+        )
     if first is not None:
         if first < 1:
             raise UserError(f'--first is {first}; it must be at least 1.')
         indices = indices[:first]
-        said.append(f'first {first:,}')
-    return Subset(indices, '; '.join(said) or None)
+        filters.append(f'first {first:,}')
+    return Subset(indices, '; '.join(filters) or None)
 
 
 def _identity(entries: dict[str, dict]) -> dict[str, Any]:
@@ -73,7 +76,7 @@ def _identity(entries: dict[str, dict]) -> dict[str, Any]:
 
 
 def read_ids(path: str | Path) -> set[int]:
-    """Ids from a text file (separated by blanks, commas or lines) or a JSON list; raises UserError otherwise."""
+    """Read ids from a text file (separated by spaces, commas or newlines) or a JSON list; raises UserError."""
     try:
         text = Path(path).read_text()
         ids = json.loads(text) if text.lstrip().startswith('[') else re.split(r'[\s,]+', text.strip())
@@ -81,14 +84,14 @@ def read_ids(path: str | Path) -> set[int]:
     except FileNotFoundError:
         raise UserError(f'The id list {path} does not exist.') from None
     except (ValueError, TypeError, UnicodeDecodeError) as error:
-        raise UserError(f'{path} is not a list of ids ({error}): it must hold whole numbers, one a line.') from None
+        raise UserError(f'{path} is not a list of ids ({error}). It must contain integers, one per line.') from None
 
 
 class AnnotatedJoints:
-    """The joints that people and machines marked in the frames, from the annotation files as downloaded.
+    """Annotated joints of samples, from the downloaded annotation files instead of the hand model.
 
-    data_path: the folder with InterHand2.6M's annotations/. Called with sample numbers (B,) it gives (B, 2, 21, 3) m
-    in camera axes, NaN where not annotated. Raises UserError if the split or a frame is not in the files.
+    data_path: the folder with InterHand2.6M's annotations/. Calling it with sample numbers (B,) returns (B, 2, 21, 3) m
+    in camera axes, NaN where not annotated. Raises UserError if the files lack the split or a frame.
     """
 
     def __init__(self, dataset: PreparedSplit, data_path: str | Path):
@@ -103,13 +106,13 @@ class AnnotatedJoints:
             capture, camera, frame = image['capture'], image['camera'], image['frame_idx']
         except KeyError as error:
             raise UserError(
-                f'The annotation of {self.dataset.name(index)} does not say its {error.args[0]}: annotated '
-                'joints cannot be found for it; prepare the data set again.'
+                f'The annotation of {self.dataset.name(index)} lacks its {error.args[0]}, which is needed to find the '
+                'annotated joints. Prepare the data set again.'
             ) from None
         try:
             points, valid = self.split.joints(capture, frame)
             rotation, translation, _ = self.split.camera(capture, camera)
         except RecordError as error:
-            raise UserError(f'{error} (wanted for {self.dataset.name(index)})') from None
+            raise UserError(f'{error} (needed for {self.dataset.name(index)})') from None
         points = points @ rotation.T + translation
         return np.where(valid[..., None], points, np.nan).astype(np.float32)

@@ -11,6 +11,7 @@ from manopth.rotations import nearest_rotation
 from models.hand_head import HandHead
 from models.placement import nearest_camera
 from models.predictions import CAMERA, NUM_PARAMETERS, POSE, ROOT_ROTATION, SHAPE, DIROutput
+from models.preprocessing import Preprocessing
 from utils.geometry import project, to_uv, world_to_camera
 from utils.hand import HAND_SCALE, LEFT, RIGHT
 
@@ -23,7 +24,7 @@ class ConstantPrediction(nn.Module):
 
     def __init__(self, hand_head: HandHead, parameters: Tensor, offset: Tensor):
         super().__init__()
-        self.hand_head = hand_head
+        self.hand_head, self.preprocess = hand_head, Preprocessing()
         self.register_buffer('parameters_', parameters)
         self.register_buffer('offset', offset)
 

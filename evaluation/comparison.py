@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dataset.targets import Batch
+from dataset.batch import Batch
 from evaluation.metrics import (
     METRES_TO_MM,
     JointRegressor,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataset.targets import Batch, BatchMaker
+from dataset.batch import Batch, BatchMaker
 from evaluation.aggregation import Samples, choose_rows, concatenate
 from evaluation.comparison import Comparison
 from evaluation.metrics import JointRegressor, Protocol
@@ -18,7 +18,6 @@ from evaluation.summary import breakdown, summarise
 from models.predictions import DIROutput
 from utils import distributed
 from utils.errors import UserError
-from utils.rasterizer import two_hand_faces
 from utils.training import autocast, set_float32_precision
 
 
@@ -79,12 +78,12 @@ class Judge(nn.Module):
         metrics: tuple[Metric, ...] = METRICS,
     ):
         super().__init__()
-        hand_models = batch_maker.hand_layer.models
+        hands = batch_maker.hands
         self.network_root, self.protocol, self.grid, self.annotated = network_root, protocol, grid, annotated
         self.metrics, self.details = metrics, details
-        self.regressor = JointRegressor(hand_models)
-        self.penetration = PenetrationDepth(hand_models)
-        self.register_buffer('faces', two_hand_faces(hand_models), persistent=False)
+        self.regressor = JointRegressor(hands)
+        self.penetration = PenetrationDepth(hands)
+        self.register_buffer('faces', torch.from_numpy(hands.mesh_faces), persistent=False)
 
     def forward(self, output: DIROutput, batch: Batch) -> JudgedBatch:
         annotated = None
@@ -132,14 +131,15 @@ def evaluate(
     samples if a prediction is not finite.
     """
     set_float32_precision(precision)
-    judge = Judge(batch_maker, **judgement).to(batch_maker.mean.device)
+    judge = Judge(batch_maker, **judgement).to(batch_maker.device)
     was_training = model.training
     model.eval()
     judged: list[JudgedBatch] = []
     for samples in tqdm(loader, desc=title, unit='batch', disable=not distributed.is_main(), leave=False):
         batch = batch_maker(samples)
-        with autocast(precision, batch.image.device):
-            output = model(batch.image)
+        image = model.preprocess.normalise(batch.image)
+        with autocast(precision, image.device):
+            output = model(image)
         _check_finite(output, batch, loader.dataset)
         judged.append(judge(output, batch))
     model.train(was_training)

@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dataset.batch import Batch, BatchMaker
 from dataset.prepared import PreparedSplit
-from dataset.targets import Batch, BatchMaker
 from evaluation.metrics import predicted_classes
 from evaluation.network_maps import NetworkMaps, forward_with_maps
-from manopth import HandPair
 from models import DIR
 from models.predictions import DIROutput
 from utils.drawing import (
@@ -39,7 +38,7 @@ class Seen(NamedTuple):
     output: DIROutput
     maps: NetworkMaps
     root_joint: int  # that the predictions are relative to
-    models: HandPair
+    faces: np.ndarray  # (3076, 3) of both hands as one mesh
 
 
 def spread_over(length: int, count: int) -> list[int]:
@@ -84,7 +83,7 @@ def look(model: DIR, dataset: PreparedSplit, indices: Iterable[int], batch_maker
     indices = list(indices)
     samples = dataset.__getitems__(indices)
     batch = batch_maker(samples)
-    output, maps = forward_with_maps(model, batch.image)
+    output, maps = forward_with_maps(model, model.preprocess.normalise(batch.image))
     model.train(was_training)
     return Seen(
         [f'{dataset.folder.name} sample {index}' for index in indices],
@@ -93,7 +92,7 @@ def look(model: DIR, dataset: PreparedSplit, indices: Iterable[int], batch_maker
         output,
         maps,
         model.hand_head.root_joint,
-        batch_maker.hand_layer.models,
+        batch_maker.hands.mesh_faces,
     )
 
 
@@ -110,7 +109,7 @@ def true_meshes(seen: Seen) -> list[np.ndarray]:
 
 def _meshes(seen: Seen, vertices: Tensor) -> list[np.ndarray]:
     return [
-        mesh_overlay(crop, hands, intrinsics, seen.models, smooth_edges=1)
+        mesh_overlay(crop, hands, intrinsics, seen.faces, smooth_edges=1)
         for crop, hands, intrinsics in zip(seen.crops, vertices, seen.batch.intrinsics)
     ]
 
@@ -169,7 +168,7 @@ def _heat_sheet(seen: Seen, maps: dict[str, Tensor]) -> np.ndarray:
 
 def _inputs(seen: Seen) -> np.ndarray:
     """The network input as images, (B, s, s, 3) uint8 BGR."""
-    return seen.batch.picture.permute(0, 2, 3, 1).round().clamp(0, 255).byte().cpu().numpy()
+    return seen.batch.image.permute(0, 2, 3, 1).round().clamp(0, 255).byte().cpu().numpy()
 
 
 def _input_caption(seen: Seen) -> str:

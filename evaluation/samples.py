@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dataset.batch import BatchMaker
 from dataset.prepared import PreparedSplit
-from dataset.targets import BatchMaker
 from evaluation.evaluate import Evaluation
 from utils.files import write_atomically
 from utils.hand import HAND_SCALE
@@ -42,7 +42,7 @@ def write_chosen_samples(
 ) -> None:
     """Predict the chosen samples again and write samples.npz (docs/formats.md).
 
-    model: a network with ``hand_head.root_joint``.
+    model: a network with ``hand_head.root_joint`` and ``preprocess``.
     """
     errors = result.stages[-1]
     chosen = choose_samples(errors['joint_mm'].nanmean(1))
@@ -52,7 +52,7 @@ def write_chosen_samples(
     index = result.indices[rows].tolist()
     samples = dataset.__getitems__(index)
     batch = batch_maker(samples)
-    stages = model.eval()(batch.image).stages
+    stages = model.eval()(model.preprocess.normalise(batch.image)).stages
     root = model.hand_head.root_joint
     content: dict[str, Any] = {
         'version': SAMPLES_VERSION,
@@ -65,7 +65,7 @@ def write_chosen_samples(
         'true_vertices': batch.target.vertices,
         'true_roots': batch.target.joints[:, :, root],
         'intrinsics': batch.intrinsics,
-        'faces': batch_maker.hand_layer.faces.int(),
+        'faces': batch_maker.hands.faces.astype(np.int32),
         'joint_mm': errors['joint_mm'][rows],
         'root_mm': errors['root_mm'][rows],
     }

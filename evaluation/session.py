@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from yacs.config import CfgNode
 
+from dataset.batch import BatchMaker, build_batch_maker
 from dataset.hand_model_record import check_hand_model_record
 from dataset.loader import evaluation_loader, evaluation_split
 from dataset.prepared import PreparedSplit
 from dataset.subsets import AnnotatedJoints, Subset, choose
-from dataset.targets import BatchMaker, build_batch_maker
 from evaluation.evaluate import Evaluation, evaluate
 from evaluation.metrics import GRID, NEEDS_SUBSET, PROTOCOLS, Protocol
 from evaluation.runs import METRICS_VERSION

@@ -6,8 +6,8 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from dataset import PreparedSplit
+from dataset.batch import BatchMaker
 from dataset.loader import evaluation_loader
-from dataset.targets import BatchMaker
 from evaluation.aggregation import Samples
 from evaluation.evaluate import Evaluation, evaluate
 from evaluation.metrics import Protocol

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from inference.reconstruct import Reconstruction
 from manopth import HandPair
-from utils.drawing import mesh_overlay, write_image
+from utils.drawing import HAND_COLOURS_BGR, mesh_overlay, write_image
 from utils.files import write_atomically, write_json
 from utils.hand import JOINT_NAMES, SIDES
-from utils.rasterizer import HAND_COLOURS_BGR
 
 FORMAT = 'dir-hands-1'  # of hands.json; raised when a value changes its meaning
 LONGEST_SIDE = 1920  # pixels: larger pictures are reduced for their overlay
@@ -63,7 +62,7 @@ def view(vertices: Tensor, turn: np.ndarray, models: HandPair) -> np.ndarray:
     centre = VIEW_SIDE / 2
     intrinsics = torch.tensor([[focal, 0, centre], [0, focal, centre], [0, 0, 1.0]])
     picture = np.full((VIEW_SIDE, VIEW_SIDE, 3), VIEW_BACKGROUND_BGR, np.uint8)
-    picture = mesh_overlay(picture, vertices, intrinsics, models, alpha=1.0)
+    picture = mesh_overlay(picture, vertices, intrinsics, models.mesh_faces, alpha=1.0)
     bar = round(SCALE_BAR * focal / float(vertices[..., 2].mean()))
     if 4 < bar < VIEW_SIDE - 40:
         cv2.rectangle(picture, (16, VIEW_SIDE - 22), (16 + bar, VIEW_SIDE - 18), (60, 60, 60), cv2.FILLED)
@@ -83,7 +82,7 @@ def view(vertices: Tensor, turn: np.ndarray, models: HandPair) -> np.ndarray:
 def draw_overlay(shown: Shown, hands: Reconstruction, models: HandPair) -> np.ndarray:
     """The placed meshes of one reconstruction (no leading axis) over its picture."""
     intrinsics = torch.from_numpy(shown.to_image).float() @ hands.intrinsics
-    return mesh_overlay(shown.image, hands.vertices, intrinsics, models)
+    return mesh_overlay(shown.image, hands.vertices, intrinsics, models.mesh_faces)
 
 
 def meshes(vertices: Tensor, models: HandPair) -> dict[str, trimesh.Trimesh]:

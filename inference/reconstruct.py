@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset.targets import BatchMaker
 from inference.folding import for_inference
 from inference.winograd import keep_kernels
-from manopth import HandPair, TwoHandLayer
+from manopth import HandPair
 from manopth.rotations import symmetric_6d_to_matrix
 from models import DIR
 from models.checkpoint import load_model, to_device
@@ -148,20 +147,13 @@ class Reconstructor:
     """A trained network, made ready for pictures."""
 
     def __init__(
-        self,
-        model: DIR,
-        *,
-        image_size: int,
-        precision: str = 'float32',
-        device: str | torch.device = 'cpu',
-        batch_size: int = 16,
+        self, model: DIR, *, precision: str = 'float32', device: str | torch.device = 'cpu', batch_size: int = 16
     ):
         self.device, self.precision, self.batch_size = torch.device(device), precision, batch_size
-        self.hand_models: HandPair = model.hand_head.hand_layer.models
+        self.hand_models: HandPair = model.hands
         self.network = to_device(for_inference(model.eval()), self.device)
         if self.device.type == 'cpu':
             keep_kernels(self.network)
-        self.batch_maker = BatchMaker(TwoHandLayer(self.hand_models), image_size=image_size).to(self.device)
 
     def __call__(
         self,
@@ -199,7 +191,7 @@ class Reconstructor:
     def _part(self, crops: Sequence[Crop]) -> Reconstruction:
         images = torch.from_numpy(np.stack([crop.image for crop in crops]))
         with autocast(self.precision, self.device):
-            hands = self.network(self.batch_maker.network_input(images)).stages[-1]
+            hands = self.network(self.network.preprocess(images)).stages[-1]
         if not bool(hands.vertices.isfinite().all() & hands.offset.isfinite().all()):
             raise UserError('the network predicts NaN or infinity: the checkpoint is damaged or its training diverged.')
         return placed_in_picture(hands, crops)
@@ -239,6 +231,4 @@ def load_reconstructor(checkpoint: str | Path, *, device: str = 'auto', override
     and where the hand model's files are. Raises UserError where the checkpoint, hand model or device cannot be had.
     """
     model, cfg, _ = load_model(checkpoint, [*overrides, 'DEVICE', device])
-    return Reconstructor(
-        model, image_size=cfg.MODEL.IMAGE_SIZE, precision=cfg.EVAL.PRECISION, device=choose_device(cfg.DEVICE)
-    )
+    return Reconstructor(model, precision=cfg.EVAL.PRECISION, device=choose_device(cfg.DEVICE))

@@ -1,14 +1,14 @@
-"""Hand models as arrays: the official MANO files, or the stand-in hand.
+"""Hand models as arrays, and the reader of the official MANO files.
 
-The official pickles hold chumpy arrays and a sparse matrix; they are read without chumpy and without running foreign
-code. MANO's left file carries a known defect (its shape directions are not mirrored); it is mended here, once.
+The official pickles contain chumpy arrays and a sparse matrix; they are read without chumpy and without running foreign
+code. The official left file has a known defect, shape directions that are not mirrored, which ``load_hand_pair`` fixes.
 """
 
 import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -16,16 +16,16 @@ from manopth import safe_pickle
 from manopth.errors import ManoError
 from manopth.tables import NUM_CHAIN_JOINTS, NUM_FACES, NUM_VERTICES, SIDES
 
-WHERE_TO_GET = 'register at https://mano.is.tue.mpg.de, download "Models & Code" and put its two .pkl files there'
+WHERE_TO_GET = 'Register at https://mano.is.tue.mpg.de, download "Models & Code" and put its two .pkl files there'
 
 
 @dataclass(frozen=True)
 class HandModel:
-    """One hand's constant arrays, float64 and metres; V = 778 vertices, 16 chain joints.
+    """The constant arrays of one hand, float64 and metres; V = 778 vertices, 16 chain joints.
 
     template (V, 3) rest mesh; faces (1538, 3) int64, outward normals; shape_dirs (V, 3, 10) m per unit of beta;
     pose_dirs (V, 3, 135) m per entry of R_j - I, joints 1..15 row-major; joint_regressor (16, V) from the shaped rest
-    mesh; skinning_weights (V, 16); pose_mean (45,) axis-angle; pose_components (45, 45), a row per component.
+    mesh; skinning_weights (V, 16); pose_mean (45,) axis-angle; pose_components (45, 45), one component per row.
     """
 
     side: str
@@ -39,7 +39,7 @@ class HandModel:
     pose_components: np.ndarray
     name: str
 
-    SHAPES = {
+    SHAPES: ClassVar[dict[str, tuple[int, ...]]] = {
         'template': (NUM_VERTICES, 3),
         'faces': (NUM_FACES, 3),
         'shape_dirs': (NUM_VERTICES, 3, 10),
@@ -52,7 +52,7 @@ class HandModel:
 
     @cached_property
     def digest(self) -> str:
-        """Twelve hex digits over all arrays, rounded to float32: which hand a checkpoint was trained on."""
+        """Hash of all arrays in float32, 12 hex digits: identifies the hand that a checkpoint was trained on."""
         sha = hashlib.sha256()
         for name in sorted(self.SHAPES):
             array = getattr(self, name)
@@ -61,13 +61,13 @@ class HandModel:
 
 
 def load_mano_pkl(path: str | Path, *, side: str) -> HandModel:
-    """Read one official ``MANO_{LEFT,RIGHT}.pkl`` (arrays as stored: the left hand's defect is mended by the caller).
+    """Read one official ``MANO_{LEFT,RIGHT}.pkl``; arrays are returned as stored, the left hand's defect included.
 
-    Raises ManoError if the file is missing, damaged, holds foreign code, or does not hold a hand of this side.
+    Raises ManoError if the file is missing, damaged, contains foreign code, or is not a hand of this side.
     """
     path = Path(path)
     if not path.is_file():
-        raise ManoError(f'{path} is missing: {WHERE_TO_GET}.')
+        raise ManoError(f'{path} is missing. {WHERE_TO_GET}.')
     raw = safe_pickle.load(path)
     names = {
         'template': 'v_template',
@@ -82,7 +82,7 @@ def load_mano_pkl(path: str | Path, *, side: str) -> HandModel:
     if not isinstance(raw, dict) or not set(names.values()) <= raw.keys():
         missing = sorted(set(names.values()) - set(raw)) if isinstance(raw, dict) else sorted(names.values())
         raise ManoError(
-            f'{path} is not a MANO file: {", ".join(missing)} missing; get it again from its official source.'
+            f'{path} is not a MANO file: {", ".join(missing)} missing. Download it again from its official source.'
         )
     arrays = {}
     for name, key in names.items():
@@ -90,33 +90,34 @@ def load_mano_pkl(path: str | Path, *, side: str) -> HandModel:
             array = np.asarray(safe_pickle.as_array(raw[key]), dtype=np.float64)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ManoError(
-                f'{path}: {key} is not an array of numbers ({type(error).__name__}: {error}); the file is '
-                'damaged, get it again.'
+                f'{path}: {key} is not a numeric array ({type(error).__name__}: {error}). The file is damaged; '
+                'download it again.'
             ) from None
         if array.shape != HandModel.SHAPES[name]:
             raise ManoError(
-                f'{path}: {key} has shape {array.shape}, MANO has {HandModel.SHAPES[name]}; '
-                'this is a file of another model.'
+                f'{path}: {key} has shape {array.shape}, MANO has {HandModel.SHAPES[name]}. '
+                'This file belongs to another model.'
             )
         if not np.isfinite(array).all():
-            raise ManoError(f'{path}: {key} holds NaN or infinity; the file is damaged, get it again.')
+            raise ManoError(f'{path}: {key} contains NaN or infinity. The file is damaged; download it again.')
         if name == 'faces' and not ((array >= 0) & (array < NUM_VERTICES)).all():
             raise ManoError(
-                f'{path}: {key} names vertices outside 0 .. {NUM_VERTICES - 1}; the file is damaged, get it again.'
+                f'{path}: {key} refers to vertices outside 0 .. {NUM_VERTICES - 1}. The file is damaged; '
+                'download it again.'
             )
         arrays[name] = array.astype(np.int64) if name == 'faces' else array
     model = HandModel(side=side, name='mano', **arrays)
-    # Both rest poses point their fingers away from the wrist along x: towards -x on the right hand, +x on the left.
+    # At rest the fingers point along x, away from the wrist: towards -x on the right hand, +x on the left.
     wrist_to_mesh = model.template[:, 0].mean() - (model.joint_regressor[0] @ model.template)[0]
     if (wrist_to_mesh > 0) != (side == 'left'):
         raise ManoError(
-            f'{path} holds a {SIDES[side == "left"]} hand: MANO_LEFT.pkl and MANO_RIGHT.pkl are swapped, rename them.'
+            f'{path} is a {SIDES[side == "left"]} hand: MANO_LEFT.pkl and MANO_RIGHT.pkl are swapped. Rename them.'
         )
     return model
 
 
 def correct_left_shape_dirs(left: HandModel, right: HandModel) -> HandModel:
-    """Negate x of the left ``shape_dirs`` if they still equal the right hand's (summed |difference| below 1 in x)."""
+    """Mirror the left hand's ``shape_dirs`` if they still equal the right hand's (sum of |difference| in x below 1)."""
     if np.abs(left.shape_dirs[:, 0] - right.shape_dirs[:, 0]).sum() >= 1:
         return left
     corrected = left.shape_dirs * np.array([-1.0, 1.0, 1.0])[:, None]
@@ -124,14 +125,14 @@ def correct_left_shape_dirs(left: HandModel, right: HandModel) -> HandModel:
 
 
 class HandPair(NamedTuple):
-    """The hand models of both hands, loaded once and handed on to whatever needs hands."""
+    """The hand models of both hands."""
 
     left: HandModel
     right: HandModel
 
     @property
     def identity(self) -> str:
-        """'name:left digest:right digest', which checkpoints and data sets record."""
+        """'name:left digest:right digest', as recorded in checkpoints and data sets."""
         return f'{self.left.name}:{self.left.digest}:{self.right.digest}'
 
     @property
@@ -141,15 +142,15 @@ class HandPair(NamedTuple):
 
     @property
     def mesh_faces(self) -> np.ndarray:
-        """(3076, 3) int64 faces of both hands as one mesh: vertices 0-777 are the left hand's, 778-1555 the right's."""
+        """(3076, 3) int64 faces of both hands as one mesh: vertices 0-777 are the left hand, 778-1555 the right."""
         return np.concatenate([self.left.faces, self.right.faces + NUM_VERTICES])
 
 
 @lru_cache(maxsize=4)
 def load_hand_pair(folder: str | Path) -> HandPair:
-    """Both hands from ``folder``/MANO_LEFT.pkl and MANO_RIGHT.pkl, with the left hand's shape directions corrected.
+    """Load both hands from ``folder``/MANO_{LEFT,RIGHT}.pkl and correct the left hand's shape directions.
 
-    Raises ManoError if a file is missing, damaged, holds foreign code, or the two are swapped.
+    Raises ManoError if a file is missing or damaged, contains foreign code, or the two are swapped.
     """
     left, right = (load_mano_pkl(Path(folder) / f'MANO_{side.upper()}.pkl', side=side) for side in SIDES)
     return HandPair(correct_left_shape_dirs(left, right), right)

@@ -2,4 +2,4 @@
 
 
 class ManoError(Exception):
-    """A file or an argument cannot be used. The message names it, states what is wrong and how to fix it."""
+    """A file or an argument is unusable. The message names it, states what is wrong and how to fix it."""

@@ -1,7 +1,7 @@
-"""Fit the hand model to measured 3D joints: Levenberg-Marquardt over a batch of time steps, with exact derivatives.
+"""Fit hand parameters to measured 3D joints by batched Levenberg-Marquardt with analytic derivatives.
 
-Only 21 points of the hand matter here (16 chain joints, 5 fingertips), so the surface is never skinned. The Jacobian is
-the kinematic one: turning joint j by a small vector w moves a point that hangs on it by w x (point - joint).
+Only 21 points of the hand are evaluated (16 chain joints, 5 fingertips), so the surface is never skinned. The Jacobian
+is kinematic: turning joint j by a small vector w moves each of its descendant points by w x (point - joint).
 """
 
 from collections.abc import Callable
@@ -13,52 +13,55 @@ from torch import Tensor
 
 from manopth.alignment import align
 from manopth.assets import HandModel
+from manopth.errors import ManoError
 from manopth.lbs import forward_kinematics
 from manopth.rotations import axis_angle_to_matrix, cross_product_matrix, matrix_to_axis_angle
 from manopth.tables import CHAIN_PARENTS, MANO_TO_JOINTS, RIGHT, SIDES, TIP_VERTICES
 
-# How far each term may be off; the fit minimises the sum of squares of (error / sigma).
-JOINT_SIGMA = 0.003  # m, what annotation and model disagree by
-HUBER_SIGMAS = 3.0  # beyond it a joint counts linearly: one bad joint must not bend a whole hand
+# Standard deviation of each residual; the fit minimises the sum of (residual / sigma)^2.
+JOINT_SIGMA = 0.003  # m, annotation noise plus model error
+HUBER_SIGMAS = 3.0  # larger errors cost linearly, so that one outlier cannot bend the whole hand
 SHAPE_SIGMA = 1.0  # betas are in standard deviations
-# Degrees of (flexion, spread, twist) from the mean pose, for the three joints of a finger from its base outwards. Joint
-# positions do not see the twist of a straight finger, so these decide it; the outer joints of a finger are hinges.
+# Degrees of (flexion, spread, twist) about the mean pose, for the three joints of a finger from base to tip. The twist
+# of a straight finger does not move any joint, so only this prior determines it; the outer two joints are hinges.
 FINGER_SIGMAS = ((70.0, 14.0, 8.0), (70.0, 4.0, 5.0), (70.0, 4.0, 5.0))
 THUMB_SIGMAS = ((35.0, 35.0, 15.0), (45.0, 15.0, 10.0), (60.0, 5.0, 6.0))
-# Degrees of flexion from the flat hand, softly enforced.
+# Soft limits of flexion from the flat hand, degrees.
 FINGER_LIMITS = ((-40.0, 110.0), (-10.0, 125.0), (-15.0, 100.0))
 THUMB_LIMITS = ((-90.0, 90.0), (-60.0, 90.0), (-45.0, 100.0))
 LIMIT_SIGMA = 4.0
 
-PALM_JOINTS = (0, 1, 5, 9, 13, 17)  # they barely move against each other, so they place the wrist
+PALM_JOINTS = (0, 1, 5, 9, 13, 17)  # nearly rigid, so they determine the wrist pose
 MIN_VALID_JOINTS = 10
 MIN_VALID_PALM_JOINTS = 3
 MAX_ITERATIONS = 60
-TOLERANCE = 1e-4  # a subject, or a time step of known shape, is done when its objective changes by less than this share
-FIRST_DAMPING = 1e-2
+TOLERANCE = (
+    1e-4  # relative change of the objective at which a subject (or, with known betas, a time step) has converged
+)
+INITIAL_DAMPING = 1e-2
 
 _THUMB_JOINTS = (13, 14, 15)
-# For the chain joints 1..15, the point (chain order: 16 joints, then the tips) at the far end of their bone.
+# For chain joints 1..15: the point at the far end of the bone, in chain order (16 joints, then 5 tips).
 _FAR_END = (2, 3, 17, 5, 6, 18, 8, 9, 20, 11, 12, 19, 14, 15, 16)
-_BELOW = np.eye(16, dtype=bool)  # [j, k]: chain joint k hangs on j or is j
+_BELOW = np.eye(16, dtype=bool)  # [j, k]: chain joint k is j or a descendant of j
 for _joint in range(15, 0, -1):
     _BELOW[CHAIN_PARENTS[_joint]] |= _BELOW[_joint]
 for _joint in range(1, 16):
     _BELOW[:, _joint] |= _BELOW[:, CHAIN_PARENTS[_joint]]
-_CHAIN_ORDER = np.argsort(MANO_TO_JOINTS)  # the project's 21 joints -> chain order
+_CHAIN_ORDER = np.argsort(MANO_TO_JOINTS)  # the 21 joints -> chain order
 
 
 class HandParameters(NamedTuple):
-    """What moves both hands at B time steps; the second axis is the hand, 0 left, 1 right."""
+    """Pose, shape and placement of both hands at B time steps; axis 1 is the hand, 0 left and 1 right."""
 
     root: Tensor  # (B, 2, 3, 3) rotation about the wrist
     pose: Tensor  # (B, 2, 15, 3) axis-angle relative to the flat hand
     betas: Tensor  # (B, 2, 10)
-    trans: Tensor  # (B, 2, 3) m, added after turning
+    trans: Tensor  # (B, 2, 3) m, added after the rotation
 
 
 class PointModel(NamedTuple):
-    """The hand model reduced to 21 points, and the prior on its pose. First axis: the hand; float64, m and rad."""
+    """The hand model reduced to 21 points, with a pose prior; axis 0 is the hand. float64, metres and radians."""
 
     joints: Tensor  # (2, 16, 3) at rest
     joint_shape: Tensor  # (2, 16, 3, 10)
@@ -70,10 +73,11 @@ class PointModel(NamedTuple):
     pose_precision: Tensor  # (2, 15, 3, 3)
     flexion_axis: Tensor  # (2, 15, 3)
     flexion_limits: Tensor  # (15, 2)
-    below: Tensor  # (16, 16) 1 where the second chain joint hangs on the first or is it
+    below: Tensor  # (16, 16) 1 where the second chain joint is the first or a descendant of it
 
     @classmethod
     def from_models(cls, models: tuple[HandModel, HandModel], device: torch.device | str = 'cpu') -> 'PointModel':
+        """Reduce the (left, right) hand models."""
         tip_ids = list(TIP_VERTICES)
 
         def stack(array_of: Callable[[HandModel], np.ndarray]) -> Tensor:
@@ -99,9 +103,9 @@ class PointModel(NamedTuple):
 
 
 def finger_frames(model: HandModel) -> np.ndarray:
-    """(15, 3, 3): rows are the axes of flexion (positive towards the palm), spread and twist of chain joints 1..15.
+    """Anatomical axes of chain joints 1..15: (15, 3, 3), rows flexion (positive towards the palm), spread and twist.
 
-    Taken from the geometry of the rest pose, so that any hand in MANO's format has them.
+    Derived from the geometry of the rest pose, so it works for any hand in MANO's format.
     """
     joints = model.joint_regressor @ model.template
     points = np.concatenate([joints, model.template[list(TIP_VERTICES)]])
@@ -111,7 +115,7 @@ def finger_frames(model: HandModel) -> np.ndarray:
     frames = []
     for joint, far in zip(range(1, 16), _FAR_END):
         twist = _unit(points[far] - joints[joint])
-        # The thumb bends across the palm as much as towards it.
+        # The thumb flexes equally across the palm and towards it.
         towards = _unit(palm + across) if joint in _THUMB_JOINTS else palm
         flexion = _unit(np.cross(twist, towards))
         frames.append(np.stack([flexion, np.cross(twist, flexion), twist]))
@@ -123,80 +127,81 @@ def _unit(vector: np.ndarray) -> np.ndarray:
 
 
 def fittable(valid: Tensor) -> Tensor:
-    """(..., 21) bool -> (...,) bool: are there enough valid joints, on the palm too, to place and pose a hand?"""
+    """Test whether a hand has enough valid joints, overall and on the palm, to be fitted: (..., 21) -> (...,) bool."""
     return (valid.sum(-1) >= MIN_VALID_JOINTS) & (valid[..., list(PALM_JOINTS)].sum(-1) >= MIN_VALID_PALM_JOINTS)
 
 
 def place_points(model: PointModel, hands: HandParameters) -> Tensor:
-    """The project's 21 joints (B, 2, 21, 3) m."""
-    return _Linearised(model, hands).points[:, :, MANO_TO_JOINTS]
+    """The 21 joints (B, 2, 21, 3) m of posed hands, in the order of ``tables``."""
+    return LinearisedPoints(model, hands).points[:, :, MANO_TO_JOINTS]
 
 
-class _Linearised:
-    """The 21 points in chain order and, on demand, their derivatives at one set of parameters."""
+class LinearisedPoints:
+    """The 21 points in chain order at given parameters and, on demand, their derivatives."""
 
     def __init__(self, model: PointModel, hands: HandParameters):
         self.model, self.pose = model, hands.pose
         self.rotations = torch.cat([hands.root[:, :, None], axis_angle_to_matrix(hands.pose)], 2)  # (B, 2, 16, 3, 3)
         betas = hands.betas
         self.rest = model.joints + torch.einsum('hjck,bhk->bhjc', model.joint_shape, betas)
-        self.turned, chain = forward_kinematics(self.rotations, self.rest)
+        self.world, chain = forward_kinematics(self.rotations, self.rest)
         corrective = (self.rotations[:, :, 1:] - torch.eye(3).to(betas)).flatten(2)
         tips = (
             model.tips
             + torch.einsum('htck,bhk->bhtc', model.tip_shape, betas)
             + torch.einsum('htck,bhk->bhtc', model.tip_pose, corrective)
         )
-        # Where each bone alone would carry each tip: (B, 2, 5 tips, 16, 3).
-        carried = torch.einsum('bhjcd,bhtjd->bhtjc', self.turned, tips[:, :, :, None] - self.rest[:, :, None])
+        # Each tip as moved by each bone alone: (B, 2, 5 tips, 16 bones, 3).
+        carried = torch.einsum('bhjcd,bhtjd->bhtjc', self.world, tips[:, :, :, None] - self.rest[:, :, None])
         self.carried = (carried + chain[:, :, None]) * model.tip_weights[..., None]
         self.chain = chain
         self.points = torch.cat([chain, self.carried.sum(3)], 2) + hands.trans[:, :, None]  # (B, 2, 21, 3)
 
     def by_pose(self) -> Tensor:
-        """(B, 2, 21, 3, 51): by a turn of the root in its own axes (3), the pose's axis-angle (45) and trans (3)."""
+        """Jacobian (B, 2, 21, 3, 51): a rotation of the root in its own frame (3), axis-angle pose (45), trans (3)."""
         model, chain = self.model, self.chain
         batch = len(chain)
-        # Share of each point that hangs on joint j, and that share's lever arm about j.
-        hangs = model.below.T - torch.eye(16).to(chain)  # [point, j]; a joint does not move about itself
-        chain_lever = hangs[..., None] * (chain[:, :, :, None] - chain[:, :, None])
+        # Weight of each point that descends from joint j, times its lever arm about j.
+        descends = model.below.T - torch.eye(16).to(chain)  # [point, j]; a joint does not rotate about itself
+        chain_lever = descends[..., None] * (chain[:, :, :, None] - chain[:, :, None])
         tip_lever = (
             torch.einsum('bhtkc,jk->bhtjc', self.carried, model.below)
             - torch.einsum('htk,jk->htj', model.tip_weights, model.below)[..., None] * chain[:, :, None]
         )
         lever = torch.cat([chain_lever, tip_lever], 2)  # (B, 2, 21, 16, 3)
-        # A small change da of an axis-angle a turns the joint by right_jacobian(a) da in its own axes.
+        # A small change da of an axis-angle a rotates the joint by right_jacobian(a) da in its own frame.
         inner = torch.cat([torch.eye(3).to(chain).expand(batch, 2, 1, 3, 3), right_jacobian(self.pose)], 2)
-        jacobian = -cross_product_matrix(lever) @ (self.turned @ inner)[:, :, None]  # (B, 2, 21, 16, 3, 3)
+        jacobian = -cross_product_matrix(lever) @ (self.world @ inner)[:, :, None]  # (B, 2, 21, 16, 3, 3)
 
-        # The fingertips' own corrective shapes move with the pose, too.
+        # The pose blend shapes of the fingertips depend on the pose, too.
         change = torch.einsum(
             'nhjab,nhjebc->nhjace', self.rotations[:, :, 1:], cross_product_matrix(inner[:, :, 1:].mT)
         )  # dR_j / da_e
         corrective = torch.einsum('htcjk,bhjke->bhtcje', model.tip_pose.unflatten(-1, (15, 9)), change.flatten(3, 4))
-        skin = torch.einsum('htj,bhjcd->bhtcd', model.tip_weights, self.turned)
+        skin = torch.einsum('htj,bhjcd->bhtcd', model.tip_weights, self.world)
         jacobian[:, :, 16:, 1:] += torch.einsum('bhtcd,bhtdje->bhtjce', skin, corrective)
         by_trans = torch.eye(3).to(chain).expand(batch, 2, 21, 3, 3)
         return torch.cat([jacobian.transpose(3, 4).flatten(4), by_trans], -1)
 
     def by_shape(self) -> Tensor:
-        """(B, 2, 21, 3, 10): by the betas."""
+        """Jacobian (B, 2, 21, 3, 10): betas."""
         model, batch = self.model, len(self.chain)
-        chain = [model.joint_shape[:, 0].expand(batch, -1, -1, -1)]
+        joints = [model.joint_shape[:, 0].expand(batch, -1, -1, -1)]
         for joint in range(1, 16):
             parent = CHAIN_PARENTS[joint]
             bone = model.joint_shape[:, joint] - model.joint_shape[:, parent]
-            chain.append(chain[parent] + self.turned[:, :, parent] @ bone)
-        chain = torch.stack(chain, 2)
+            joints.append(joints[parent] + self.world[:, :, parent] @ bone)
+        chain = torch.stack(joints, 2)
         own = model.tip_shape[:, :, None] - model.joint_shape[:, None]  # (2, 5, 16, 3, 10)
-        tips = torch.einsum('htj,bhjcd,htjdk->bhtck', model.tip_weights, self.turned, own)
+        tips = torch.einsum('htj,bhjcd,htjdk->bhtck', model.tip_weights, self.world, own)
         return torch.cat([chain, tips + torch.einsum('htj,bhjck->bhtck', model.tip_weights, chain)], 2)
 
 
 def right_jacobian(axis_angle: Tensor) -> Tensor:
-    """(..., 3) -> (..., 3, 3) J with exp(a + da) = exp(a) exp(J da) to first order.
+    """Right Jacobian of SO(3): axis-angle a (..., 3) -> J (..., 3, 3) with exp(a + da) = exp(a) exp(J da).
 
-    J = I - (1 - cos t) / t^2 K + (t - sin t) / t^3 K^2, K the cross-product matrix of a, t its length.
+    To first order in da; J = I - (1 - cos t) / t^2 K + (t - sin t) / t^3 K^2 with K the cross-product matrix of a and t
+    its length.
     """
     squared = (axis_angle * axis_angle).sum(-1)[..., None, None]
     small = squared < 1e-4
@@ -209,7 +214,7 @@ def right_jacobian(axis_angle: Tensor) -> Tensor:
 
 
 def initial_hands(model: PointModel, joints: Tensor, valid: Tensor, betas: Tensor) -> HandParameters:
-    """A first guess: the palm laid rigidly onto the measured one, each bone then swung onto the measured bone.
+    """Initial guess: align the palm rigidly, then swing each bone onto the measured one, from base to tip.
 
     joints (B, 2, 21, 3) m, valid (B, 2, 21) bool, betas (B, 2, 10). Bones without two valid ends keep the mean pose.
     """
@@ -217,12 +222,12 @@ def initial_hands(model: PointModel, joints: Tensor, valid: Tensor, betas: Tenso
     eye = torch.eye(3).to(joints).expand(len(joints), 2, 3, 3)
     pose = model.pose_mean.expand(len(joints), -1, -1, -1).clone()
     flat = HandParameters(eye, pose, betas, torch.zeros_like(joints[:, :, 0]))
-    points = _Linearised(model, flat).points
-    palm = joints.new_full((21,), 0.02)  # the fingers break the tie where the valid palm joints lie on one line
+    points = LinearisedPoints(model, flat).points
+    palm = joints.new_full((21,), 0.02)  # resolves the ambiguity if the valid palm joints are collinear
     palm[list(PALM_JOINTS)] = 1
     palm_alignment = align(points, target, weight=seen * palm[_CHAIN_ORDER])
     root, trans = palm_alignment.rotation, palm_alignment.translation
-    # The wrist is the centre of rotation: trans moves it from its rest position, not from the origin.
+    # The model rotates about the wrist, so trans is relative to its rest position, not to the origin.
     wrist = points[:, :, 0]
     trans = trans + (root @ wrist[..., None]).squeeze(-1) - wrist
 
@@ -235,17 +240,17 @@ def initial_hands(model: PointModel, joints: Tensor, valid: Tensor, betas: Tenso
     for level in range(3):
         here = torch.arange(level, 15, 3, device=joints.device)
         start = HandParameters(root, pose, betas, trans)
-        turned = _Linearised(model, start).turned[:, :, [CHAIN_PARENTS[int(j) + 1] for j in here]]
+        parents = LinearisedPoints(model, start).world[:, :, [CHAIN_PARENTS[int(j) + 1] for j in here]]
         mean = axis_angle_to_matrix(model.pose_mean[:, here])
         swing = shortest_rotation(
-            (mean @ bones[:, :, here, :, None]).squeeze(-1), (turned.mT @ goal[:, :, here, :, None]).squeeze(-1)
+            (mean @ bones[:, :, here, :, None]).squeeze(-1), (parents.mT @ goal[:, :, here, :, None]).squeeze(-1)
         )
         pose[:, :, here] = torch.where(both[:, :, here, None], matrix_to_axis_angle(swing @ mean), pose[:, :, here])
     return HandParameters(root, pose, betas, trans)
 
 
 def shortest_rotation(source: Tensor, target: Tensor) -> Tensor:
-    """(..., 3), (..., 3) -> (..., 3, 3) turning the direction of source into target's without twist."""
+    """Smallest rotation from the direction of source to that of target: (..., 3), (..., 3) -> (..., 3, 3)."""
     source, target = (torch.nn.functional.normalize(vector, dim=-1) for vector in (source, target))
     cross, cosine = torch.linalg.cross(source, target), (source * target).sum(-1, keepdim=True)
     sine = cross.norm(dim=-1, keepdim=True)
@@ -253,7 +258,7 @@ def shortest_rotation(source: Tensor, target: Tensor) -> Tensor:
 
 
 def _objective(model: PointModel, hands: HandParameters, error: Tensor, valid: Tensor) -> Tensor:
-    """(B, 2): robust joint term and pose prior; the shape's prior is the group's and counted there."""
+    """Cost (B, 2): robust joint error, pose prior and flexion limits; the shape prior is added once per group."""
     scaled = error.norm(dim=-1) / JOINT_SIGMA
     huber = torch.where(scaled < HUBER_SIGMAS, scaled * scaled, HUBER_SIGMAS * (2 * scaled - HUBER_SIGMAS))
     away = hands.pose - model.pose_mean
@@ -263,14 +268,14 @@ def _objective(model: PointModel, hands: HandParameters, error: Tensor, valid: T
 
 
 def _beyond_limits(model: PointModel, pose: Tensor) -> Tensor:
-    """(B, 2, 15) rad, signed: by how much the flexion leaves its limits."""
+    """Signed violation of the flexion limits (B, 2, 15) rad."""
     flexion = (pose * model.flexion_axis).sum(-1)
     low, high = model.flexion_limits.unbind(-1)
     return (flexion - high).clamp_min(0) + (flexion - low).clamp_max(0)
 
 
 def _normal_equations(
-    model: PointModel, hands: HandParameters, state: _Linearised, error: Tensor, valid: Tensor, *, with_shape: bool
+    model: PointModel, hands: HandParameters, state: LinearisedPoints, error: Tensor, valid: Tensor, *, with_shape: bool
 ) -> tuple[Tensor, Tensor]:
     """Gauss-Newton matrix (B, 2, P, P) and gradient (B, 2, P) of half the objective; P = 51, or 61 with the shape."""
     jacobian = state.by_pose()
@@ -302,35 +307,43 @@ def _normal_equations(
 def fit_hands(
     model: PointModel, joints: Tensor, valid: Tensor, *, subject: Tensor | None = None, betas: Tensor | None = None
 ) -> HandParameters:
-    """Levenberg-Marquardt on root, pose, trans and, without given ``betas``, on one shape per subject.
+    """Fit root, pose and translation of both hands and, unless ``betas`` is given, one shape per subject.
 
-    joints (B, 2, 21, 3) m, valid (B, 2, 21) bool, both in the project's order. subject (B,) int64 numbers from 0: time
-    steps and hands of one subject share their betas (left and right hands of a person are mirror images). betas
-    (B, 2, 10) fixes the shape instead. A hand without valid joints comes out in the mean pose and means nothing.
+    joints (B, 2, 21, 3) m, valid (B, 2, 21) bool, in the order of ``tables``. subject (B,) int64, counted from 0: all
+    time steps and both hands of a subject share their betas (the hands of a person are taken as mirror images). betas
+    (B, 2, 10) fixes the shape instead. A hand without valid joints is returned in the mean pose; ignore it.
+
+    Raises ManoError unless exactly one of ``subject`` and ``betas`` is given.
     """
-    with_shape = betas is None
-    batch = len(joints)
-    group = subject if with_shape else torch.arange(batch, device=joints.device)
+    batch, with_shape = len(joints), betas is None
+    if subject is not None and betas is None:
+        group, betas = subject, joints.new_zeros(batch, 2, 10)
+    elif subject is None and betas is not None:
+        group = torch.arange(batch, device=joints.device)
+    else:
+        raise ManoError(
+            'fit_hands: pass either subject, to fit a shape per subject, or betas, to keep the shape fixed.'
+        )
     groups = int(group.max()) + 1 if batch else 0
-    hands = initial_hands(model, joints, valid, joints.new_zeros(batch, 2, 10) if with_shape else betas)
+    hands = initial_hands(model, joints, valid, betas)
     order = torch.as_tensor(_CHAIN_ORDER, device=joints.device)
     valid = valid[:, :, order].to(joints.dtype)
     target = torch.where(valid[..., None] > 0, joints[:, :, order], 0)
 
-    def evaluate(hands: HandParameters) -> tuple[_Linearised, Tensor, Tensor]:
-        state = _Linearised(model, hands)
+    def evaluate(hands: HandParameters) -> tuple[LinearisedPoints, Tensor, Tensor]:
+        state = LinearisedPoints(model, hands)
         error = torch.where(valid[..., None] > 0, state.points - target, 0)
         objective = _objective(model, hands, error, valid).sum(1)
         cost = objective.new_zeros(groups).index_add(0, group, objective)
-        if with_shape:  # one set of betas per group, repeated in each of its rows
+        if with_shape:  # all rows of a group have the same betas
             shape = hands.betas.new_zeros(groups, 10).index_copy(0, group, hands.betas[:, 0])
             cost = cost + (shape / SHAPE_SIGMA).pow(2).sum(1)
         return state, error, cost
 
-    rows = torch.arange(batch, device=joints.device)  # those still at work
+    rows = torch.arange(batch, device=joints.device)  # time steps that have not converged
     finished = HandParameters(*(value.clone() for value in hands))
-    settled = torch.zeros(groups, dtype=torch.bool, device=joints.device)
-    damping = joints.new_full((groups,), FIRST_DAMPING)
+    converged = torch.zeros(groups, dtype=torch.bool, device=joints.device)
+    damping = joints.new_full((groups,), INITIAL_DAMPING)
     state, error, cost = evaluate(hands)
     for _ in range(MAX_ITERATIONS):
         matrix, gradient = _normal_equations(model, hands, state, error, valid, with_shape=with_shape)
@@ -344,8 +357,8 @@ def fit_hands(
             hands.trans + step[..., 48:51],
         )
         new_state, new_error, new_cost = evaluate(candidate)
-        better = (new_cost < cost) & ~settled
-        settled |= (cost - new_cost).abs() <= TOLERANCE * cost
+        better = (new_cost < cost) & ~converged
+        converged |= (cost - new_cost).abs() <= TOLERANCE * cost
         damping = torch.where(better, damping * 0.2, damping * 5).clamp(1e-7, 1e7)
         keep = better[group]
         hands = HandParameters(
@@ -353,14 +366,14 @@ def fit_hands(
         )
         cost = torch.where(better, new_cost, cost)
 
-        working = ~settled[group]
-        if not working.any():
+        active = ~converged[group]
+        if not active.any():
             break
-        if working.sum() < 0.8 * len(rows):  # a few slow hands must not hold up the others
+        if active.sum() < 0.8 * len(rows):  # drop converged rows, so that a few slow hands do not hold up the rest
             for all_rows, values in zip(finished, hands):
                 all_rows[rows] = values
-            rows, group, valid, target = rows[working], group[working], valid[working], target[working]
-            hands = HandParameters(*(values[working] for values in hands))
+            rows, group, valid, target = rows[active], group[active], valid[active], target[active]
+            hands = HandParameters(*(values[active] for values in hands))
             state, error, _ = evaluate(hands)
         else:
             state, error = (new_state, new_error) if keep.all() else evaluate(hands)[:2]
@@ -374,7 +387,7 @@ def _solve(matrix: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _solve_grouped(matrix: Tensor, gradient: Tensor, group: Tensor, groups: int, betas: Tensor) -> Tensor:
-    """The step (B, 2, 61) where the last 10 parameters are shared within a group: Schur complement onto the shape."""
+    """Step (B, 2, 61) whose last 10 parameters are shared within a group, by the Schur complement onto the shape."""
     factor = torch.linalg.cholesky(matrix[..., :51, :51])
     mixed = torch.cat([matrix[..., :51, 51:], gradient[..., :51, None]], -1)
     solved = torch.cholesky_solve(mixed, factor)  # (B, 2, 51, 11)

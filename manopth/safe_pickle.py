@@ -1,4 +1,4 @@
-"""Pickles from outside are untrusted: an unpickler that builds nothing but the classes on its list."""
+"""Load untrusted pickles safely: only NumPy arrays, plain containers and the classes on an allow-list are built."""
 
 import pickle
 from pathlib import Path
@@ -10,17 +10,20 @@ from manopth.errors import ManoError
 
 
 class _RefusedError(Exception):
-    """The file wants more than this module does."""
+    """The file needs something that is not allowed."""
 
 
 class _Fields:
-    """Holds whatever state a foreign object was pickled with; never runs foreign code."""
+    """Placeholder for a foreign class: stores the pickled state and never runs foreign code."""
 
-    def __init__(self, *args):
+    def __init__(self, *_: Any):
         self.fields: dict[str, Any] = {}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         self.fields = dict(state) if isinstance(state, dict) else {'state': state}
+
+    def to_array(self) -> np.ndarray:
+        raise NotImplementedError
 
 
 class ChumpyArray(_Fields):
@@ -40,10 +43,10 @@ class ChumpySelect(_Fields):
 
 
 class SparseColumns(_Fields):
-    """scipy.sparse.csc_matrix, from its own three arrays: no need for scipy."""
+    """scipy.sparse.csc_matrix, rebuilt from its three arrays without scipy."""
 
     def to_array(self) -> np.ndarray:
-        shape = tuple(int(n) for n in self.fields.get('_shape', self.fields.get('shape')))
+        shape = tuple(int(n) for n in self.fields['_shape' if '_shape' in self.fields else 'shape'])
         columns = np.repeat(np.arange(shape[1]), np.diff(self.fields['indptr']))
         dense = np.zeros(shape, dtype=np.asarray(self.fields['data']).dtype)
         np.add.at(dense, (self.fields['indices'], columns), self.fields['data'])
@@ -51,13 +54,13 @@ class SparseColumns(_Fields):
 
 
 def as_array(value: Any) -> Any:
-    """The array behind a stand-in for a foreign class; anything else as it is."""
+    """Convert a chumpy array or sparse matrix from ``load`` to a NumPy array; return other values unchanged."""
     return value.to_array() if isinstance(value, _Fields) else value
 
 
-def _copyreg_reconstructor(cls, base, state):
+def _copyreg_reconstructor(cls: type, base: type, state: Any) -> Any:
     if base is not object or state is not None:
-        raise _RefusedError('it holds an object with a base class of its own')
+        raise _RefusedError('it contains an object with a base class other than object')
     return cls()
 
 
@@ -65,7 +68,7 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode(encoding)
 
 
-# What NumPy names in its pickles, by asking it: the module that holds them was renamed between NumPy 1 and 2.
+# The functions that NumPy names in its pickles, obtained from NumPy because NumPy 2 renamed their module.
 _NUMPY_CORE = {
     ('multiarray', '_reconstruct'): np.empty(0).__reduce__()[0],
     ('multiarray', 'scalar'): np.float64(0).__reduce__()[0],
@@ -94,14 +97,14 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 class _AllowListUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise _RefusedError(f'it wants to run {module}.{name}, which is not on the allow-list')
+            raise _RefusedError(f'it refers to {module}.{name}, which is not on the allow-list')
         return _ALLOWED[module, name]
 
 
 def load(path: str | Path) -> Any:
-    """Unpickle a file of plain containers and NumPy arrays (chumpy arrays and sparse matrices: see ``as_array``).
+    """Unpickle a file of plain containers and NumPy arrays; pass chumpy and sparse arrays in it to ``as_array``.
 
-    Raises ManoError for a missing or damaged file and, by name, for anything that is not on the allow-list.
+    Raises ManoError if the file is missing or damaged, or if it refers to anything that is not on the allow-list.
     """
     try:
         with open(path, 'rb') as file:
@@ -109,10 +112,11 @@ def load(path: str | Path) -> Any:
     except FileNotFoundError:
         raise ManoError(f'{path} does not exist.') from None
     except _RefusedError as error:
-        raise ManoError(f'{path} was refused: {error}. Get the file again from its official source.') from None
+        raise ManoError(f'{path} was refused: {error}. Download it again from its official source.') from None
     except OSError:
         raise
-    except Exception as error:  # a damaged pickle raises almost anything
+    except Exception as error:  # a damaged pickle can raise almost anything
         raise ManoError(
-            f'{path} cannot be read ({type(error).__name__}: {error}): it is cut short or damaged, get it again.'
+            f'{path} cannot be read ({type(error).__name__}: {error}): the file is truncated or damaged. '
+            'Download it again.'
         ) from None

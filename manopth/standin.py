@@ -1,13 +1,15 @@
-"""A stand-in hand made by code, in MANO's sizes and conventions, so that the project runs without the licensed files.
+"""A procedurally generated stand-in hand with MANO's array sizes and conventions, for use without the licensed files.
 
-The surface is a smooth union of tapered capsules, the flesh around the bones of a short table of anatomical measures. A
-mesh of MANO's size is laid out as rings around palm and fingers and relaxed on that surface. Skinning weights, joint
-regressor, shape and pose directions follow from the skeleton. Nothing here was measured on, or fitted to, MANO.
+The surface is a smooth union of tapered capsules: the flesh around bones whose lengths come from a short table of
+anatomical measures. A mesh of MANO's size is laid out as rings around palm and fingers and relaxed onto that surface.
+Skinning weights, joint regressor, shape and pose directions are derived from the skeleton. Nothing here was measured
+on, or fitted to, MANO.
 
 Rest axes of the right hand: fingers to -x, palm to -y, thumb to +z. The mesh is built in millimetres, the hand model
 is in metres. The left hand is the mirror image in x, vertex by vertex.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -19,7 +21,7 @@ from manopth.assets import HandModel, HandPair
 from manopth.errors import ManoError
 from manopth.tables import CHAIN_PARENTS, FINGERS, NUM_CHAIN_JOINTS, PUBLISHED_LEFT_MIDDLE_TIP, SIDES, TIP_VERTICES
 
-NAME = 'standin-v1'  # to be changed with every change of the arrays
+NAME = 'standin-v1'  # change it whenever the arrays change
 LONG_FINGERS = FINGERS[1:]
 FINGER_CHAINS = {
     'thumb': (13, 14, 15),
@@ -28,6 +30,10 @@ FINGER_CHAINS = {
     'ring': (10, 11, 12),
     'little': (7, 8, 9),
 }
+
+
+Vector = tuple[float, float, float]
+Point = Vector | np.ndarray
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:
@@ -53,18 +59,18 @@ OPENING_X = 113.0  # the mesh ends here, in the plane across the forearm
 
 @dataclass(frozen=True)
 class _Finger:
-    """Measures of one finger (mm)."""
+    """Dimensions of one finger (mm)."""
 
-    base: tuple[float, float, float]  # its base joint
-    directions: tuple[tuple[float, float, float], ...]  # of its three bones, any length
-    palmar: tuple[float, float, float]  # roughly where its pad looks
-    lengths: tuple[float, float, float]
-    half_widths: tuple[float, float, float, float]  # at the three joints and in the ball of the tip
+    base: Vector  # base joint
+    directions: tuple[Vector, ...]  # of the three bones, any length
+    palmar: Vector  # approximate direction that the pad faces
+    lengths: Vector
+    half_widths: tuple[float, float, float, float]  # at the three joints and at the centre of the fingertip
     flatness: float  # thickness / width
 
     @cached_property
     def frames(self) -> np.ndarray:
-        """(3, 3, 3): for each bone the unit vectors along it, to its palmar side, and along its flexion axis."""
+        """(3, 3, 3): unit vectors of each bone: along it, towards its palmar side, along its flexion axis."""
         along = _unit(np.array(self.directions))
         palmar = np.array(self.palmar)
         palmar = _unit(palmar - (along @ palmar)[:, None] * along)
@@ -77,7 +83,9 @@ class _Finger:
         return np.array(self.base) + np.concatenate([np.zeros((1, 3)), steps.cumsum(0)])
 
 
-def _long_finger(base, degrees_to_thumb: float, lengths, half_widths) -> _Finger:
+def _long_finger(
+    base: Vector, degrees_to_thumb: float, lengths: Vector, half_widths: tuple[float, float, float, float]
+) -> _Finger:
     a = np.radians(degrees_to_thumb)
     directions = tuple((-np.cos(a), -droop, np.sin(a)) for droop in (0.03, 0.06, 0.09))
     return _Finger(base, directions, (0.0, -1.0, 0.0), lengths, half_widths, 0.95)
@@ -111,16 +119,16 @@ PALM_FLESH = (
 )
 FOREARM = ((150.0, 5.0, 5.0), (86.0, 4.0, 5.0), 29.5, 28.0)
 FOREARM_FLATNESS = 0.64
-WEB_RADII, WEB_REACH, WEB_DROP = (7.5, 5.5), 9.0, 3.0  # flesh from half-way between two bases forwards, this much lower
-SEAM_IN_PART, SEAM_BETWEEN_PARTS = 1.2, 3.0  # how softly capsules merge
-# Half the length over which the skin passes from bone to bone at each joint.
+WEB_RADII, WEB_REACH, WEB_DROP = (7.5, 5.5), 9.0, 3.0  # from the midpoint of two finger bases forwards, lowered by this
+SEAM_IN_PART, SEAM_BETWEEN_PARTS = 1.2, 3.0  # width of the blend between capsules
+# Half the length of the transition from bone to bone at each joint (mm).
 JOINT_SEAMS = dict.fromkeys(LONG_FINGERS, (12.0, 7.5, 6.5)) | {'thumb': (16.0, 10.0, 8.0)}
-SKIN_SHARING = 4.0  # how softly neighbouring fingers share the skin between them
+SKIN_SHARING = 4.0  # width of the transition between neighbouring fingers (mm)
 
 
 @lru_cache(maxsize=1)
 def _skeleton() -> tuple[np.ndarray, np.ndarray]:
-    """Rest joints (16, 3) m; frames (16, 3, 3): unit vectors along a bone, to its palm side, along its flexion axis."""
+    """Rest joints (16, 3) m; frames (16, 3, 3): unit vectors along a bone, towards the palm, along its flexion axis."""
     joints, frames = np.zeros((NUM_CHAIN_JOINTS, 3)), np.zeros((NUM_CHAIN_JOINTS, 3, 3))
     joints[0], frames[0] = WRIST, np.diag([-1.0, -1.0, 1.0])
     for name, chain in FINGER_CHAINS.items():
@@ -137,15 +145,18 @@ class _Capsules(NamedTuple):
     start: np.ndarray  # (C, 3)
     end: np.ndarray  # (C, 3)
     radii: np.ndarray  # (C, 2)
-    normal: np.ndarray  # (C, 3) across the axis: the direction in which the section is flattened
+    normal: np.ndarray  # (C, 3) direction in which the cross-section is flattened, normal to the axis
     flatness: np.ndarray  # (C,)
-    member: np.ndarray  # (C, G) 1 where the capsule belongs to the part
+    member: np.ndarray  # (C, G) 1 where the capsule belongs to part g
 
 
 def _flesh() -> _Capsules:
-    capsules, parts = [], []
+    capsules: list[tuple] = []
+    parts: list[int] = []
 
-    def add(part: int, start, end, *radii: float, normal=(0.0, -1.0, 0.0), flatness: float = 1.0) -> None:
+    def add(
+        part: int, start: Point, end: Point, *radii: float, normal: Point = (0.0, -1.0, 0.0), flatness: float = 1.0
+    ) -> None:
         capsules.append((start, end, radii, normal, flatness))
         parts.append(part)
 
@@ -154,35 +165,36 @@ def _flesh() -> _Capsules:
         along, palmar, _ = finger.frames[2]
         ball = finger.half_widths[3]
         ends[2] -= ball * along
-        for bone in range(3):
+        for number in range(3):
             add(
                 part,
-                finger.joints[bone],
-                ends[bone],
-                *finger.half_widths[bone : bone + 2],
-                normal=finger.frames[bone, 1],
+                finger.joints[number],
+                ends[number],
+                *finger.half_widths[number : number + 2],
+                normal=finger.frames[number, 1],
                 flatness=finger.flatness,
             )
         pad = finger.joints[3] - 1.55 * ball * along + 0.16 * ball * palmar
         add(part, pad + along, pad - 5 * along, 0.98 * ball, 0.98 * ball, normal=palmar, flatness=finger.flatness)
-    for bone in METACARPALS:
-        add(len(FINGERS), *bone)
-    add(len(FINGERS) + 1, *FOREARM, flatness=FOREARM_FLATNESS)
-    webs = []
-    for first, second in pairwise(ANATOMY[name] for name in LONG_FINGERS):
-        start = (np.array(first.base) + second.base) / 2 - (0.0, WEB_DROP, 0.0)
-        webs.append((start, start + WEB_REACH * _unit(first.frames[0, 0] + second.frames[0, 0]), *WEB_RADII))
-    for part, muscle in enumerate([*PALM_FLESH, *webs], len(FINGERS) + 2):
-        add(part, *muscle)
-    columns = (np.array(column, float) for column in zip(*capsules, strict=True))
-    return _Capsules(*columns, member=np.eye(max(parts) + 1)[parts])
+    for start, end, *radii in METACARPALS:
+        add(len(FINGERS), start, end, *radii)
+    start, end, *radii = FOREARM
+    add(len(FINGERS) + 1, start, end, *radii, flatness=FOREARM_FLATNESS)
+    for part, (start, end, *radii) in enumerate(PALM_FLESH, len(FINGERS) + 2):
+        add(part, start, end, *radii)
+    for first, second in pairwise(ANATOMY[name] for name in LONG_FINGERS):  # the webs between the fingers
+        root = (np.array(first.base) + second.base) / 2 - (0.0, WEB_DROP, 0.0)
+        front = root + WEB_REACH * _unit(first.frames[0, 0] + second.frames[0, 0])
+        add(max(parts) + 1, root, front, *WEB_RADII)
+    columns = [np.array(column, float) for column in zip(*capsules, strict=True)]
+    return _Capsules._make([*columns, np.eye(max(parts) + 1)[parts]])
 
 
 def _distance(points: np.ndarray, flesh: _Capsules) -> tuple[np.ndarray, np.ndarray]:
-    """Signed distance (N,) to the surface, negative inside, of points (N, 3), and its gradient (N, 3); mm.
+    """Signed distance (N,) of points (N, 3) to the surface, negative inside, and its gradient (N, 3); mm.
 
-    Approximate off the surface: a capsule counts as round after stretching space along its normal, and minima are soft.
-    Everything is a product of points with capsules, so that tables (N, C) do.
+    Approximate away from the surface: space is stretched along a capsule's normal until it is round, and minima are
+    soft. All terms are products of points and capsules, so no array is larger than (N, C).
     """
     axis = flesh.end - flesh.start
     squared_length = _dot(axis, axis)
@@ -212,35 +224,37 @@ def _distance(points: np.ndarray, flesh: _Capsules) -> tuple[np.ndarray, np.ndar
 # Mesh
 # ---------------------------------------------------------------------------------------------------------------------
 
-# A ring around a long finger has ten corners, counted from the middle of its thumb side over the back: 0 thumb side,
-# 1-4 back, 5 other side, 6-9 palm. Where two fingers meet, corner 5 of the one faces corner 0 of the other.
+# A ring around a long finger has ten vertices, counted from its thumb side over the back: 0 thumb side, 1-4 back, 5 far
+# side, 6-9 palm. Where two fingers meet, vertex 5 of one faces vertex 0 of the other.
 FINGER_ANGLES = np.radians([0, 38, 72, 108, 142, 180, 218, 252, 288, 322])
 FINGER_RINGS = {'thumb': (13, 12, 12, 11, 10, 10, 10)} | {
     name: (10,) * count for name, count in zip(LONG_FINGERS, (8, 9, 8, 7), strict=True)
 }
 FINGER_STARTS = {'thumb': 22.0, 'index': 23.0, 'middle': 25.0, 'ring': 23.0, 'little': 18.0}  # mm from the base joint
 TIP_RING = 6
-# From the opening of the wrist to the fingers, counted like the rings of the fingers. The counts (and those above) make
-# MANO's 778 vertices; 16 around the opening then make 1538 faces.
+# Rings from the wrist opening to the fingers, counted like those of the fingers. Together the counts add up to MANO's
+# 778 vertices; with 16 vertices around the opening there are 1538 faces.
 PALM_RINGS = (16, 20, 24, 24, 24, 24, 24, 24, 24, 24, 27, 28, 28)
-PALM_END = 0.93  # the last one's place between opening (0) and fingers (1)
-# The thumb grows from a hole in the rings of equal size: between these rings, and between these corners of them.
+PALM_END = 0.93  # position of the last ring between opening (0) and fingers (1)
+# The thumb grows from a hole between these rings (all of one size) and these vertices of them.
 HOLE_RINGS, HOLE_CORNERS = (3, 7), (-3, 0)
 
 RELAXATION_ROUNDS, FLIP_ROUNDS, STEPS_PER_ROUND = 9, (1, 4, 7), 5
-TIP_PULL = 4.5  # how much harder than others a tip pulls at its neighbours: small faces make it round
+TIP_PULL = 4.5  # weight of a fingertip in the relaxation: small faces there keep it round
 
 
 class _Mesh(NamedTuple):
     points: np.ndarray  # (V, 3)
     faces: np.ndarray  # (F, 3)
-    finger: np.ndarray  # (V,) the finger whose tube the vertex was laid out on, -1 for the palm
+    finger: np.ndarray  # (V,) finger on whose tube the vertex was laid out, -1 for the palm
     tips: list[int]  # thumb to little
     beside_middle_tip: int
 
 
 class _Draft:
-    def __init__(self):
+    """A mesh under construction."""
+
+    def __init__(self) -> None:
         self.points: list[np.ndarray] = []
         self.faces: list[tuple[int, int, int]] = []
         self.finger: list[int] = []
@@ -255,14 +269,14 @@ class _Draft:
         self.faces += [(a, b, c), (a, c, d)]
 
     def strip(self, lower: list[int], upper: list[int]) -> None:
-        """Join two closed rings, both counter-clockwise seen from the upper end."""
+        """Triangulate between two closed rings, both counter-clockwise as seen from the upper end."""
         low, up = (np.array([self.points[i] for i in ring]) for ring in (lower, upper))
         gaps = np.linalg.norm((up - up.mean(0)) - (low[0] - low.mean(0)), axis=1)
         start = int(gaps.round(6).argmin())
         upper = upper[start:] + upper[:start]
         i = j = 0
         while i < len(lower) or j < len(upper):
-            # Advancing on the ring that lags behind spreads the odd triangles evenly.
+            # Always advance on the ring that lags behind, which distributes the extra triangles evenly.
             if j == len(upper) or (i < len(lower) and (2 * i + 1) * len(upper) <= (2 * j + 1) * len(lower)):
                 self.faces.append((lower[i % len(lower)], lower[(i + 1) % len(lower)], upper[j % len(upper)]))
                 i += 1
@@ -282,7 +296,7 @@ def _finger_ring(finger: _Finger, station: float, angles: np.ndarray) -> np.ndar
 
 
 def _grow_finger(draft: _Draft, number: int, root: list[int]) -> tuple[list[int], int]:
-    """Grow a finger's rings and its closed tip from a root ring -> the last ring, the tip vertex."""
+    """Grow the rings and the closed tip of a finger from a root ring -> (last ring, tip vertex)."""
     name = FINGERS[number]
     finger, sizes = ANATOMY[name], FINGER_RINGS[name]
     ball = finger.half_widths[3]
@@ -301,7 +315,7 @@ def _grow_finger(draft: _Draft, number: int, root: list[int]) -> tuple[list[int]
 
 
 def _layout() -> _Mesh:
-    """The mesh before relaxation: right in its connections, rough in its shape."""
+    """The mesh before relaxation: final connectivity, approximate shape."""
     draft = _Draft()
     roots = {
         name: draft.add(_finger_ring(ANATOMY[name], FINGER_STARTS[name], FINGER_ANGLES), FINGERS.index(name))
@@ -330,35 +344,36 @@ def _layout() -> _Mesh:
         )
         towards = np.stack([np.interp(phase, np.linspace(0, 1, len(distal)), distal[:, k]) for k in range(3)], 1)
         rings.append(draft.add((1 - place) * opening + place * towards))
-    (first, last), (low, high) = HOLE_RINGS, HOLE_CORNERS
+    first_ring, last_ring = HOLE_RINGS
+    low, high = HOLE_CORNERS
     for number, (lower, upper) in enumerate(zip(rings, [*rings[1:], outline], strict=True)):
-        if not first <= number < last:
+        if not first_ring <= number < last_ring:
             draft.strip(lower, upper)
             continue
         for corner in range(high, len(lower) + low):
             draft.quad(lower[corner], lower[corner + 1], upper[corner + 1], upper[corner])
 
-    hole = [rings[number][high] for number in range(first, last)]
-    hole += [rings[last][corner] for corner in range(high, low, -1)]
-    hole += [rings[number][low] for number in range(last, first, -1)]
-    hole += [rings[first][corner] for corner in range(low, high)]
+    hole = [rings[number][high] for number in range(first_ring, last_ring)]
+    hole += [rings[last_ring][corner] for corner in range(high, low, -1)]
+    hole += [rings[number][low] for number in range(last_ring, first_ring, -1)]
+    hole += [rings[first_ring][corner] for corner in range(low, high)]
     grown = [_grow_finger(draft, number, roots.get(name, hole)) for number, name in enumerate(FINGERS)]
 
     faces = np.array(draft.faces)
-    used = np.isin(np.arange(len(draft.points)), faces)  # the corners within the hole are not
-    number = used.cumsum() - 1
+    used = np.isin(np.arange(len(draft.points)), faces)  # ring vertices inside the hole are not
+    compact = used.cumsum() - 1
     beside = grown[FINGERS.index('middle')][0][1]
     return _Mesh(
         np.array(draft.points)[used],
-        number[faces],
+        compact[faces],
         np.array(draft.finger)[used],
-        [int(number[tip]) for _, tip in grown],
-        int(number[beside]),
+        [int(compact[tip]) for _, tip in grown],
+        int(compact[beside]),
     )
 
 
 def _flip_edges(points: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Flip edges whose opposite angles exceed pi together (Delaunay's rule), where that does not fold the surface."""
+    """Flip edges whose opposite angles sum to more than pi (Delaunay criterion), unless that folds the surface."""
     faces = faces.copy()
     count = len(points)
 
@@ -370,7 +385,7 @@ def _flip_edges(points: np.ndarray, faces: np.ndarray) -> np.ndarray:
         return _unit(np.cross(points[j] - points[i], points[k] - points[i]))
 
     for _ in range(12):
-        start, stop, opposite = (np.roll(faces, -k, 1).ravel() for k in range(3))  # half-edge e belongs to face e // 3
+        start, stop, opposite = (np.roll(faces, -k, 1).ravel() for k in range(3))  # half-edge e is part of face e // 3
         key, twin_key = start * count + stop, stop * count + start
         order = key.argsort()
         twin = order[np.searchsorted(key, twin_key, sorter=order).clip(max=len(key) - 1)]
@@ -379,14 +394,15 @@ def _flip_edges(points: np.ndarray, faces: np.ndarray) -> np.ndarray:
         a, b, c, d = start[half], stop[half], opposite[half], opposite[twin]
         excess = angle(c, a, b) + angle(d, a, b) - np.pi
         before, after = (normal(a, b, c), normal(b, a, d)), (normal(a, d, c), normal(d, b, c))
-        sound = (_dot(*after) > 0.4) & (_dot(sum(before), sum(after)) > 2)
-        edges, touched = set(key.tolist()), set()
+        unfolded = (_dot(*after) > 0.4) & (_dot(before[0] + before[1], after[0] + after[1]) > 2)
+        edges: set[int] = set(key.tolist())
+        touched: set[int] = set()
         for e in np.argsort(-excess, kind='stable'):
             if excess[e] <= 1e-6:
                 break
             pair = {half[e] // 3, twin[e] // 3}
             new = {c[e] * count + d[e], d[e] * count + c[e]}
-            if sound[e] and not pair & touched and not new & edges:
+            if unfolded[e] and not pair & touched and not new & edges:
                 faces[half[e] // 3], faces[twin[e] // 3] = (a[e], d[e], c[e]), (d[e], b[e], c[e])
                 edges |= new
                 touched |= pair
@@ -396,13 +412,13 @@ def _flip_edges(points: np.ndarray, faces: np.ndarray) -> np.ndarray:
 
 
 def _edges(faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both ends of every edge, in both directions."""
+    """Start and end vertices of every edge, in both directions."""
     ahead = np.roll(faces, -1, 1)
     return np.concatenate([faces, ahead], None), np.concatenate([ahead, faces], None)
 
 
 def _relaxed_mesh() -> _Mesh:
-    """The rest mesh: on the surface, with even triangles."""
+    """The rest mesh: on the surface, with triangles of even size."""
     mesh, flesh = _layout(), _flesh()
     points, faces, tips = mesh.points, mesh.faces, mesh.tips
     opening = np.flatnonzero(points[:, 0] == OPENING_X)
@@ -422,11 +438,11 @@ def _relaxed_mesh() -> _Mesh:
     for round_number in range(RELAXATION_ROUNDS):
         start, stop = _edges(faces)
         for _ in range(STEPS_PER_ROUND):
-            # Long edges pull harder than short ones, which evens them out.
+            # Weighting by squared length shortens long edges and evens them out.
             weights = np.zeros((len(points), len(points)))
             weights[start, stop] = ((points[start] - points[stop]) ** 2).sum(1) * pull[stop]
             move = 0.5 * (weights @ points / weights.sum(1, keepdims=True) - points)
-            # A tip climbs instead, to the farthest point of its finger.
+            # A tip moves to the farthest point of its finger instead.
             move[tips] = 3 * outwards
             move -= _dot(move, normals)[:, None] * normals
             move[opening] = 0
@@ -442,20 +458,20 @@ def _relaxed_mesh() -> _Mesh:
 
 
 def _skinning_weights(points: np.ndarray, faces: np.ndarray, finger: np.ndarray) -> np.ndarray:
-    """(V, 16): each vertex is shared among the fingers nearby, and passes smoothly from bone to bone along each."""
+    """(V, 16): weights shared smoothly between neighbouring fingers and from bone to bone along each finger."""
     joints, frames = _skeleton()
-    distances, beyond_root = [], []
+    finger_distances, beyond_root = [], []
     for name in FINGERS:
         chain = FINGER_CHAINS[name]
         stops = [*joints[list(chain)], ANATOMY[name].joints[3] * 1e-3]
-        if name != 'thumb':  # their metacarpals keep the thumb's share out of the palm
+        if name != 'thumb':  # the metacarpals keep the thumb from influencing the palm
             stops.insert(0, joints[0])
-        distances.append(np.min([_segment_distance(points, a, b) for a, b in pairwise(stops)], 0))
+        finger_distances.append(np.min([_segment_distance(points, a, b) for a, b in pairwise(stops)], 0))
         beyond_root.append((points - joints[chain[0]]) @ frames[chain[0], 0])
-    distances = np.array(distances)
+    distances = np.array(finger_distances)
     shares = np.exp((distances.min(0) - distances) / (SKIN_SHARING * 1e-3))
     shares /= shares.sum(0)
-    for number in range(len(FINGERS)):  # a finger's own tube stays with it, but for its root
+    for number in range(len(FINGERS)):  # away from its root, the tube of a finger moves with that finger alone
         own = (finger == number) * _smooth_step((beyond_root[number] - 0.020) / 0.012)
         shares = (1 - own) * shares
         shares[number] += own
@@ -463,7 +479,7 @@ def _skinning_weights(points: np.ndarray, faces: np.ndarray, finger: np.ndarray)
     weights = np.zeros((len(points), NUM_CHAIN_JOINTS))
     for name, passed in zip(FINGERS, shares, strict=True):
         for part, joint in enumerate(FINGER_CHAINS[name]):
-            # Measured along the bisector of the two bones, the seam stands square to the bend.
+            # Along the bisector of the two bones, so that the transition is perpendicular to the bend.
             bones = [joint] if part == 0 else [CHAIN_PARENTS[joint], joint]
             along = (points - joints[joint]) @ frames[bones, 0].mean(0)
             through = passed * _smooth_step(0.5 + along / (2e-3 * JOINT_SEAMS[name][part]))
@@ -488,7 +504,7 @@ def _segment_distance(points: np.ndarray, start: np.ndarray, end: np.ndarray) ->
 
 
 def _joint_regressor(points: np.ndarray, finger: np.ndarray) -> np.ndarray:
-    """(16, V): the flesh around each joint, weighted so that its centre is the joint."""
+    """(16, V): weights of the vertices around each joint, such that their weighted mean is the joint."""
     joints, _ = _skeleton()
     regressor = np.zeros((NUM_CHAIN_JOINTS, len(points)))
     owner = {joint: number for number, name in enumerate(FINGERS) for joint in FINGER_CHAINS[name]}
@@ -498,7 +514,7 @@ def _joint_regressor(points: np.ndarray, finger: np.ndarray) -> np.ndarray:
         weight = np.exp(-0.5 * ((distance - distance.min()) / reach) ** 2)
         weight[(weight < 0.02) | ((finger != owner.get(joint, -1)) & (finger >= 0))] = 0
         weight /= weight.sum()
-        # The smallest relative change that gives the right sum and the right centre.
+        # The smallest relative change after which the weights sum to 1 and the mean is the joint.
         constraints = np.concatenate([(points - place).T, np.ones((1, len(points)))])
         missing = np.array([0.0, 0.0, 0.0, 1.0]) - constraints @ weight
         regressor[joint] = weight * (1 + np.linalg.solve((constraints * weight) @ constraints.T, missing) @ constraints)
@@ -506,7 +522,7 @@ def _joint_regressor(points: np.ndarray, finger: np.ndarray) -> np.ndarray:
 
 
 def _shape_directions(points: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(V, 3, 10) m per unit of beta: bones grow in length and girth and carry along what hangs on them."""
+    """(V, 3, 10) m per unit of beta: bones grow in length and girth and shift their descendants."""
     joints, frames = _skeleton()
 
     def grow(
@@ -514,7 +530,7 @@ def _shape_directions(points: np.ndarray, weights: np.ndarray) -> np.ndarray:
         girth: dict[int, float] | None = None,
         palm: tuple[float, float, float] = (0.0, 0.0, 0.0),
     ) -> np.ndarray:
-        """Relative growth along and around bones; the palm grows along x (length), y (thickness), z (width)."""
+        """Relative growth of bones in length and girth, of the palm along x (length), y (thickness), z (width)."""
         shift, stretch = np.zeros((NUM_CHAIN_JOINTS, 3)), np.zeros((NUM_CHAIN_JOINTS, 3, 3))
         stretch[0] = np.diag(palm)
         for joint, parent in enumerate(CHAIN_PARENTS[1:], 1):
@@ -548,7 +564,7 @@ def _shape_directions(points: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _pose_directions(points: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(V, 3, 135): what linear blending takes from a bent joint is put back.
+    """(V, 3, 135): correct the volume loss of linear blend skinning at bent joints.
 
     Half-way between two bones, blending shrinks the section by cos(t / 2), about 1 - 0.29 (1 - cos t), in the plane of
     the bend. With K the cross product matrix of the axis, <K^2 / 2, R - I> = 1 - cos t and <K / 2, R - I> = sin t.
@@ -561,7 +577,7 @@ def _pose_directions(points: np.ndarray, weights: np.ndarray) -> np.ndarray:
             beyond = weights[:, chain[part:]].sum(1)
             seam = 4 * beyond * (1 - beyond)
             height, side = (points - joints[joint]) @ palmar, (points - joints[joint]) @ axis
-            share = 0.5 - 0.35 * np.tanh(height / 0.005)  # knuckles need it all, creases little
+            share = 0.5 - 0.35 * np.tanh(height / 0.005)  # knuckles need most of it, creases little
             swell = seam * np.clip(0.29 * share * height, -0.003, 0.003)
             bulge = seam * np.clip(0.08 * side, -0.001, 0.001) * _smooth_step(0.5 + height / 0.012)
             cross = np.cross(np.eye(3), axis)
@@ -575,7 +591,7 @@ def _pose_directions(points: np.ndarray, weights: np.ndarray) -> np.ndarray:
 # Poses
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Plausible ranges (low, high) of the angles that `pose_from_angles` takes, rad.
+# Plausible ranges (low, high) of the arguments of `pose_from_angles`, rad.
 FLEXION_LIMITS = np.radians(
     [[[-15, 35], [-5, 55], [-15, 75]]] + 3 * [[[-20, 90], [0, 105], [0, 70]]] + [[[-20, 90], [0, 100], [0, 70]]]
 )
@@ -589,16 +605,16 @@ RELAXED_SPREAD, RELAXED_TWIST = (6, -2, 0, -1, 0), (10, 0, 0, 0, 0)
 def pose_from_angles(
     flexion: np.ndarray, spread: np.ndarray, *, side: str, twist: np.ndarray | None = None
 ) -> np.ndarray:
-    """Anatomical angles -> pose (..., 45) of the 15 finger joints of this side: axis-angle in the order of the chain.
+    """Anatomical joint angles -> axis-angle pose (..., 45) rad of the 15 finger joints, in chain order.
 
     flexion (..., 5, 3) rad, thumb to little, base to tip: positive curls towards the palm.
     spread (..., 5) rad at the base joints: positive moves away from the middle finger; the middle finger itself towards
     the thumb; the thumb away from the index and out of the palm.
-    twist (..., 5) rad at the base joints, about the finger's own axis: positive turns the pad towards the thumb's side,
-    the thumb's pad towards the fingers', as in opposition.
+    twist (..., 5) rad at the base joints, about the finger's own axis: positive turns the pad towards the thumb, and
+    the thumb's pad towards the fingers, as in opposition.
 
-    Every base joint turns by flexion, then by spread about the axis so moved, then by twist (R = R_f R_s R_t), each
-    about its own anatomical axis. Raises ManoError if side is neither 'left' nor 'right'.
+    Base joints apply flexion, then spread about the moved axis, then twist: R = R_f R_s R_t. Each axis is anatomical,
+    not that of the coordinate system. Raises ManoError if side is neither 'left' nor 'right'.
     """
     _check_side(side)
     flexion, spread = np.asarray(flexion, float), np.asarray(spread, float)
@@ -618,7 +634,7 @@ def pose_from_angles(
 
 
 def _turning_axes(name: str, joint: int) -> dict[str, np.ndarray]:
-    """Axes of a joint of the right hand about which positive angles mean what `pose_from_angles` says."""
+    """Rotation axes of a right-hand joint, signed as in `pose_from_angles`."""
     along, palmar, across = _skeleton()[1][joint]
     return {
         'flexion': across,
@@ -646,10 +662,10 @@ def _axis_angle(quaternion: np.ndarray) -> np.ndarray:
 
 
 def _pose_components() -> np.ndarray:
-    """(45, 45) orthonormal rows: movements, the commonest first, then what they leave of each joint's own axes."""
+    """(45, 45) orthonormal rows: common movements first, then the remainder of each joint's axes (Gram-Schmidt)."""
 
-    def movement(**turns: list[tuple[int, int, float]]) -> np.ndarray:
-        """flexion, spread or twist = [(finger, part, amount), ...]."""
+    def movement(**turns: Sequence[tuple[int, int, float]]) -> np.ndarray:
+        """Pose vector of flexion, spread or twist = [(finger, part, amount), ...]."""
         pose = np.zeros((15, 3))
         for kind, entries in turns.items():
             for number, part, amount in entries:
@@ -663,7 +679,7 @@ def _pose_components() -> np.ndarray:
 
     rows = [
         movement(flexion=curl(0.2, 1, 1, 1, 1)),  # to a fist
-        movement(flexion=curl(0, 1, 1, 1, 1, parts=(1, -0.7, -0.5))),  # bent at the knuckles, against hooked
+        movement(flexion=curl(0, 1, 1, 1, 1, parts=(1, -0.7, -0.5))),  # from hooked to bent at the knuckles
         # thumb opposed
         movement(flexion=[(0, 0, 0.6), (0, 1, 0.5), (0, 2, 0.4)], spread=[(0, 0, 0.5)], twist=[(0, 0, 0.5)]),
         movement(flexion=curl(0, -1, -0.1, 0.5, 0.8)),  # pointing
@@ -683,7 +699,7 @@ def _pose_components() -> np.ndarray:
     ]
     basis = np.zeros((0, 45))
     for row in rows:
-        for _ in range(2):  # once leaves rounding errors behind
+        for _ in range(2):  # a single pass leaves rounding errors
             row = row - (basis @ row) @ basis
         if np.linalg.norm(row) > 1e-6:
             basis = np.concatenate([basis, _unit(row)[None]])
@@ -696,12 +712,12 @@ def _pose_components() -> np.ndarray:
 
 
 def _on_grid(array: np.ndarray, step: float) -> np.ndarray:
-    """Round to multiples of a step: rounding errors differ between machines, the digest of the hand must not."""
+    """Round to multiples of a step: rounding errors differ between machines, but the digest must not."""
     return np.round(array / step) * step + 0.0
 
 
 def _rows_on_grid(array: np.ndarray) -> np.ndarray:
-    """The same for rows that sum to one; a power of two keeps the sums exact, the largest entry takes the rest."""
+    """``_on_grid`` for rows that sum to 1: a power-of-two step keeps sums exact, the largest entry absorbs the rest."""
     array = _on_grid(array, 2.0**-20)
     largest = array.argmax(1)[:, None]
     rest = np.take_along_axis(array, largest, 1) + 1 - array.sum(1, keepdims=True)
@@ -710,14 +726,15 @@ def _rows_on_grid(array: np.ndarray) -> np.ndarray:
 
 
 def _numbering(mesh: _Mesh) -> np.ndarray:
-    """(V,) number of each vertex: tips where MANO has them, all others in order."""
+    """(V,) new index of each vertex: fingertips at MANO's indices, all others in order."""
     fixed = dict(zip(mesh.tips, TIP_VERTICES, strict=True)) | {mesh.beside_middle_tip: PUBLISHED_LEFT_MIDDLE_TIP}
     free = (i for i in range(len(mesh.points)) if i not in fixed.values())
     return np.array([fixed[i] if i in fixed else next(free) for i in range(len(mesh.points))])
 
 
 @lru_cache(maxsize=1)
-def _right_hand() -> dict[str, np.ndarray]:
+def right_hand_arrays() -> dict[str, np.ndarray]:
+    """Generate the arrays of the right hand, keyed by the fields of HandModel."""
     mesh = _relaxed_mesh()
     number = _numbering(mesh)
     order = number.argsort()
@@ -748,18 +765,18 @@ def _check_side(side: str) -> None:
 
 @lru_cache(maxsize=2)
 def standin_hand(side: str) -> HandModel:
-    """The stand-in hand of one side, 'left' or 'right'; the same at every call, its arrays read-only.
+    """The stand-in hand of one side, 'left' or 'right', with read-only arrays; cached.
 
     Raises ManoError for any other side.
     """
     _check_side(side)
-    arrays = dict(_right_hand())
+    arrays = dict(right_hand_arrays())
     if side == 'left':
         mirror, turned = np.array([-1.0, 1.0, 1.0]), np.tile([1.0, -1.0, -1.0], 15)
         arrays['template'] = arrays['template'] * mirror
         arrays['faces'] = arrays['faces'][:, [0, 2, 1]]
         arrays['shape_dirs'] = arrays['shape_dirs'] * mirror[:, None]
-        # The rotations they answer to are mirrored too: R -> M R M.
+        # Their inputs are mirrored, too: R -> M R M.
         arrays['pose_dirs'] = arrays['pose_dirs'] * mirror[:, None] * np.tile(np.outer(mirror, mirror).ravel(), 15)
         arrays['pose_mean'] = arrays['pose_mean'] * turned
         arrays['pose_components'] = arrays['pose_components'] * turned

@@ -17,6 +17,6 @@ FINGERS = ('thumb', 'index', 'middle', 'ring', 'little')
 # MANO's kinematic chain: wrist, then index, middle, little, ring, thumb with three joints each.
 CHAIN_PARENTS = (-1, 0, 1, 2, 0, 4, 5, 0, 7, 8, 0, 10, 11, 0, 13, 14)
 TIP_VERTICES = (745, 317, 444, 556, 673)  # thumb, index, middle, ring, little
-PUBLISHED_LEFT_MIDDLE_TIP = 445  # the neighbour that the published network's left hand layer uses instead of 444
+PUBLISHED_LEFT_MIDDLE_TIP = 445  # the published layers take this neighbour of 444 on the left hand
 # cat[16 chain joints, 5 tips] -> the 21 joints.
 MANO_TO_JOINTS = (0, 13, 14, 15, 16, 1, 2, 3, 17, 4, 5, 6, 18, 10, 11, 12, 19, 7, 8, 9, 20)

@@ -10,6 +10,7 @@ from models.dir import DIR, DenseHeads, NoDenseHeads
 from models.hand_head import HandHead
 from models.initial_regressor import InitialRegressor
 from models.initialisation import initialise
+from models.preprocessing import Preprocessing
 from models.refinement import RefinementStage
 from utils.hand import LEFT, TIP_VERTICES
 
@@ -40,6 +41,8 @@ def build_model(cfg: CfgNode, hand_models: HandPair, *, pretrained: bool | None 
         for index, skip in enumerate((c3, c2, c1)[: m.STAGES])
     ]
     model = DIR(
+        hands=hand_models,
+        preprocess=Preprocessing(m.IMAGE_SIZE),
         backbone=backbone,
         initial_regressor=InitialRegressor(c4),
         hand_head=HandHead(TwoHandLayer(hand_models, tip_vertices=tips), root_joint=cfg.ROOT_JOINT),

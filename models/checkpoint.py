@@ -123,7 +123,7 @@ def load_model(path: str | Path, overrides: list[str] = ()) -> Loaded:
     content = read_tensors(path)
     if published.is_published(content):
         model, cfg, rest = published.load_published(content, path=path, overrides=overrides)
-        return Loaded(model, cfg, {'published_rest': rest, 'hand_model': model.hand_head.hand_layer.models.identity})
+        return Loaded(model, cfg, {'published_rest': rest, 'hand_model': model.hands.identity})
     _require_ours(content, path)
     cfg = load_config(None, overrides, base=content['config'])
     trained, now = flatten(load_config(None, base=content['config'])), flatten(cfg)

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,7 +37,7 @@ class DIRCriterion(nn.Module):
         super().__init__()
         self.weights, self.root_joint = weights, root_joint
         self.lovasz_on_probabilities, self.scale_to_truth = lovasz_on_probabilities, scale_to_truth
-        self.register_buffer('faces', torch.from_numpy(np.stack([m.faces for m in hand_models])), persistent=False)
+        self.register_buffer('faces', torch.from_numpy(hand_models.faces), persistent=False)
         self.register_buffer('class_weights', torch.tensor(SEGMENTATION_CLASS_WEIGHTS), persistent=False)
 
     def forward(self, output: DIROutput, target: Target) -> dict[str, Tensor]:
@@ -57,17 +56,17 @@ class DIRCriterion(nn.Module):
         logits, dense = (x.to(self.class_weights.dtype) for x in (output.segmentation, output.dense))
         size = logits.shape[-2:]
         labels = F.interpolate(target.segmentation[:, None].to(logits.dtype), size, mode='nearest')[:, 0].long()
-        colour = F.interpolate(target.dense, size, mode='bilinear', align_corners=False)
         # Neither is a mean over samples: under several processes each takes the whole batch's.
         logits, labels = whole_batch(logits), whole_batch(labels)
         scores = logits.softmax(1) if self.lovasz_on_probabilities else logits
-        return self._weighted(
-            {
-                'segmentation': F.cross_entropy(logits, labels, weight=self.class_weights),
-                'lovasz': losses.lovasz_softmax(scores, labels),
-                'dense': losses.huber(dense, colour),
-            }
-        )
+        terms = {
+            'segmentation': F.cross_entropy(logits, labels, weight=self.class_weights),
+            'lovasz': losses.lovasz_softmax(scores, labels),
+        }
+        if target.dense is not None:
+            colour = F.interpolate(target.dense, size, mode='bilinear', align_corners=False)
+            terms['dense'] = losses.huber(dense, colour)
+        return self._weighted(terms)
 
     def _centred_truth(self, target: Target) -> '_CentredTruth':
         roots = target.joints[:, :, self.root_joint : self.root_joint + 1]

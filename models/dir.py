@@ -2,11 +2,13 @@
 
 from torch import Tensor, nn
 
+from manopth import HandPair
 from models.backbone import ResNetBackbone
 from models.hand_head import HandHead
 from models.initial_regressor import InitialRegressor
 from models.layers import conv_head
 from models.predictions import DIROutput
+from models.preprocessing import Preprocessing
 from models.refinement import RefinementStage
 
 
@@ -33,11 +35,16 @@ class NoDenseHeads(nn.Module):
 
 
 class DIR(nn.Module):
-    """Image (B, 3, H, W), RGB, ImageNet-normalised, H = W a multiple of 32 -> DIROutput."""
+    """Image (B, 3, H, W), RGB, ImageNet-normalised, H = W a multiple of 32 -> DIROutput.
+
+    ``preprocess`` makes such images of stored crops; ``hands`` is the pair that the network predicts.
+    """
 
     def __init__(
         self,
         *,
+        hands: HandPair,
+        preprocess: Preprocessing,
         backbone: ResNetBackbone,
         initial_regressor: InitialRegressor,
         hand_head: HandHead,
@@ -46,6 +53,7 @@ class DIR(nn.Module):
         detach: bool = True,
     ):
         super().__init__()
+        self.hands, self.preprocess = hands, preprocess
         self.backbone, self.initial_regressor, self.hand_head = backbone, initial_regressor, hand_head
         self.stages, self.dense_heads, self.detach = nn.ModuleList(stages), dense_heads, detach
 

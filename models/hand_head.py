@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from manopth.mano_layer import TwoHandLayer
+from manopth import TwoHandLayer
 from models.predictions import CAMERA, POSE, ROOT_ROTATION, SHAPE, HandPrediction
 
 

@@ -1,4 +1,4 @@
-"""The configuration's door to the hand models: MANO.SOURCE and MANO.PATH -> both hands."""
+"""Load the pair of hand models that the configuration selects with MANO.SOURCE and MANO.PATH."""
 
 from manopth import HandPair, ManoError, load_hand_pair
 from manopth.standin import standin_pair
@@ -6,9 +6,9 @@ from utils.errors import UserError
 
 
 def load_hands(source: str = 'files', path: str = 'misc/mano') -> HandPair:
-    """Both hand models: ``source`` 'files' reads ``path``/MANO_{LEFT,RIGHT}.pkl, 'standin' generates hands by code.
+    """Load both hand models: 'files' reads MANO_LEFT.pkl and MANO_RIGHT.pkl in ``path``, 'standin' generates them.
 
-    Raises UserError if the files are missing, swapped, damaged or hold foreign code.
+    Raises UserError if the files are missing, swapped or damaged, or contain code.
     """
     if source == 'standin':
         return standin_pair()

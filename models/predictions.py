@@ -42,4 +42,4 @@ class Target(NamedTuple):
     vertices_uv: Tensor  # (B, 2, 778, 2) in [-1, 1] of the crop
     joints_uv: Tensor  # (B, 2, 21, 2)
     segmentation: Tensor  # (B, H, W) int64: 0 background, 1 left, 2 right
-    dense: Tensor  # (B, 3, H, W) in [0, 1], channels as in the files (BGR)
+    dense: Tensor | None  # (B, 3, H, W) in [0, 1], channels as in the files (BGR); None where it is not learned

@@ -71,7 +71,7 @@ class Trainer:
     def step(self, batches: Iterable[tuple[Tensor, Target]], *, count: int, rate: float) -> dict[str, float]:
         """One update from a batch that arrives in ``count`` equal parts -> loss terms of the whole batch.
 
-        batches: (normalised image (B, 3, s, s), target) of each part, made one at a time. rate: learning rate. Raises
+        batches: (image (B, 3, s, s) BGR in [0, 255], target) of each part, one at a time. rate: learning rate. Raises
         NonFiniteLossError, on every process alike, before the weights change.
         """
         for group in self.optimizer.param_groups:
@@ -97,8 +97,9 @@ class Trainer:
         """Add the gradients of a part of a batch -> its loss terms. Processes exchange gradients with the last part."""
         in_sync = last or distributed.rank_and_world()[1] == 1
         with nullcontext() if in_sync else self.parallel.no_sync():
+            normalised = self.model.preprocess.normalise(image)
             with autocast(self.cfg.TRAIN.PRECISION, self.device):
-                output = self.parallel(image)
+                output = self.parallel(normalised)
             terms = self.criterion(output, target)
             (share * reduce(add, terms.values())).backward()
         return {name: value.detach() for name, value in terms.items()}

@@ -33,8 +33,8 @@ from manopth import Hands, TwoHandLayer
 from manopth.rotations import axis_angle_to_matrix
 from models.hands import load_hands
 from utils.config import flatten, load_config
+from utils.drawing import mesh_overlay
 from utils.hand import NUM_JOINTS
-from utils.rasterizer import overlay, two_hand_faces
 
 STAGES = 3
 INTRINSICS = torch.tensor([[560.0, 0.0, 128.0], [0.0, 560.0, 128.0], [0.0, 0.0, 1.0]])
@@ -161,10 +161,10 @@ def make_samples(errors: Samples, count: int, *, seed: int) -> dict[str, np.ndar
     wander = 0.02 * torch.randn(count, 1, 3, generator=generator)
     offset = (roots[:, 1] - roots[:, 0])[:, None] + torch.linspace(1.8, 1.0, STAGES)[:, None] * wander
     placed = truth.vertices + roots[:, :, None]
-    faces = two_hand_faces(models)
+    faces = models.mesh_faces
     backgrounds = np.random.default_rng(seed).integers(30, 170, (count, 2, 2, 3), dtype=np.uint8)
     images = [
-        overlay(
+        mesh_overlay(
             cv2.resize(corners, (256, 256)), hands, INTRINSICS, faces, alpha=1.0, colours_bgr=SKIN_BGR, smooth_edges=1
         )
         for corners, hands in zip(backgrounds, placed)

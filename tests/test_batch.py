@@ -1,19 +1,18 @@
 import math
 
-import cv2
 import numpy as np
 import pytest
 import torch
 from prepared_tree import hand_outlines, make_annotations
 from torch.utils.data import default_collate
 
-from dataset import targets as batching
 from dataset.augmentation import BLUR_LENGTHS, AugmentationRanges, draw_augmentation, parameters
+from dataset.batch import BatchMaker, parts_of
+from dataset.image_augmentation import augmentation_map, line_kernels
 from dataset.prepare.split import FramePreparer
 from dataset.prepared import InterHandDataset
-from dataset.targets import BatchMaker, TargetRenderer, classify_mask, line_kernels, warp
+from dataset.targets import TargetRenderer, classify_mask
 from dataset.vertex_colours import canonical_colours
-from manopth import TwoHandLayer
 from utils.geometry import from_uv, project
 from utils.hand import LEFT, NUM_FACES, RIGHT
 from utils.rasterizer import interpolate
@@ -36,24 +35,24 @@ MOVES = [
 
 @pytest.fixture(scope='module')
 def samples(tiny_prepared):
-    """Eight samples as one batch, not augmented."""
+    """Eight samples as one batch, without augmentation."""
     dataset = InterHandDataset(tiny_prepared, 'train')
     return default_collate([dataset[i] for i in range(8)])
 
 
 @pytest.fixture(scope='module')
 def maker(standin):
-    return BatchMaker(TwoHandLayer(standin))
+    return BatchMaker(standin)
 
 
 def planned(samples, plans):
     """The first len(plans) samples with these augmentations."""
-    count = len(plans)
-    return type(samples)(*(x[:count] for x in samples[:-1]), default_collate([parameters(**plan) for plan in plans]))
+    first = parts_of(samples, len(plans))[0]
+    return first._replace(augmentation=default_collate([parameters(**plan) for plan in plans]))
 
 
 def image_map(*, flip=False, scale=1.0, angle=0.0, shift=(0.0, 0.0)):
-    """The map of the 256 crop as (3, 3), step by step in NumPy."""
+    """The image map of the 256 crop (3, 3), step by step in NumPy."""
     to_centre, back = np.eye(3), np.eye(3)
     to_centre[:2, 2], back[:2, 2] = -128, np.add(128, shift)
     turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
@@ -62,25 +61,25 @@ def image_map(*, flip=False, scale=1.0, angle=0.0, shift=(0.0, 0.0)):
 
 
 def blob(centre, size=256, width=3.0):
-    """A round dot of height 200 at pixel ``centre`` (u, v)."""
+    """A Gaussian dot with peak 200 at pixel ``centre`` (u, v)."""
     v, u = np.mgrid[:size, :size]
     return 200 * np.exp(-((u - centre[0]) ** 2 + (v - centre[1]) ** 2) / (2 * width**2))
 
 
-def moments(picture):
-    """Centroid (u, v) and 2 x 2 second moments of what is bright in (H, W)."""
-    picture = np.asarray(picture, np.float64)
-    v, u = np.mgrid[: picture.shape[0], : picture.shape[1]]
+def moments(brightness):
+    """Centroid (u, v) and 2 x 2 second central moments of the brightness (H, W)."""
+    brightness = np.asarray(brightness, np.float64)
+    v, u = np.mgrid[: brightness.shape[0], : brightness.shape[1]]
     points = np.stack([u, v], -1)
-    centre = (points * picture[..., None]).sum((0, 1)) / picture.sum()
+    centre = (points * brightness[..., None]).sum((0, 1)) / brightness.sum()
     spread = points - centre
-    return centre, np.einsum('hwi,hwj,hw->ij', spread, spread, picture) / picture.sum()
+    return centre, np.einsum('hwi,hwj,hw->ij', spread, spread, brightness) / brightness.sum()
 
 
-# Labels.
+# Targets.
 
 
-def test_labels_are_the_annotations_projected(samples, maker):
+def test_targets_are_the_projected_annotations(samples, maker):
     batch = maker(samples)
     target = batch.target
     np.testing.assert_allclose(from_uv(target.vertices_uv), hand_outlines(make_annotations(8)), atol=2e-3)
@@ -91,7 +90,7 @@ def test_labels_are_the_annotations_projected(samples, maker):
     assert torch.equal(target.joints[:, :, [4, 8, 12, 16, 20]], tips)
 
 
-def test_labels_move_exactly_as_the_image_does(samples, maker):
+def test_targets_move_exactly_as_the_image_does(samples, maker):
     before, after = maker(samples).target, maker(planned(samples, MOVES))
     for i, plan in enumerate(MOVES):
         flipped = plan.get('flip', False)
@@ -108,8 +107,8 @@ def test_labels_move_exactly_as_the_image_does(samples, maker):
             torch.testing.assert_close(new_pixels, project(new, after.intrinsics[i]), atol=1e-3, rtol=0)
 
 
-def test_a_flip_keeps_each_hand_a_hand_of_its_side(samples, maker, standin):
-    """Surfaces stay right side out: the signed volume under the mesh keeps its sign."""
+def test_a_flip_preserves_the_handedness_of_each_slot(samples, maker, standin):
+    """Normals still point outwards: the signed volume of each mesh keeps its sign."""
 
     def signed_volume(vertices, faces):
         a, b, c = vertices[faces].double().unbind(1)
@@ -124,8 +123,8 @@ def test_a_flip_keeps_each_hand_a_hand_of_its_side(samples, maker, standin):
 
 
 @pytest.mark.parametrize('size, joint', [(256, 9), (128, 0)])
-def test_a_dot_painted_on_a_joint_is_where_its_label_says(samples, standin, size, joint):
-    maker = BatchMaker(TwoHandLayer(standin), image_size=size)
+def test_a_dot_painted_on_a_joint_follows_the_joint(samples, standin, size, joint):
+    maker = BatchMaker(standin, image_size=size)
     for hand in (LEFT, RIGHT):
         where = from_uv(maker(samples).target.joints_uv[:, hand, joint]).numpy()
         dots = torch.from_numpy(np.stack([blob(centre) for centre in where])).round().to(torch.uint8)
@@ -139,26 +138,23 @@ def test_a_dot_painted_on_a_joint_is_where_its_label_says(samples, standin, size
         for i, plan in enumerate(MOVES):
             now = 1 - hand if plan.get('flip') else hand
             label = (from_uv(batch.target.joints_uv[i, now, joint]).numpy() + 0.5) * size / 256 - 0.5
-            assert (label > 12 * size / 256).all() and (label < 244 * size / 256).all(), 'the dot leaves the picture'
-            for picture in (batch.picture[i, 0], batch.target.dense[i, 2]):
-                np.testing.assert_allclose(moments(picture)[0], label, atol=0.1)
+            assert (label > 12 * size / 256).all() and (label < 244 * size / 256).all(), 'the dot leaves the image'
+            for channel in (batch.image[i, 0], batch.target.dense[i, 2]):
+                np.testing.assert_allclose(moments(channel)[0], label, atol=0.1)
             assert set(batch.target.segmentation[i].unique().tolist()) == {0, now + 1}
             np.testing.assert_allclose(moments(batch.target.segmentation[i] > 0)[0], label, atol=0.3)
 
 
-# Pictures.
+# Images.
 
 
-def test_identity_leaves_every_pixel_as_the_file_has_it(samples, maker):
+def test_without_augmentation_the_pixels_are_those_of_the_file(samples, maker):
     batch = maker(samples)
-    torch.testing.assert_close(batch.picture, samples.image.permute(0, 3, 1, 2).float(), atol=1e-3, rtol=0)
+    assert torch.equal(batch.image, samples.image.permute(0, 3, 1, 2).float())
     assert torch.equal(batch.target.dense * 255, samples.dense.permute(0, 3, 1, 2).float())
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    rgb = samples.image.flip(-1).permute(0, 3, 1, 2) / 255
-    torch.testing.assert_close(batch.image, (rgb - mean) / std)
 
 
-def test_segmentation_is_one_for_the_left_and_two_for_the_right_hand(samples, maker):
+def test_segmentation_is_1_for_the_left_and_2_for_the_right_hand(samples, maker):
     target = maker(samples).target
     assert target.segmentation.dtype == torch.int64 and target.segmentation[:, 0, 0].eq(0).all()
     pixels = from_uv(target.vertices_uv)
@@ -170,53 +166,35 @@ def test_segmentation_is_one_for_the_left_and_two_for_the_right_hand(samples, ma
             for hand in (LEFT, RIGHT):
                 u, v = pixels[i, hand].mean(0).round().long()
                 assert target.segmentation[i, v, u] == hand + 1
-    assert apart >= 3, 'no sample with its hands apart to look at'
+    assert apart >= 3, 'too few samples have separate hands'
 
 
-def test_a_flip_mirrors_all_pictures_and_swaps_the_mask(samples, maker):
+def test_a_flip_mirrors_all_images_and_swaps_the_mask_channels(samples, maker):
     before, after = maker(planned(samples, [{}] * 4)), maker(planned(samples, [{'flip': True}] * 4))
-    torch.testing.assert_close(after.picture, before.picture.flip(-1), atol=0.02, rtol=0)
+    torch.testing.assert_close(after.image, before.image.flip(-1), atol=0.02, rtol=0)
     torch.testing.assert_close(after.target.dense, before.target.dense.flip(-1), atol=1e-4, rtol=0)
     swapped = torch.tensor([0, 2, 1])[before.target.segmentation.flip(-1)]
     assert (after.target.segmentation != swapped).float().mean() < 1e-4
 
 
-@pytest.mark.parametrize('size', [256, 128, 64])
-@pytest.mark.parametrize('plan', MOVES)
-def test_warp_is_opencvs(plan, size):
-    random = np.random.default_rng(0)
-    picture = cv2.GaussianBlur(random.uniform(0, 255, (256, 256)).astype(np.float32), (0, 0), 6)
-    fewer = np.diag([size / 256, size / 256, 1])
-    fewer[:2, 2] = 0.5 * size / 256 - 0.5
-    expected = cv2.warpAffine(picture, (fewer @ image_map(**plan))[:2], (size, size), flags=cv2.INTER_LINEAR)
-    by = torch.from_numpy(image_map(**plan)).float()[None]
-    warped = warp(torch.from_numpy(picture)[None, None], by, size=size)[0, 0].numpy()
-    # OpenCV rounds positions to 1/32 pixel, which shows at the edge of the picture: there black meets grey.
-    inside = (
-        cv2.erode((expected > 0).astype(np.uint8), np.ones((5, 5)), borderType=cv2.BORDER_CONSTANT, borderValue=0) > 0
-    )
-    assert inside.mean() > 0.5
-    np.testing.assert_allclose(warped[inside], expected[inside], atol=0.5)
-    np.testing.assert_allclose(warped[~inside], expected[~inside], atol=10)
-
-
-def test_half_the_size_is_the_mean_of_four_pixels(samples, standin):
-    batch = BatchMaker(TwoHandLayer(standin), image_size=128)(samples)
+def test_halving_the_size_averages_four_pixels(samples, standin):
+    batch = BatchMaker(standin, image_size=128)(samples)
     means = torch.nn.functional.avg_pool2d(samples.image.permute(0, 3, 1, 2).float(), 2)
-    torch.testing.assert_close(batch.picture, means, atol=1e-3, rtol=0)
-    assert torch.equal(batch.intrinsics, samples.intrinsics)  # labels stay those of the 256 crop
+    torch.testing.assert_close(batch.image, means, atol=1e-3, rtol=0)
+    assert torch.equal(batch.intrinsics, samples.intrinsics)  # they stay those of the 256 crop
 
 
-def test_a_still_sample_keeps_its_pixels_beside_one_that_moves(samples, maker):
+def test_an_unmoved_sample_keeps_its_pixels_in_a_batch_with_a_moved_one(samples, maker):
     batch = maker(planned(samples, [{}, {'angle': 1.0}]))
-    torch.testing.assert_close(batch.picture[0], samples.image[0].permute(2, 0, 1).float(), atol=0.02, rtol=0)
+    torch.testing.assert_close(batch.image[0], samples.image[0].permute(2, 0, 1).float(), atol=0.02, rtol=0)
 
 
-def test_without_dense_pictures(tiny_prepared, maker):
-    dataset = InterHandDataset(tiny_prepared, 'val', with_dense=False)
-    samples = default_collate([dataset[i] for i in range(3)])
+def test_samples_without_dense_maps(tiny_prepared, maker):
+    samples = InterHandDataset(tiny_prepared, 'val', with_dense=False).__getitems__(range(3))
     for plans in ([{}] * 3, [{'angle': 1.0}] * 3):
-        assert maker(planned(samples, plans)).target.dense.shape == (3, 3, 0, 0)
+        assert maker(planned(samples, plans)).target.dense is None
+    with pytest.raises(ValueError, match='no masks'):
+        maker(samples._replace(mask=None))
 
 
 @pytest.mark.parametrize(
@@ -242,17 +220,17 @@ def test_mask_classes(left, right, expected):
 # Blur, colour, noise.
 
 
-def dot_picture(samples, maker, **plan):
-    """What a dot in the middle of a dark picture becomes."""
+def augmented_dot(samples, maker, **plan):
+    """A dot in the middle of a dark image, augmented."""
     dots = torch.from_numpy(blob((127.5, 127.5), width=1.5)).round().to(torch.uint8)[..., None].expand(256, 256, 3)
-    return maker(planned(samples._replace(image=dots[None]), [plan])).picture[0, 1].numpy()
+    return maker(planned(samples._replace(image=dots[None]), [plan])).image[0, 1].numpy()
 
 
 @pytest.mark.parametrize('flip', [False, True])
 @pytest.mark.parametrize('angle', [0.0, 0.4, math.pi / 2, 2.6])
-def test_motion_blur_smears_along_its_angle_on_the_picture_as_seen(samples, maker, flip, angle):
-    sharp = dot_picture(samples, maker, flip=flip)
-    blurred = dot_picture(samples, maker, flip=flip, blur_length=9, blur_angle=angle)
+def test_motion_blur_smears_along_its_angle_in_the_augmented_image(samples, maker, flip, angle):
+    sharp = augmented_dot(samples, maker, flip=flip)
+    blurred = augmented_dot(samples, maker, flip=flip, blur_length=9, blur_angle=angle)
     assert blurred.sum() == pytest.approx(sharp.sum(), rel=1e-3)
     np.testing.assert_allclose(moments(blurred)[0], moments(sharp)[0], atol=0.02)
     spread = moments(blurred)[1] - moments(sharp)[1]
@@ -263,65 +241,63 @@ def test_motion_blur_smears_along_its_angle_on_the_picture_as_seen(samples, make
 
 
 @pytest.mark.parametrize('length', range(BLUR_LENGTHS[0], BLUR_LENGTHS[1] + 1))
-def test_blur_lines_are_normalised_symmetric_and_as_long_as_they_say(length):
+def test_blur_kernels_are_normalised_symmetric_and_of_the_requested_length(length):
     kernels = line_kernels(torch.full((8,), length), torch.linspace(0, math.pi, 8))
     torch.testing.assert_close(kernels.sum((1, 2)), torch.ones(8))
     assert (kernels >= 0).all()
     torch.testing.assert_close(kernels, kernels.flip(1, 2))
-    for picture in kernels:
-        assert np.trace(moments(picture)[1]) == pytest.approx(length**2 / 12, rel=0.3, abs=0.3)
-    torch.testing.assert_close(kernels[0], kernels[-1], atol=1e-5, rtol=0)  # a half turn is the same line
+    for kernel in kernels:
+        assert np.trace(moments(kernel)[1]) == pytest.approx(length**2 / 12, rel=0.3, abs=0.3)
+    torch.testing.assert_close(kernels[0], kernels[-1], atol=1e-5, rtol=0)  # half a turn leaves the line as it is
 
 
-def test_motion_blur_keeps_grey_grey_and_leaves_the_other_samples_and_the_masks_alone(samples, maker):
+def test_motion_blur_preserves_uniform_grey_other_samples_and_masks(samples, maker):
     grey = samples._replace(image=torch.full_like(samples.image, 130))
     batch = maker(planned(grey, [{'blur_length': 7, 'blur_angle': 1.0}] * 2))
-    torch.testing.assert_close(batch.picture, torch.full((2, 3, 256, 256), 130.0))
+    torch.testing.assert_close(batch.image, torch.full((2, 3, 256, 256), 130.0))
     sharp, mixed = (maker(planned(samples, [{'blur_length': n, 'blur_angle': 1.0}, {}])) for n in (0, 9))
-    assert torch.equal(sharp.picture[1], mixed.picture[1]) and not torch.equal(sharp.picture[0], mixed.picture[0])
+    assert torch.equal(sharp.image[1], mixed.image[1]) and not torch.equal(sharp.image[0], mixed.image[0])
     assert torch.equal(sharp.target.segmentation, mixed.target.segmentation)
     assert torch.equal(sharp.target.dense, mixed.target.dense)
 
 
-def test_blurred_samples_keep_their_own_length_and_angle(samples, maker):
+def test_each_sample_is_blurred_with_its_own_length_and_angle(samples, maker):
     plans = [{'blur_length': 3, 'blur_angle': 0.0}, {}, {'blur_length': 9, 'blur_angle': 2.0}]
-    together = maker(planned(samples, plans)).picture
+    together = maker(planned(samples, plans)).image
     for i, plan in enumerate(plans):
-        one = type(samples)(*(x[i : i + 1] for x in samples[:-1]), default_collate([parameters(**plan)]))
-        torch.testing.assert_close(together[i], maker(one).picture[0], atol=1e-4, rtol=0)
+        one = parts_of(samples, 1)[i]._replace(augmentation=default_collate([parameters(**plan)]))
+        torch.testing.assert_close(together[i], maker(one).image[0], atol=1e-4, rtol=0)
 
 
-def test_gain_and_brightness_act_on_the_files_channels(samples, maker):
+def test_gain_and_brightness_act_on_bgr_channels(samples, maker):
     grey = samples._replace(image=torch.full_like(samples.image, 100))
     batch = maker(
         planned(
             grey, [{'gain': (0.5, 1.0, 1.2), 'brightness': 10.0}, {'gain': (3.0, 1.0, 1.0)}, {'brightness': -120.0}]
         )
     )
-    torch.testing.assert_close(batch.picture[:, :, 0, 0], torch.tensor([[60.0, 110, 130], [255, 100, 100], [0, 0, 0]]))
-    blue = batch.image[0, 2, 0, 0].item()  # the network's last channel, the file's first
-    assert blue == pytest.approx((60 / 255 - 0.406) / 0.225)
+    torch.testing.assert_close(batch.image[:, :, 0, 0], torch.tensor([[60.0, 110, 130], [255, 100, 100], [0, 0, 0]]))
 
 
-def test_noise_has_its_strength_and_follows_its_seed(samples, maker):
+def test_noise_has_the_requested_deviation_and_depends_on_its_seed_alone(samples, maker):
     grey = samples._replace(image=torch.full_like(samples.image, 128))
     noisy = [
-        maker(planned(grey, [{'noise': 4.0, 'noise_seed': seed + n} for n in range(2)])).picture for seed in (5, 5, 6)
+        maker(planned(grey, [{'noise': 4.0, 'noise_seed': seed + n} for n in range(2)])).image for seed in (5, 5, 6)
     ]
     assert torch.equal(noisy[0], noisy[1]) and not torch.equal(noisy[0], noisy[2])
-    assert not torch.equal(noisy[0][0], noisy[0][1])  # each sample its own, whatever batch it is in
+    assert not torch.equal(noisy[0][0], noisy[0][1])  # each sample has its own, independent of the batch
     assert torch.equal(noisy[0][1], noisy[2][0])
     assert noisy[0].std().item() == pytest.approx((4**2 + 1 / 12) ** 0.5, rel=0.02)
     assert noisy[0].mean().item() == pytest.approx(128, abs=0.1)
-    torch.testing.assert_close(noisy[0], noisy[0].round(), atol=1e-3, rtol=0)  # 8 bits, as a camera gives them
+    torch.testing.assert_close(noisy[0], noisy[0].round(), atol=1e-3, rtol=0)  # 8 bits, as from a camera
 
 
-def test_pictures_stay_within_8_bits(samples, maker):
-    picture = maker(planned(samples, [{'noise': 60.0, 'gain': (2.0, 2.0, 0.1)}] * 8)).picture
-    assert picture.min() == 0 and picture.max() == 255
+def test_images_stay_within_8_bits(samples, maker):
+    image = maker(planned(samples, [{'noise': 60.0, 'gain': (2.0, 2.0, 0.1)}] * 8)).image
+    assert image.min() == 0 and image.max() == 255
 
 
-# Draws.
+# Random draws.
 
 
 def test_draws_depend_on_the_key_alone():
@@ -334,7 +310,7 @@ def test_draws_depend_on_the_key_alone():
         assert not torch.equal(first.noise_seed, draw_augmentation(WIDE, other).noise_seed)
 
 
-def test_draws_fill_their_ranges():
+def test_draws_cover_their_ranges():
     plan = default_collate([draw_augmentation(WIDE, (0, 0, i)) for i in range(400)])
     for values, low, high in (
         (plan.angle, -math.pi, math.pi),
@@ -353,35 +329,34 @@ def test_draws_fill_their_ranges():
     assert len(plan.noise_seed.unique()) == 400
 
 
-def test_one_range_does_not_disturb_the_other_draws():
-    """Switching one augmentation off leaves the others' random numbers as they were."""
+def test_disabling_one_augmentation_does_not_change_the_draws_of_the_others():
     plan, without = draw_augmentation(WIDE, (0, 0, 1)), draw_augmentation(WIDE._replace(noise=0.0, flip=0.0), (0, 0, 1))
     assert torch.equal(plan.angle, without.angle) and torch.equal(plan.gain, without.gain)
 
 
 @pytest.mark.parametrize('ranges', [None, STILL])
-def test_no_augmentation_is_none_at_all(samples, maker, ranges):
+def test_no_augmentation_and_zero_ranges_are_the_identity(samples, maker, ranges):
     plan = draw_augmentation(ranges, (0, 1, 2))
     assert not plan.flip and plan.blur_length == 0 and plan.scale == 1 and plan.angle == 0 and plan.noise == 0
     assert (plan.shift == 0).all() and (plan.gain == 1).all() and plan.brightness == 0
     batch = maker(samples._replace(augmentation=default_collate([plan] * 8)))
-    assert torch.equal(batch.picture, maker(samples).picture)
+    assert torch.equal(batch.image, maker(samples).image)
 
 
-def test_drawn_augmentations_run_as_they_are_collated(tiny_prepared, maker):
+def test_drawn_augmentations_are_applied_deterministically(tiny_prepared, maker):
     dataset = InterHandDataset(tiny_prepared, 'train', ranges=WIDE, seed=1)
     batches = [maker(default_collate([dataset[i, 3] for i in range(8)])) for _ in range(2)]
     for tensors in zip(*(batch.target for batch in batches)):
         assert torch.equal(*tensors) and tensors[0].isfinite().all()
     assert torch.equal(batches[0].image, batches[1].image) and batches[0].image.dtype == torch.float32
-    # The labels of a drawn plan are moved by that plan's own map.
+    # The image map is that of the drawn numbers.
     plan = dataset[2, 3].augmentation
-    expected = batching.augmentation_map(type(plan)(*(x[None].float() for x in plan)))[0]
+    expected = augmentation_map(type(plan)(*(x[None].float() for x in plan)))[0]
     drawn = {'scale': plan.scale.item(), 'angle': plan.angle.item(), 'shift': plan.shift.tolist()}
     np.testing.assert_allclose(expected, image_map(flip=bool(plan.flip), **drawn), atol=1e-3)
 
 
-# Targets without files.
+# Rendered targets.
 
 
 @pytest.fixture(scope='module')
@@ -389,20 +364,19 @@ def rendered(standin):
     return TargetRenderer(standin, canonical_colours(standin))
 
 
-def true_pictures(samples, maker, renderer):
-    """The samples with masks and dense maps as a preparation without JPEG would have them."""
+def with_lossless_targets(samples, maker, renderer):
+    """The samples with the masks and dense maps of a preparation without JPEG."""
     plain = maker(samples)
-    classes, dense = renderer(
-        plain.target.vertices, plain.intrinsics, torch.eye(3).expand(len(samples.index), 3, 3), size=256
-    )
+    identity = torch.eye(3).expand(len(samples.index), 3, 3)
+    classes, dense = renderer(plain.target.vertices, intrinsics=plain.intrinsics, image_map=identity, size=256)
     mask = torch.stack([classes == 1, classes == 2], -1).byte() * 255
     return samples._replace(mask=mask, dense=(dense * 255).round().byte().permute(0, 2, 3, 1))
 
 
-def test_rendered_targets_are_the_prepared_ones(samples, standin, rendered):
-    """Against the very function that prepares data sets, but for its JPEG."""
+def test_rendered_targets_equal_those_of_the_preparation(samples, standin, rendered):
+    """Compared with the preparation itself, before JPEG."""
     preparer = FramePreparer(standin, canonical_colours(standin))
-    batch = BatchMaker(TwoHandLayer(standin), renderer=rendered)(samples)
+    batch = BatchMaker(standin, renderer=rendered)(samples)
     fragments = preparer.rasterize(batch.target.vertices.flatten(1, 2), preparer.faces, batch.intrinsics, (256, 256))
     dense = interpolate(fragments, preparer.faces, preparer.colours).permute(0, 3, 1, 2)
     assert torch.equal(batch.target.segmentation > 0, fragments.face >= 0)
@@ -412,15 +386,15 @@ def test_rendered_targets_are_the_prepared_ones(samples, standin, rendered):
 
 @pytest.mark.parametrize('size', [256, 128])
 def test_rendered_targets_follow_the_augmentation(samples, standin, maker, rendered, size):
-    """Drawing after the augmentation is warping what was drawn before it, but for the rim that warping blurs."""
-    prepared = true_pictures(samples, maker, rendered)
-    warped = BatchMaker(TwoHandLayer(standin), image_size=size)(planned(prepared, MOVES)).target
-    drawn = BatchMaker(TwoHandLayer(standin), image_size=size, renderer=rendered)(planned(samples, MOVES)).target
+    """Rendering after the augmentation equals warping what was rendered before it, except at the rim, which blurs."""
+    prepared = with_lossless_targets(samples, maker, rendered)
+    warped = BatchMaker(standin, image_size=size)(planned(prepared, MOVES)).target
+    drawn = BatchMaker(standin, image_size=size, renderer=rendered)(planned(samples, MOVES)).target
     for i in range(len(MOVES)):
         a, b = warped.segmentation[i] > 0, drawn.segmentation[i] > 0
         assert (a & b).sum() / (a | b).sum() > (0.93 if size == 256 else 0.9)
-        np.testing.assert_allclose(moments(a)[0], moments(b)[0], atol=0.45)  # the rim is a pixel wider on thin parts
-        if size == 256 and i in (0, 4, 7):  # as is, mirrored, turned over: pixels fall on pixels
+        np.testing.assert_allclose(moments(a)[0], moments(b)[0], atol=0.45)  # on thin parts the rim is a pixel wider
+        if size == 256 and i in (0, 4, 7):  # identity, mirrored, half a turn: pixels map to pixels
             assert torch.equal(warped.segmentation[i], drawn.segmentation[i])
         both = a & b
         assert (warped.segmentation[i] == drawn.segmentation[i])[both].float().mean() > 0.97
@@ -428,12 +402,12 @@ def test_rendered_targets_follow_the_augmentation(samples, standin, maker, rende
         assert (warped.dense[i] - drawn.dense[i]).abs().amax(0)[inside].median() < 0.01
 
 
-def test_samples_without_pictures_of_targets_are_enough_to_render(tiny_prepared, samples, standin, rendered):
+def test_rendering_needs_no_masks_or_dense_maps(tiny_prepared, samples, standin, rendered):
     bare = InterHandDataset(tiny_prepared, 'train', with_mask=False, with_dense=False)
-    few = default_collate([bare[i] for i in range(8)])
-    assert few.mask.numel() == few.dense.numel() == 0
-    maker = BatchMaker(TwoHandLayer(standin), renderer=rendered)
+    few = bare.__getitems__(range(8))
+    assert few.mask is None and few.dense is None
+    maker = BatchMaker(standin, renderer=rendered)
     for a, b in zip(maker(few).target, maker(samples).target):
         assert torch.equal(a, b)
-    no_colour = BatchMaker(TwoHandLayer(standin), renderer=TargetRenderer(standin))(few).target
-    assert no_colour.dense.shape == (8, 3, 0, 0)
+    no_colour = BatchMaker(standin, renderer=TargetRenderer(standin))(few).target
+    assert no_colour.dense is None

@@ -229,7 +229,7 @@ def test_hands_of_another_kind_than_the_datas(report, data, standin, tmp_path):
     write_mano_files(tmp_path / 'mano', standin)
     code, checks, _ = report(*mano, data=data)
     assert (code, checks['hand files'][0], checks['data: hands'][0]) == (2, OK, WRONG)
-    assert 'was made with the hand model standin' in checks['data: hands'][1]
+    assert 'was generated with the hand model standin' in checks['data: hands'][1]
 
 
 # Data

@@ -13,6 +13,7 @@ from utils.geometry import (
     rotation_z,
     similarity_about_centre,
     to_uv,
+    warp,
     world_to_camera,
 )
 
@@ -115,3 +116,39 @@ def test_turning_the_hands_and_the_intrinsics_moves_the_pixels_by_the_image_map(
         turn = turn @ torch.diag(torch.tensor([-1.0, 1, 1], dtype=torch.float64))
     pixels = project(points @ turn.mT, image_map @ intrinsics @ torch.linalg.inv(turn))
     torch.testing.assert_close(pixels, map_pixels(image_map, project(points, intrinsics)), atol=1e-9, rtol=0)
+
+
+MOVE = {'flip': False, 'scale': 1.0, 'angle': 0.0, 'shift': (0.0, 0.0)}
+
+
+@pytest.mark.parametrize('size', [256, 128, 64])
+@pytest.mark.parametrize(
+    'move',
+    [
+        {},
+        {'angle': 0.7},
+        {'scale': 1.1},
+        {'shift': (7.5, -3.25)},
+        {'flip': True},
+        {'angle': -2.5, 'scale': 0.9, 'shift': (-9.0, 4.5)},
+        {'angle': 1.3, 'scale': 1.07, 'shift': (3.0, 8.0), 'flip': True},
+    ],
+)
+def test_warp_matches_opencv(move, size):
+    flip, scale, angle, shift = (move.get(name, default) for name, default in MOVE.items())
+    image_map = similarity_about_centre(*(torch.tensor(value, dtype=torch.float64) for value in (scale, angle, shift)))
+    if flip:
+        image_map = image_map @ mirror_image_matrix().double()
+    random = np.random.default_rng(0)
+    image = cv2.GaussianBlur(random.uniform(0, 255, (256, 256)).astype(np.float32), (0, 0), 6)
+    fewer = np.diag([size / 256, size / 256, 1])
+    fewer[:2, 2] = 0.5 * size / 256 - 0.5
+    expected = cv2.warpAffine(image, (fewer @ image_map.numpy())[:2], (size, size), flags=cv2.INTER_LINEAR)
+    warped = warp(torch.from_numpy(image)[None, None], image_map.float()[None], size=size)[0, 0].numpy()
+    # OpenCV rounds positions to 1/32 pixel, which shows at the edge of the image, where black meets grey.
+    inside = (
+        cv2.erode((expected > 0).astype(np.uint8), np.ones((5, 5)), borderType=cv2.BORDER_CONSTANT, borderValue=0) > 0
+    )
+    assert inside.mean() > 0.5
+    np.testing.assert_allclose(warped[inside], expected[inside], atol=0.5)
+    np.testing.assert_allclose(warped[~inside], expected[~inside], atol=10)

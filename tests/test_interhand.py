@@ -79,7 +79,7 @@ def test_annotations_of_other_tools_are_read_as_they_are(spoilt, protocol):
 
 
 def test_dense_pictures_are_left_on_the_disk_unless_asked_for(tiny_prepared):
-    assert InterHandDataset(tiny_prepared, 'train', with_dense=False)[0].dense.shape == (0, 0, 3)
+    assert InterHandDataset(tiny_prepared, 'train', with_dense=False)[0].dense is None
 
 
 def test_augmentation_is_drawn_only_where_asked_for_and_from_seed_epoch_and_index(tiny_prepared):
@@ -100,7 +100,7 @@ def test_augmentation_is_drawn_only_where_asked_for_and_from_seed_epoch_and_inde
     'path, spoil, message',
     [
         ('train', lambda p: shutil.rmtree(p), r'data/train does not exist: set DATASET\.PATH'),
-        ('train', lambda p: p.rename(p.with_name('train.partial')), r'data/train is only half prepared'),
+        ('train', lambda p: p.rename(p.with_name('train.partial')), r'data/train is only partly prepared'),
         ('train/mask', lambda p: shutil.rmtree(p), r'train/mask is missing'),
         ('train/img/3.jpg', lambda p: p.unlink(), r'train/img has gaps: 1 .* the first is number 3'),
         ('train/img/7.jpg', lambda p: p.unlink(), r'train/img has gaps: 1 .* the first is number 7'),
@@ -186,7 +186,7 @@ def with_pose_of(size):
         (lambda c: np.zeros(3), 'is not a prepared annotation'),
         (lambda c: 'text', 'is not a prepared annotation'),
         (lambda c: c | {'camera': {'R': 'x', 't': 'y', 'camera': 'z'}}, 'is not a prepared annotation'),
-        (lambda c: c | {'code': shutil.rmtree}, r'was refused: it wants to run shutil\.'),
+        (lambda c: c | {'code': shutil.rmtree}, r'was refused: it refers to shutil\.'),
     ],
 )
 def test_bad_annotation(spoilt, change, message):
@@ -199,7 +199,7 @@ def test_bad_annotation(spoilt, change, message):
 def test_truncated_and_missing_annotation(spoilt):
     path, dataset = spoilt / 'train/anno/6.pkl', InterHandDataset(spoilt, 'train')
     path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(UserError, match=r'train/anno/6\.pkl .*cut short or damaged'):
+    with pytest.raises(UserError, match=r'train/anno/6\.pkl .*truncated or damaged'):
         dataset[6]
     path.unlink()
     with pytest.raises(UserError, match=r'train/anno/6\.pkl does not exist'):
@@ -301,7 +301,7 @@ def test_a_resumed_loader_gives_what_the_first_would_have(tiny_prepared):
 
 def test_training_loader_reads_dense_pictures_only_if_they_count(tiny_prepared):
     batches, _ = training_loader(config(tiny_prepared, **{'LOSS.WEIGHT.DENSE': 0.0}))
-    assert next(iter(batches)).dense.shape == (2, 0, 0, 3)
+    assert next(iter(batches)).dense is None
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ def test_evaluation_leaves_nothing_out_and_augments_nothing(tiny_prepared):
     for batch in batches:
         assert not batch.augmentation.flip.any() and (batch.augmentation.angle == 0).all()
         assert (batch.augmentation.gain == 1).all() and (batch.augmentation.noise == 0).all()
-        assert batch.dense.numel() == 0
+        assert batch.dense is None
 
 
 def test_processes_share_an_evaluation_out(tiny_prepared, monkeypatch):

@@ -20,7 +20,6 @@ from evaluation.summary import summarise
 from manopth import TwoHandLayer
 from manopth.alignment import align
 from utils.hand import HAND_SCALE, MANO_TO_JOINTS, TIP_VERTICES
-from utils.rasterizer import two_hand_faces
 
 FIGURES = ('joint_mm', 'vert_mm', 'joint_px', 'vert_px')
 
@@ -321,7 +320,7 @@ def test_a_hand_is_seen_where_nothing_is_before_it(standin):
         ]
     )  # the right hand out of the picture
     intrinsics = torch.tensor([[400.0, 0, 128], [0, 400, 128], [0, 0, 1]]).expand(4, 3, 3)
-    visible = visible_shares(hands.vertices + place[:, :, None], intrinsics, two_hand_faces(standin))
+    visible = visible_shares(hands.vertices + place[:, :, None], intrinsics, torch.from_numpy(standin.mesh_faces))
     assert visible[0].tolist() == [1, 1]
     assert visible[1, 1] == 1 and 0 < visible[1, 0] < 0.6
     assert visible[2, 0] == 1 and 0 < visible[2, 1] < 0.6

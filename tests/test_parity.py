@@ -18,16 +18,17 @@ from torch.utils.data import default_collate
 
 from apps import eval_interhand
 from dataset.augmentation import parameters
+from dataset.batch import BatchMaker
 from dataset.prepared import InterHandDataset
-from dataset.targets import IMAGENET_STD, BatchMaker
 from evaluation.metrics import JointRegressor, Protocol, sample_errors
 from evaluation.summary import summarise
-from manopth import TwoHandLayer
+from manopth import ManoLayer, TwoHandLayer
 from manopth.rotations import axis_angle_to_matrix, symmetric_6d_to_matrix
 from models import build_criterion, losses, published
 from models.bone_projection import bone_weights, draw
 from models.hands import load_hands
 from models.predictions import DIROutput, Target
+from models.preprocessing import IMAGENET_STD, Preprocessing
 from utils.config import load_config
 from utils.errors import UserError
 from utils.hand import BONES, HAND_SCALE, PUBLISHED_LEFT_MIDDLE_TIP, SIDES, TIP_VERTICES
@@ -170,6 +171,22 @@ def test_hand_layer(hand_models, units):
     hands = TwoHandLayer(hand_models, tip_vertices=[left_tips, TIP_VERTICES])(pose[..., :6], pose[..., 6:], betas)
     close(hands.vertices, units.hands('mano/{}/verts'), 5e-7)
     close(hands.joints, units.hands('mano/{}/joints'), 5e-7)
+
+
+@pytest.mark.parametrize('side', SIDES)
+def test_one_hand_layer(units, side):
+    layer = ManoLayer(
+        side=side,
+        mano_root=PARITY,
+        ncomps=45,
+        flat_hand_mean=False,
+        root_rot_mode='rot6d',
+        robust_rot=True,
+        correct_left_shape=True,
+    )
+    vertices, joints = layer(units('mano/pose6d45'), units('mano/beta'))
+    close(vertices / 1000, units(f'mano/{side}/verts'), 5e-7)
+    close(joints / 1000, units(f'mano/{side}/joints'), 5e-7)
 
 
 def test_hand_layer_of_the_data(hand_models, units):
@@ -450,7 +467,7 @@ def test_losses_and_running_statistics_in_training_mode(network, image, objectiv
 def make_batch(hand_models, split: str, indices, **augmentation):
     data = InterHandDataset(PARITY / 'data' / 'interhand2.6m', split)
     samples = [data[index]._replace(augmentation=parameters(**augmentation)) for index in indices]
-    return BatchMaker(TwoHandLayer(hand_models))(default_collate(samples))
+    return BatchMaker(hand_models)(default_collate(samples))
 
 
 def test_items_of_the_test_split(hand_models):
@@ -460,7 +477,7 @@ def test_items_of_the_test_split(hand_models):
     close(batch.target.joints_uv, items.hands('joint_2d_{}')[..., :2], 2e-6)
     close(batch.target.vertices_uv, items.hands('mesh_2d_{}')[..., :2], 2e-6)
     close(batch.intrinsics, items('camera'), 1e-5)
-    close(batch.image[:4], items('img'), GREY_LEVELS / 255 / min(IMAGENET_STD))
+    close(Preprocessing().normalise(batch.image[:4]), items('img'), GREY_LEVELS / 255 / min(IMAGENET_STD))
     close(batch.target.dense[:4], items('dense'), GREY_LEVELS / 255)
     labels = torch.tensor(OUR_CLASSES)[items('seg')[:, 0].long()]
     assert (labels != batch.target.segmentation).float().mean() < 1e-4
@@ -489,7 +506,7 @@ def test_training_items_under_fixed_augmentation(hand_models, case):
                 close(points[sample, hand] * 128, theirs(f'{name}_2d_{side}')[:, :2] * 128, 1e-3)  # pixels
             # x and y come from the published approximate back-projection and differ; depths do not.
             close(batch.target.vertices[sample, hand, :, 2], theirs(f'mesh_3d_{side}')[:, 2], 1e-6)
-        close(batch.image[sample], theirs('img'), GREY_LEVELS / 255 / min(IMAGENET_STD))
+        close(Preprocessing().normalise(batch.image)[sample], theirs('img'), GREY_LEVELS / 255 / min(IMAGENET_STD))
         close(batch.target.dense[sample], theirs('dense'), GREY_LEVELS / 255)
         labels = torch.tensor(OUR_CLASSES)[theirs('seg')[0].long()]
         assert (labels != batch.target.segmentation[sample]).float().mean() < 5e-4

@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_dir import TINY, tiny_model
 
+from dataset.batch import build_batch_maker
 from dataset.loader import evaluation_split
-from dataset.targets import build_batch_maker
 from evaluation.pictures import (
     attention_sheet,
     bone_feature_sheet,

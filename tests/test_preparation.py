@@ -19,7 +19,7 @@ from manopth.rotations import axis_angle_to_matrix
 from models.hands import load_hands
 from utils.errors import UserError
 from utils.geometry import crop_matrix, project
-from utils.rasterizer import interpolate, rasterize, two_hand_faces
+from utils.rasterizer import interpolate, rasterize
 
 STEPS = 4
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,7 +153,7 @@ def test_stored_parameters_project_to_the_crop_of_the_original_fits(prepared, ra
 
 
 def test_masks_and_colours_are_the_visible_surface_and_survive_jpeg(prepared, models):
-    faces, colours = two_hand_faces(models), canonical_colours(models)
+    faces, colours = torch.from_numpy(models.mesh_faces), canonical_colours(models)
     for index in range(2 * STEPS):
         anno = safe_pickle.load(prepared / 'anno' / f'{index}.pkl')
         intrinsics = torch.tensor(anno['camera']['camera'])[None].float()

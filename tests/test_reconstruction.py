@@ -9,9 +9,10 @@ import torch
 from raw_tree import annotation_file, make_raw_tree
 from test_dir import tiny_config, tiny_model
 
+from dataset.batch import build_batch_maker
 from dataset.prepare import split as preparation
 from dataset.prepared import InterHandDataset
-from dataset.targets import BatchMaker, build_batch_maker, camera_hands, classify_mask
+from dataset.targets import camera_hands, classify_mask
 from inference.files import draw_overlay, reduced
 from inference.reconstruct import Reconstructor, assumed_intrinsics, cut_crop, load_reconstructor
 from manopth import TwoHandLayer
@@ -19,15 +20,16 @@ from models.checkpoint import save_checkpoint
 from models.hand_head import HandHead
 from models.placement import nearest_camera
 from models.predictions import CAMERA, NUM_PARAMETERS, POSE, ROOT_ROTATION, SHAPE, DIROutput
+from models.preprocessing import Preprocessing
 from utils.errors import UserError
 from utils.geometry import CROP_SIZE, project, to_uv
 from utils.hand import HAND_SCALE, NUM_FACES
-from utils.rasterizer import rasterize, two_hand_faces
+from utils.rasterizer import rasterize
 
 
 @pytest.fixture(scope='module')
 def reconstruct(standin):
-    return Reconstructor(tiny_model(standin).eval(), image_size=64)
+    return Reconstructor(tiny_model(standin).eval())
 
 
 @pytest.fixture(scope='module')
@@ -49,7 +51,7 @@ class TrueNetwork(torch.nn.Module):
 
     def __init__(self, dataset, standin):
         super().__init__()
-        self.head = HandHead(TwoHandLayer(standin), root_joint=0)
+        self.head, self.preprocess = HandHead(TwoHandLayer(standin), root_joint=0), Preprocessing()
         samples = dataset.__getitems__(list(range(len(dataset))))
         self.hands = camera_hands(self.head.hand_layer, samples)
         joints = self.hands.joints
@@ -92,7 +94,9 @@ def test_with_true_parameters_the_overlay_covers_the_datas_mask(standin, reconst
     stored = torch.from_numpy(np.stack([dataset.mask(i) for i in range(len(dataset))]))
     masks = classify_mask(stored.permute(0, 3, 1, 2))
     in_crop = (hands.to_crop @ hands.intrinsics).float()
-    face = rasterize(hands.vertices.flatten(1, 2), two_hand_faces(standin), in_crop, (CROP_SIZE, CROP_SIZE)).face
+    face = rasterize(
+        hands.vertices.flatten(1, 2), torch.from_numpy(standin.mesh_faces), in_crop, (CROP_SIZE, CROP_SIZE)
+    ).face
     drawn = torch.where(face < 0, 0, 1 + (face >= NUM_FACES).long())
     for label in (1, 2):
         both, either = ((drawn == label) & (masks == label)).sum(), ((drawn == label) | (masks == label)).sum()
@@ -116,7 +120,8 @@ def test_a_prepared_crop_gives_what_the_evaluation_sees(standin, reconstruct, pr
     model = tiny_model(standin).eval()
     samples = dataset.__getitems__([0, 1])
     with torch.no_grad():
-        expected = model(build_batch_maker(tiny_config(), standin)(samples).image).stages[-1]
+        batch = build_batch_maker(tiny_config(), standin)(samples)
+        expected = model(model.preprocess.normalise(batch.image)).stages[-1]
     hands = reconstruct(list(samples.image.numpy()), intrinsics=list(samples.intrinsics.numpy()))
     assert torch.equal(hands.to_crop, torch.eye(3).expand(2, 3, 3))
     relative = hands.vertices - hands.roots[:, :, None]
@@ -213,14 +218,14 @@ def test_a_diverged_network_is_one_sentence(standin):
     model = tiny_model(standin).eval()
     model.stages[-1].parameters_head.bias.data[0] = torch.nan
     with pytest.raises(UserError, match='NaN or infinity'):
-        Reconstructor(model, image_size=64)([np.zeros((64, 64, 3), np.uint8)])
+        Reconstructor(model)([np.zeros((64, 64, 3), np.uint8)])
 
 
 def test_a_checkpoint_becomes_a_reconstructor(standin, tmp_path):
 
     save_checkpoint(tmp_path / 'best.pth', model=tiny_model(standin), cfg=tiny_config(), hand_model=standin.identity)
     reconstruct = load_reconstructor(tmp_path, device='cpu')
-    assert isinstance(reconstruct.batch_maker, BatchMaker) and reconstruct.device.type == 'cpu'
+    assert reconstruct.network.preprocess.image_size == 64 and reconstruct.device.type == 'cpu'
     assert reconstruct([np.zeros((64, 64, 3), np.uint8)]).vertices.shape == (1, 2, 778, 3)
     with pytest.raises(UserError, match='does not exist'):
         load_reconstructor(tmp_path / 'other.pth')

@@ -6,9 +6,9 @@ from test_dir import tiny_model
 from inference.files import LONGEST_SIDE, SCALE_BAR, VIEW_SIDE, VIEWS, draw_overlay, reduced, view
 from inference.reconstruct import Reconstructor
 from manopth import TwoHandLayer
-from utils import rasterizer as render
+from utils.drawing import HAND_COLOURS_BGR
 
-BLUE, ORANGE = render.HAND_COLOURS_BGR
+BLUE, ORANGE = HAND_COLOURS_BGR
 
 
 @pytest.fixture(scope='module')
@@ -42,7 +42,7 @@ def test_views_are_seen_from_the_right_and_from_above_and_the_bar_is_five_centim
 
 
 def test_a_large_picture_is_reduced_and_its_overlay_lies_in_the_same_place(standin):
-    reconstruct = Reconstructor(tiny_model(standin).eval(), image_size=64)
+    reconstruct = Reconstructor(tiny_model(standin).eval())
     covered = []
     for size in (1000, 4000):
         picture = np.full((size, size // 2, 3), 100, np.uint8)

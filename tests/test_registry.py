@@ -5,8 +5,8 @@ import pytest
 import torch
 from test_dir import TINY, tiny_model
 
+from dataset.batch import build_batch_maker
 from dataset.loader import evaluation_loader, evaluation_split
-from dataset.targets import build_batch_maker
 from evaluation.evaluate import evaluate
 from evaluation.metrics import GRID, Protocol
 from evaluation.registry import METRICS, Metric, TableColumn, compared

@@ -1,4 +1,4 @@
-"""The report in a browser without a network: 3D view, charts, sorting, themes, phone and print."""
+"""The report in an offline browser: 3D view, charts, sorting, themes, small screens, print."""
 
 import shutil
 
@@ -17,7 +17,7 @@ SOFTWARE_WEBGL = ['--use-angle=swiftshader', '--enable-unsafe-swiftshader', '--i
 
 @pytest.fixture(scope='module')
 def address(tmp_path_factory):
-    """Of the page of two runs that cannot be compared."""
+    """URL of a report on two incomparable runs."""
     root = tmp_path_factory.mktemp('report')
     write_run(root / 'main', frames=60, samples=3)
     write_run(root / 'middle', frames=60, samples=3, seed=1, name='intaghand')
@@ -35,7 +35,7 @@ def browser():
 
 @pytest.fixture
 def open_page(browser, address):
-    """Opens the page, offline; at the end there must have been no error and nothing but the page itself was loaded."""
+    """Open the page offline; afterwards check that it logged nothing and loaded nothing else."""
     contexts, complaints, requests = [], [], []
 
     def open_(script='', **options):
@@ -57,19 +57,19 @@ def open_page(browser, address):
 
 
 def drawn(page) -> np.ndarray:
-    """The canvas as it looks once it stands still, without its edge and focus ring, (H, W, 3) BGR."""
+    """Screenshot of the settled canvas without its border and focus ring, (H, W, 3) BGR."""
     page.evaluate('() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))')
     content = np.frombuffer(page.locator('#canvas').screenshot(), np.uint8)
     return cv2.imdecode(content, cv2.IMREAD_COLOR)[8:-8, 8:-8].astype(int)
 
 
 def alike(a: np.ndarray, b: np.ndarray) -> bool:
-    """Up to what the place on the screen changes of a picture's edges."""
+    """Whether screenshots agree up to antialiasing."""
     return np.abs(a - b).mean() < 0.5
 
 
-def all_differ(pictures: list[np.ndarray]) -> bool:
-    return not any(alike(a, b) for number, a in enumerate(pictures) for b in pictures[:number])
+def all_differ(images: list[np.ndarray]) -> bool:
+    return not any(alike(a, b) for number, a in enumerate(images) for b in images[:number])
 
 
 @pytest.fixture
@@ -79,9 +79,9 @@ def viewer(open_page):
     return page
 
 
-def test_hands_turn_zoom_and_come_back(viewer):
+def test_view_rotates_zooms_and_resets(viewer):
     first, canvas = drawn(viewer), viewer.locator('#canvas')
-    assert first.std() > 10  # not an empty canvas
+    assert first.std() > 10  # the canvas is not blank
     box = canvas.bounding_box()
     x, y = box['x'] + box['width'] / 2, box['y'] + box['height'] / 2
     viewer.mouse.move(x, y)
@@ -101,7 +101,7 @@ def test_hands_turn_zoom_and_come_back(viewer):
     assert alike(drawn(viewer), first)
 
 
-def test_two_fingers_zoom(open_page):
+def test_pinch_zooms(open_page):
     page = open_page(viewport={'width': 400, 'height': 700}, has_touch=True)
     page.get_by_role('button', name='3D view of worst 1, main [A]', exact=True).tap()
     box, before = page.locator('#canvas').bounding_box(), drawn(page)
@@ -111,36 +111,39 @@ def test_two_fingers_zoom(open_page):
         points = [{'x': x, 'y': box['y'] + 100, 'id': number} for number, x in enumerate(places)]
         session.send('Input.dispatchTouchEvent', {'type': kind, 'touchPoints': points})
     after = drawn(page)
-    covered = [(np.abs(picture - picture[0, 0]).max(-1) > 30).mean() for picture in (before, after)]
-    assert 2 < covered[1] / covered[0] < 4.1  # twice as large, but for what leaves the picture
+    covered = [(np.abs(image - image[0, 0]).max(-1) > 30).mean() for image in (before, after)]
+    assert 2 < covered[1] / covered[0] < 4.1  # twice as large, except for what leaves the canvas
 
 
-def test_stages_truth_and_placement_change_what_is_drawn(viewer):
-    assert viewer.locator('#viewer-state').inner_text() == 'Stage 2, truth on, each hand at its own root.'
+def test_stage_ground_truth_and_placement_change_the_view(viewer):
+    assert viewer.locator('#viewer-state').inner_text() == 'Stage 2, ground truth on, each hand at its own root.'
     seen = [drawn(viewer)]
     for choose in (
         lambda: viewer.locator('#canvas').press('0'),
         lambda: viewer.get_by_label('1', exact=True).check(),
         lambda: viewer.get_by_label('off', exact=True).check(),
-        lambda: viewer.get_by_label('right hand placed by the offset').check(),
+        lambda: viewer.get_by_label('right hand at the predicted offset').check(),
         lambda: viewer.get_by_label('only', exact=True).check(),
         lambda: viewer.get_by_role('button', name='Next sample').click(),
     ):
         choose()
         seen.append(drawn(viewer))
     assert all_differ(seen)
-    assert viewer.locator('#viewer-state').inner_text() == 'Stage 1, truth only, right hand placed by the offset.'
+    assert (
+        viewer.locator('#viewer-state').inner_text()
+        == 'Stage 1, ground truth only, right hand at the predicted offset.'
+    )
     assert viewer.locator('#viewer-title').inner_text() == 'main [A], median 1'
     viewer.keyboard.press('Escape')
     assert not viewer.locator('dialog').is_visible()
 
 
-def test_prediction_has_the_hands_colours_and_the_truth_alone_is_grey(viewer):
+def test_prediction_is_coloured_and_ground_truth_is_grey(viewer):
     def tints(kind):
-        """Numbers of pixels that lean to blue, to orange and to neither, but for the ground."""
+        """Number of bluish, orange and grey pixels, excluding the background."""
         viewer.get_by_label(kind, exact=True).check()
-        picture = drawn(viewer)
-        lean, hand = picture[..., 0] - picture[..., 2], picture.max(-1) < 240
+        image = drawn(viewer)
+        lean, hand = image[..., 0] - image[..., 2], image.max(-1) < 240
         return (lean > 25).sum(), (lean < -25).sum(), (hand & (abs(lean) <= 25)).sum()
 
     blue, orange, grey = tints('off')
@@ -149,7 +152,7 @@ def test_prediction_has_the_hands_colours_and_the_truth_alone_is_grey(viewer):
     assert grey > 1000 and blue == orange == 0
 
 
-def test_focus_is_seen_and_the_keyboard_reaches_everything(open_page):
+def test_focus_is_visible_and_the_keyboard_reaches_every_control(open_page):
     page = open_page()
     button = page.get_by_role('button', name='3D view of worst 1, main [A]', exact=True)
     button.focus()
@@ -165,13 +168,13 @@ def test_focus_is_seen_and_the_keyboard_reaches_everything(open_page):
     assert button.evaluate('(e) => document.activeElement === e')
 
 
-def test_without_webgl_a_sentence_stands_and_pictures_remain(open_page):
+def test_without_webgl_a_notice_and_the_images_are_shown(open_page):
     page = open_page(script='HTMLCanvasElement.prototype.getContext = () => null')
     assert page.locator('#no-viewer').is_visible() and page.locator('.pictures img').first.is_visible()
     assert page.locator('.open-viewer:visible').count() == 0
 
 
-def test_charts_tell_their_values_to_pointer_and_keyboard(open_page):
+def test_chart_values_are_available_to_pointer_and_keyboard(open_page):
     page = open_page()
     plot = page.locator('.plot', has=page.get_by_role('img', name='PCK, left hand')).first
     plot.scroll_into_view_if_needed()
@@ -187,7 +190,7 @@ def test_charts_tell_their_values_to_pointer_and_keyboard(open_page):
     assert reader.get_attribute('aria-valuetext').startswith('threshold 1, main [A]: ')
 
 
-def test_table_sorts_by_pointer_and_keyboard(open_page):
+def test_tables_sort_by_pointer_and_keyboard(open_page):
     page = open_page()
     table = page.locator('.sortable').first
 
@@ -205,12 +208,12 @@ def test_table_sorts_by_pointer_and_keyboard(open_page):
     assert files == sorted(files)
 
 
-def test_nothing_is_wider_than_the_screen(open_page):
+def test_page_fits_the_screen_width(open_page):
     page = open_page()
     for width in (1400, 400, 360):
         page.set_viewport_size({'width': width, 'height': 800})
         assert page.evaluate('document.documentElement.scrollWidth') == width
-        # What is wider scrolls inside its own box.
+        # Wider content scrolls inside its own box.
         assert (
             page.evaluate("""[...document.querySelectorAll('main *')].filter((e) => !e.closest('.scroll')
           && e.getBoundingClientRect().right > innerWidth + 0.5).length""")
@@ -220,7 +223,7 @@ def test_nothing_is_wider_than_the_screen(open_page):
     assert page.evaluate('document.querySelector("dialog").scrollWidth <= document.querySelector("dialog").clientWidth')
 
 
-def test_light_dark_and_the_button_between_them(open_page):
+def test_theme_follows_the_system_and_the_button(open_page):
     def ground(page):
         return page.evaluate('getComputedStyle(document.body).backgroundColor')
 
@@ -232,10 +235,10 @@ def test_light_dark_and_the_button_between_them(open_page):
     assert (ground(light), ground(dark)) == (as_dark, as_light)
 
 
-def test_print_has_no_controls_and_keeps_charts_and_pictures(open_page):
+def test_print_omits_controls_and_keeps_charts_and_images(open_page):
     page = open_page(color_scheme='dark', viewport={'width': 794, 'height': 1123})
     page.emulate_media(media='print', color_scheme='dark')
-    assert page.locator('button:visible').count() == page.locator('th button').count()  # heads of tables are words
+    assert page.locator('button:visible').count() == page.locator('th button').count()  # column headers stay as text
     assert page.locator('nav:visible, dialog:visible, .reader:visible, #theme:visible').count() == 0
     assert page.locator('.chart svg:visible').count() == page.locator('.chart svg').count() > 20
     assert page.locator('.pictures img:visible').count() == 3 * 6

@@ -47,7 +47,7 @@ def test_filters_add_up_and_first_comes_last(dataset, ids):
 
 
 def test_filters_that_leave_nothing_are_refused(dataset, ids):
-    with pytest.raises(UserError, match=r'No sample of .*test passes: image ids of .*ids.txt \(2 listed\)'):
+    with pytest.raises(UserError, match=r'test passes the filters \(image ids of .*ids.txt \(2 listed\)'):
         choose(dataset, image_ids=ids('1 2'))
     with pytest.raises(UserError, match='no capture 9; it has 0'):
         choose(dataset, captures=['9'])
@@ -125,7 +125,7 @@ def test_annotations_of_another_data_set_are_refused(prepared, tmp_path):
     make_raw_tree(tmp_path, steps=1)
     joints = AnnotatedJoints(dataset, tmp_path)
     other = next(i for i in range(len(dataset)) if dataset.entries(i)['image']['frame_idx'] != 100)
-    with pytest.raises(UserError, match=r'joint_3d.json has no capture 0, frame .*wanted for .*jpg'):
+    with pytest.raises(UserError, match=r'joint_3d.json has no capture 0, frame .*needed for .*jpg'):
         joints(torch.tensor([other]))
     with pytest.raises(UserError, match='nowhere does not exist'):
         AnnotatedJoints(dataset, tmp_path / 'nowhere')
@@ -133,5 +133,5 @@ def test_annotations_of_another_data_set_are_refused(prepared, tmp_path):
 
 def test_samples_that_do_not_say_where_they_come_from_are_refused(dataset, tmp_path):
     make_raw_tree(tmp_path, steps=1, split='test')
-    with pytest.raises(UserError, match='does not say its camera'):
+    with pytest.raises(UserError, match='lacks its camera'):
         AnnotatedJoints(dataset, tmp_path)(torch.tensor([0]))

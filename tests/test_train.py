@@ -349,7 +349,7 @@ def test_moving_average_is_the_best_and_resumes_exactly(tiny_prepared, tmp_path,
         torch.testing.assert_close(best['model'][name], average, atol=1e-6, rtol=1e-5)
 
     model, cfg, _ = load_model(tmp_path / 'whole', [])  # pictures show the average, too
-    batch_maker = train.build_batch_maker(cfg, model.hand_head.hand_layer.models)
+    batch_maker = train.build_batch_maker(cfg, model.hands)
     draw_samples(model, evaluation_split(cfg, 'val'), [0], batch_maker, path=tmp_path / 'again.jpg')
     drawn = (tmp_path / 'whole' / 'pictures' / 'epoch_002.jpg').read_bytes()
     assert drawn == (tmp_path / 'again.jpg').read_bytes()

@@ -1,21 +1,24 @@
-"""Cameras, crops and the exact geometry of image augmentation. Camera axes: x right, y down, z forward, metres.
+"""Cameras, crops and exact geometry of image augmentation. Camera axes: x right, y down, z forward, in metres.
 
-Pixel centres lie at integers (OpenCV's sense); a 3 x 3 affine map A acts on homogeneous pixel coordinates.
+Pixel centres lie at integers, as in OpenCV; a 3 x 3 affine map A acts on homogeneous pixel coordinates.
 """
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from utils.hand import LENGTH_BONE
 
-CROP_SIZE = 256  # side in pixels of a prepared crop; the unit of every pixel figure
-HANDS_IN_CROP = 0.8  # share of the crop's side that the larger extent of the two hands takes
+CROP_SIZE = 256  # pixels, side of a prepared crop; every pixel coordinate refers to it
+HANDS_IN_CROP = 0.8  # larger extent of the two hands, as a share of the side of the crop
 
 
 def crop_matrix(points: np.ndarray, share: float = HANDS_IN_CROP) -> np.ndarray:
-    """Pixels (N, 2) of what is to be seen -> A (3, 3), picture to crop: a square about the middle of the points' box,
-    whose longer side takes ``share`` of the square's."""
+    """Affine map A (3, 3) from image to crop that centres the bounding box of the pixels (N, 2).
+
+    The longer side of the box is ``share`` of the side of the crop.
+    """
     low, high = points.min(0), points.max(0)
     corner_x, corner_y = (low + high) / 2 - (half := (high - low).max() / 2 / share)
     scale = CROP_SIZE / (2 * half)
@@ -39,20 +42,20 @@ def from_uv(uv: Tensor, size: int = CROP_SIZE) -> Tensor:
 
 
 def world_to_camera(points: Tensor, rotation: Tensor, translation: Tensor) -> Tensor:
-    """(B, ..., 3) world -> camera axes: R x + t with R (B, 3, 3), t (B, 3), all in one unit."""
+    """Transform points (B, ..., 3) to camera axes: R x + t with R (B, 3, 3), t (B, 3), all in the same unit."""
     extra = (1,) * (points.ndim - 2)
     turned = (rotation.view(len(rotation), *extra, 3, 3) @ points[..., None]).squeeze(-1)
     return turned + translation.view(len(translation), *extra, 3)
 
 
 def rotation_z(angle: Tensor) -> Tensor:
-    """(...,) rad -> (..., 3, 3): turns x (right) towards y (down), clockwise on screen."""
+    """Rotation about z by an angle (...,) rad -> (..., 3, 3). Positive rotates x (right) to y (down), clockwise."""
     cos, sin, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
     return torch.stack([cos, -sin, zero, sin, cos, zero, zero, zero, one], -1).unflatten(-1, (3, 3))
 
 
 def similarity_about_centre(scale: Tensor, angle: Tensor, shift: Tensor, size: int = CROP_SIZE) -> Tensor:
-    """The image map u' = s R(angle) (u - c) + c + shift about c = size / 2.
+    """The image map u' = scale R(angle) (u - c) + c + shift, about c = size / 2.
 
     scale (...,), angle (...,) rad, shift (..., 2) pixels -> A (..., 3, 3).
     """
@@ -66,14 +69,29 @@ def similarity_about_centre(scale: Tensor, angle: Tensor, shift: Tensor, size: i
 
 
 def mirror_image_matrix(size: int = CROP_SIZE) -> Tensor:
-    """The image map of a left-right flip between pixel centres, u -> size - 1 - u, as A (3, 3)."""
+    """The image map of a horizontal flip, u -> size - 1 - u, as A (3, 3)."""
     return torch.tensor([[-1.0, 0.0, size - 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
 
 
-def bone_ends(joints: Tensor) -> Tensor:
-    """(..., 21, C) -> (..., 20, 2, C): parent and child of every bone, in the order of BONES.
+def warp(images: Tensor, image_map: Tensor, *, size: int = CROP_SIZE) -> Tensor:
+    """Warp crops by an affine map, bilinear, black outside: (B, C, 256, 256), A (B, 3, 3) -> (B, C, size, size).
 
-    By slices: an index would have to be copied to the device, which waits for it.
+    A maps pixels of the 256 crop to pixels of the 256 crop; a smaller ``size`` shows the same crop in fewer pixels.
+    """
+    cell = CROP_SIZE / size
+    steps = (torch.arange(size, device=images.device, dtype=images.dtype) + 0.5) * cell - 0.5
+    # The source of an output pixel, in grid_sample's units, is the sum of a term of its column and one of its row.
+    by_right, by_down, constant = torch.linalg.inv(image_map)[:, None, :2].mul(2 / CROP_SIZE).unbind(-1)
+    columns = by_right * steps[:, None]
+    rows = by_down * steps[:, None] + (constant + 1 / CROP_SIZE - 1)
+    grid = columns[:, None] + rows[:, :, None]  # (B, size, size, 2)
+    return F.grid_sample(images, grid, mode='bilinear', padding_mode='zeros', align_corners=False)
+
+
+def bone_ends(joints: Tensor) -> Tensor:
+    """Joints (..., 21, C) -> parent and child of every bone (..., 20, 2, C), in the order of BONES.
+
+    Slicing avoids an index tensor, whose copy to the device would synchronise.
     """
     fingers = joints[..., 1:, :].unflatten(-2, (5, 4))
     wrist = joints[..., None, :1, :].expand(*fingers.shape[:-2], 1, -1)
@@ -82,6 +100,6 @@ def bone_ends(joints: Tensor) -> Tensor:
 
 
 def bone_length(joints: Tensor) -> Tensor:
-    """(..., 21, 3) -> (..., 1, 1): length of the bone that scale alignment measures, wrist to middle MCP."""
+    """Joints (..., 21, 3) -> length (..., 1, 1) of the bone for scale alignment, wrist to middle MCP."""
     start, end = LENGTH_BONE
     return torch.linalg.vector_norm(joints[..., end, :] - joints[..., start, :], dim=-1)[..., None, None]

@@ -1,52 +1,46 @@
-"""A batched z-buffer in plain torch, CPU or CUDA, and the pictures made with it. No compiled extension.
+"""A batched mesh rasterizer (z-buffer) with Lambert shading in plain torch, CPU or CUDA, without compiled extension.
 
 Camera axes x right, y down, z forward, metres. Pixel (row i, column j) is sampled at the projected point
-(j + 0.5, i + 0.5), as the renderer of the field's own preparation does. Surfaces have no back: nothing is culled.
+(j + 0.5, i + 0.5), as the renderer of the field's preparation does. No face is culled.
 """
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manopth import HandPair
 from utils.errors import UserError
-from utils.geometry import project
-from utils.hand import NUM_VERTICES
 
 SUBPIXELS = 4096  # corners are snapped to this fraction of a pixel, see ``rasterize``
 PIXELS_AT_ONCE = 1 << 20  # (face, pixel) pairs held in memory together, about 100 MB
-HAND_COLOURS_BGR = ((214, 150, 80), (86, 133, 235))  # left blue, right orange
 AMBIENT = 0.35  # share of the light that does not depend on the surface's direction
 
 
 class Fragments(NamedTuple):
-    """What each pixel sees."""
+    """The visible surface at each pixel."""
 
-    face: Tensor  # (B, H, W) int64 row of ``faces``, -1 where nothing is seen
+    face: Tensor  # (B, H, W) int64 row of ``faces``, -1 in the background
     barycentric: Tensor  # (B, H, W, 3) weights of the face's corners, perspective-correct, 0 in the background
     depth: Tensor  # (B, H, W) m, 0 in the background
 
 
 @torch.no_grad()
 def rasterize(vertices: Tensor, faces: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> Fragments:
-    """The nearest face at every pixel.
+    """Find the nearest face at every pixel.
 
     vertices (B, V, 3) m in camera axes, faces (F, 3), intrinsics (B, 3, 3), size (height, width). Faces with a corner
     at or behind the camera, or not finite, are dropped. At equal depth the lower face number wins: deterministic.
 
-    Corners are snapped to a fine grid. Edge functions of such numbers, and their roots along a line of pixels, are
-    exact in float64 (for corners up to 16,000 pixels away), so the two faces of a shared edge agree on its pixels and
-    no hole can open between them.
+    Corners are snapped to a fine grid. On it, edge functions and their roots along a row of pixels are exact in float64
+    (for corners up to 16,000 pixels away), so two faces that share an edge agree on its pixels and leave no hole.
     """
     (height, width), batch, device = size, len(vertices), vertices.device
     homogeneous = vertices.double() @ intrinsics.double().transpose(1, 2)
     usable = (vertices[..., 2] > 0) & (homogeneous[..., 2] > 0) & homogeneous.isfinite().all(-1)
-    homogeneous = torch.where(usable[..., None], homogeneous, 1.0)  # any harmless place: the face is dropped below
+    homogeneous = torch.where(usable[..., None], homogeneous, 1.0)  # any valid place: the face is dropped below
     pixels = ((homogeneous[..., :2] / homogeneous[..., 2:] - 0.5) * SUBPIXELS).round() / SUBPIXELS
-    # Samples now lie at integers. Every quantity is (3 corners, B F): faces last, which is what vectorises.
+    # Samples now lie at integers. Every quantity is (3 corners, B F): the long axis last, so that it vectorises.
     x, y, depth, divisor, usable = (
         _at_corners(values, faces)
         for values in (pixels[..., 0], pixels[..., 1], vertices[..., 2].double(), homogeneous[..., 2], usable)
@@ -59,12 +53,12 @@ def rasterize(vertices: Tensor, faces: Tensor, intrinsics: Tensor, size: tuple[i
         _take(values, kept) for values in (x, y, depth, divisor, left, right, top, bottom)
     )
     edges = _edge_functions(x - left, y - top)
-    # On the screen depth is the ratio of two affine functions, mixed from those of the edges.
+    # On the screen, depth is the ratio of two affine functions, combined from those of the edges.
     ratio = torch.stack([(edges * (depth / divisor)).sum(1), (edges / divisor).sum(1)], 1)  # (3 coefficients, 2, N)
     image = torch.div(kept, len(faces), rounding_mode='floor')
     first_pixel = (image * height + top.long()) * width + left.long()
 
-    # Faces -> lines of pixels, and on each line the span in which all three edge functions are >= 0.
+    # Faces -> rows of pixels, and in each row the span in which all three edge functions are >= 0.
     face, down = _expand((bottom - top + 1).long())
     line = _take(first_pixel, face) + down * width
     slope, step, value = _take(edges, face)
@@ -81,14 +75,14 @@ def rasterize(vertices: Tensor, faces: Tensor, intrinsics: Tensor, size: tuple[i
     spans_depth = torch.cat([slope, value + step * down + slope * begin])  # (4, spans): two slopes, two values
     line = line + begin.long()
 
-    # Spans -> pixels; the nearest face of each is the least key.
+    # Spans -> pixels; the smallest key at a pixel belongs to its nearest face.
     nearest = torch.full((batch * height * width,), _NOTHING, device=device)
     for part in _parts_of_bounded_sum(length, PIXELS_AT_ONCE):
         span, across = _expand(length[part])
         span = span + part.start
         slope, slope_below, value, value_below = _take(spans_depth, span)
         z = ((value + slope * across) / (value_below + slope_below * across)).float()
-        # The bits of a positive float32 sort like the number.
+        # The bits of positive float32 numbers sort as the numbers do.
         key = z.view(torch.int32).long() << 32 | _take(face, span)
         nearest.scatter_reduce_(0, _take(line, span) + across, key, 'amin')
 
@@ -115,23 +109,23 @@ _NOTHING = torch.iinfo(torch.int64).max
 
 
 def _at_corners(values: Tensor, faces: Tensor) -> Tensor:
-    """Values of the vertices (B, V) -> of the faces' corners (3, B F)."""
+    """Gather values of the vertices (B, V) at the corners of the faces (3, B F)."""
     return _take(values, faces.T.flatten()).unflatten(1, (3, -1)).transpose(0, 1).flatten(1)
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
-    """``values[..., index]``; gather is four times as fast on a CPU."""
+    """``values[..., index]`` by gather, which is four times as fast on a CPU."""
     return values.gather(-1, index.expand(*values.shape[:-1], -1))
 
 
 def _expand(count: Tensor) -> tuple[Tensor, Tensor]:
-    """count (N,) -> owner (sum,), which n each item belongs to, and its number 0, 1, ... among that owner's items."""
+    """count (N,) -> owner (sum,) of each item, and the number 0, 1, ... of the item among those of its owner."""
     owner = torch.repeat_interleave(count)
     return owner, torch.arange(len(owner), device=count.device) - _take(count.cumsum(0) - count, owner)
 
 
 def _parts_of_bounded_sum(count: Tensor, limit: int) -> list[slice]:
-    """Consecutive parts of ``count`` whose sums stay near ``limit``: memory stays bounded when faces are large."""
+    """Split ``count`` into consecutive parts with sums near ``limit``, which bounds memory when faces are large."""
     if not len(count):
         return []
     total = count.cumsum(0)
@@ -141,10 +135,10 @@ def _parts_of_bounded_sum(count: Tensor, limit: int) -> list[slice]:
 
 
 def _edge_functions(x: Tensor, y: Tensor) -> Tensor:
-    """Corners (3, N) -> (3 coefficients, 3 edges, N): a x + b y + c is >= 0 inside, whichever way the face turns.
+    """Corners (3, N) -> (3 coefficients, 3 edges, N): a x + b y + c is >= 0 inside, for either winding of the face.
 
-    Divided by their sum the three values are the barycentric weights on the screen; edge i lies opposite of corner i.
-    A face without area gets -1 everywhere: nothing is inside.
+    Divided by their sum, the three values are the screen-space barycentric weights; edge i is opposite corner i. A face
+    without area has -1 everywhere: nothing is inside.
     """
     (x1, y1), (x2, y2) = (x.roll(-1, 0), y.roll(-1, 0)), (x.roll(1, 0), y.roll(1, 0))
     edges = torch.stack([y1 - y2, x2 - x1, x1 * y2 - x2 * y1])
@@ -154,7 +148,7 @@ def _edge_functions(x: Tensor, y: Tensor) -> Tensor:
 
 
 def interpolate(fragments: Fragments, faces: Tensor, attributes: Tensor) -> Tensor:
-    """Attributes of the vertices, (B, V, C) or (V, C), at every pixel -> (B, H, W, C), 0 in the background.
+    """Interpolate vertex attributes (B, V, C) or (V, C) at every pixel -> (B, H, W, C), 0 in the background.
 
     Differentiable in ``attributes``.
     """
@@ -166,22 +160,13 @@ def interpolate(fragments: Fragments, faces: Tensor, attributes: Tensor) -> Tens
         corners = corners + torch.div(seen, height * width, rounding_mode='floor')[:, None] * attributes.shape[1]
     table = attributes.flatten(0, -2)
     weights = fragments.barycentric.flatten(0, 2).index_select(0, seen).to(table.dtype)
-    values = sum(weights[:, k : k + 1] * table.index_select(0, corners[:, k]) for k in range(3))
+    a, b, c = (weights[:, k : k + 1] * table.index_select(0, corners[:, k]) for k in range(3))
+    values = a + b + c
     return table.new_zeros(len(face), table.shape[1]).index_copy(0, seen, values).unflatten(0, (batch, height, width))
 
 
-def two_hand_faces(models: HandPair) -> Tensor:
-    """Faces (3076, 3) of both hands as one mesh: the left hand's, then the right's, for ``vertices.flatten(1, 2)``."""
-    return as_one_mesh(*(torch.tensor(model.faces) for model in models))
-
-
-def as_one_mesh(left_faces: Tensor, right_faces: Tensor) -> Tensor:
-    """Faces (F, 3) of each hand -> (2 F, 3) for ``vertices.flatten(1, 2)``."""
-    return torch.cat([left_faces, right_faces + NUM_VERTICES])
-
-
 def smooth_normals(vertices: Tensor, faces: Tensor) -> Tensor:
-    """Unit normals (B, V, 3) of the vertices: the mean of the adjacent faces' normals, weighted by area."""
+    """Unit vertex normals (B, V, 3): the area-weighted mean of the normals of adjacent faces."""
     a, b, c = vertices[:, faces].unbind(2)
     normals = torch.linalg.cross(b - a, c - a)
     total = torch.zeros_like(vertices)
@@ -191,76 +176,29 @@ def smooth_normals(vertices: Tensor, faces: Tensor) -> Tensor:
 
 
 def shade(fragments: Fragments, vertices: Tensor, faces: Tensor, colours: Tensor) -> Tensor:
-    """Lambert shading with a light at the camera, at the vertices and interpolated (Gouraud) -> (B, H, W, C).
+    """Gouraud shading with a Lambert light at the camera -> (B, H, W, C).
 
     vertices (B, V, 3) m in camera axes, colours (V, C) or (B, V, C) in [0, 1].
     """
-    # The inside of an open wrist faces away: it is lit as well.
+    # Both sides are lit: the inside of the open wrist is visible, too.
     cosine = F.cosine_similarity(smooth_normals(vertices, faces), -vertices, dim=-1)[..., None].abs()
     return interpolate(fragments, faces, colours * (AMBIENT + (1 - AMBIENT) * cosine))
 
 
-def overlay(
-    image: np.ndarray,
-    vertices: Tensor,
-    intrinsics: Tensor,
-    faces: Tensor,
-    *,
-    alpha: float = 0.8,
-    colours_bgr=HAND_COLOURS_BGR,
-    smooth_edges: int = 2,
-) -> np.ndarray:
-    """Draw both meshes over a picture, each hand in its colour.
-
-    image (H, W, 3) uint8 BGR, vertices (2, 778, 3) m in camera axes, intrinsics (3, 3) of this picture, faces (F, 3) of
-    both hands as one mesh (``two_hand_faces``). ``alpha`` is the meshes' opacity; ``smooth_edges`` the number of
-    samples across a pixel. Returns a new picture.
-    """
-    mesh, faces = vertices.detach().float().reshape(1, -1, 3), faces.to(vertices.device)
-    whole, (left, top, right, bottom) = image.copy(), _window(mesh[0], intrinsics, image.shape[:2])
-    if right <= left or bottom <= top:
-        return whole
-    image, (height, width) = whole[top:bottom, left:right], (bottom - top, right - left)
-    moved = intrinsics.new_tensor([[1, 0, -left], [0, 1, -top], [0, 0, 1]])
-    finer = torch.diag(intrinsics.new_tensor([smooth_edges, smooth_edges, 1.0])) @ moved @ intrinsics
-    fragments = rasterize(mesh, faces, finer[None], (height * smooth_edges, width * smooth_edges))
-    colours = torch.tensor(colours_bgr, device=mesh.device, dtype=mesh.dtype).repeat_interleave(NUM_VERTICES, 0)
-    covered = (fragments.face >= 0)[..., None].to(mesh)
-    layers = torch.cat([shade(fragments, mesh, faces, colours), covered], -1).permute(0, 3, 1, 2)
-    layers = F.avg_pool2d(layers, smooth_edges)[0].permute(1, 2, 0).cpu().numpy()
-    drawn, coverage = layers[..., :3], layers[..., 3:]  # colours are already multiplied by the coverage
-    image[...] = (image * (1 - alpha * coverage) + alpha * drawn).round().clip(0, 255)
-    return whole
-
-
-def _window(vertices: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of the part of a (height, width) picture in which (V, 3) m can be seen.
-
-    Hands are small in most pictures, and work and memory go with the part that is drawn.
-    """
-    height, width = size
-    if bool((vertices[:, 2] <= 0).any()):
-        return 0, 0, width, height
-    pixels = project(vertices, intrinsics.to(vertices))
-    low, high = pixels.amin(0).floor().clamp(-1, 1e6).long() - 1, pixels.amax(0).ceil().clamp(-1, 1e6).long() + 1
-    left, top, right, bottom = *low.clamp_min(0).tolist(), *high.tolist()
-    return left, top, min(right, width), min(bottom, height)
-
-
 def rasterize_pytorch3d(vertices: Tensor, faces: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> Fragments:
-    """``rasterize`` by way of pytorch3d, for comparison. Raises UserError where pytorch3d is not installed."""
+    """``rasterize`` with PyTorch3D, for comparison. Raises UserError if PyTorch3D is not installed."""
     try:
         from pytorch3d.renderer.mesh.rasterize_meshes import rasterize_meshes
         from pytorch3d.structures import Meshes
     except ImportError:
         raise UserError(
-            'the renderer pytorch3d is not installed: build it as https://github.com/facebookresearch/'
-            'pytorch3d/blob/main/INSTALL.md says, or leave it at torch, which needs nothing.'
+            'The renderer pytorch3d is not installed: build it as described in https://github.com/facebookresearch/'
+            'pytorch3d/blob/main/INSTALL.md, or use the renderer torch, which needs no extra package.'
         ) from None
     height, width = size
     homogeneous = vertices @ intrinsics.transpose(1, 2)
     pixels = homogeneous[..., :2] / homogeneous[..., 2:]
-    # Its screen has x to the left and y up; the shorter side spans [-1, 1].
+    # In screen space x points left and y up; the shorter side spans [-1, 1].
     screen = (pixels.new_tensor([width, height]) - 2 * pixels) / min(size)
     mesh = Meshes(torch.cat([screen, vertices[..., 2:]], -1), faces.expand(len(vertices), -1, -1))
     face, depth, barycentric, _ = rasterize_meshes(

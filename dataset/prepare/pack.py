@@ -36,7 +36,6 @@ from dataset.hand_model_record import HAND_MODEL_RECORD
 from dataset.packed import (
     FORMAT,
     HEAD,
-    LABEL_FIELDS,
     LABELS,
     MANIFEST,
     PARTS,
@@ -47,7 +46,7 @@ from dataset.packed import (
     verify_split,
 )
 from dataset.prepare.raw import SPLITS
-from dataset.prepared import RECORD, InterHandDataset, partial_folder
+from dataset.prepared import LABEL_SHAPES, RECORD, InterHandDataset, partial_folder
 from utils.distributed import usable_cores
 from utils.errors import UserError, user_facing
 from utils.files import read_json, sha256_of_file, write_atomically, write_json
@@ -66,11 +65,11 @@ class _Packer(Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[tuple[np.ndarray, ...], list[bytes]]:
-        self.source.picture('img', index)
+        self.source.image('img', index)
         parts = [self.source.path('img', index).read_bytes(), b'', b'']
         if self.targets:
             mask = self.source.mask(index)
-            self.source.picture('dense', index)
+            self.source.image('dense', index)
             parts[1] = pack_bits(mask) if self.masks == 'bits' else self.source.path('mask', index).read_bytes()
             parts[2] = self.source.path('dense', index).read_bytes()
         entries = json.dumps(self.source.entries(index), default=_plain, separators=(',', ':'))
@@ -162,7 +161,7 @@ def _append(labels: BinaryIO, samples: BinaryIO, chunk: list[tuple]) -> None:
     records = np.zeros(len(chunk), record_type())
     for record, (arrays, parts) in zip(records, chunk):
         record['begin'] = samples.tell()
-        for (name, _), array in zip(LABEL_FIELDS, arrays):
+        for name, array in zip(LABEL_SHAPES, arrays):
             record[name] = array
         for part, content in zip(PARTS, parts):
             record[f'{part}_bytes'] = len(content)

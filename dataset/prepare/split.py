@@ -60,7 +60,7 @@ from dataset.prepare.resumable import (
     summarize,
 )
 from dataset.prepare.shards import Shard, check_shards, clean_up, merge, parse_shard, refuse_other_counts, refuse_shards
-from dataset.prepared import FOLDERS, partial_folder, paths
+from dataset.prepared import FOLDERS, MASK_FILE_CHANNELS, partial_folder, paths
 from dataset.vertex_colours import canonical_colours, load_colours
 from manopth import HandPair, TwoHandLayer
 from manopth.rotations import axis_angle_to_matrix
@@ -70,11 +70,10 @@ from utils.distributed import usable_cores
 from utils.errors import UserError, user_facing
 from utils.files import read_image
 from utils.geometry import CROP_SIZE, crop_matrix, project
-from utils.hand import NUM_FACES, SIDES
-from utils.rasterizer import RENDERERS, interpolate, two_hand_faces
+from utils.hand import LEFT, NUM_FACES, RIGHT, SIDES
+from utils.rasterizer import RENDERERS, interpolate
 
 FORMAT = 1  # of what this file writes; raised when the same input gives other files
-MASK_CHANNEL = {'left': 2, 'right': 1}  # BGR
 # Labels are told by their colour. At full colour resolution the masks survive JPEG without a wrong pixel; at OpenCV's
 # default, a quarter of it, about 270 pixels of each change their class.
 LABEL_JPEG = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
@@ -125,7 +124,7 @@ class FramePreparer:
 
     def __init__(self, models: HandPair, colours: np.ndarray, renderer: str = 'torch'):
         self.layer = TwoHandLayer(models)
-        self.faces = two_hand_faces(models)
+        self.faces = torch.from_numpy(models.mesh_faces)
         self.colours = torch.from_numpy(np.concatenate([colours, colours]))
         self.rasterize = RENDERERS[renderer]
         # From axis-angle relative to the mean pose to coefficients: p = c @ components, so c = p @ inverse.
@@ -180,8 +179,8 @@ class FramePreparer:
         )
         face = fragments.face[0].numpy()
         mask = np.zeros((CROP_SIZE, CROP_SIZE, 3), np.uint8)
-        mask[..., MASK_CHANNEL['left']] = 255 * ((face >= 0) & (face < NUM_FACES))
-        mask[..., MASK_CHANNEL['right']] = 255 * (face >= NUM_FACES)
+        mask[..., MASK_FILE_CHANNELS[LEFT]] = 255 * ((face >= 0) & (face < NUM_FACES))
+        mask[..., MASK_FILE_CHANNELS[RIGHT]] = 255 * (face >= NUM_FACES)
         dense = interpolate(fragments, self.faces, self.colours)[0].mul_(255).round_().byte().numpy()
         image_entry, annotation_entry = job.entries
         return Sample(

@@ -1,5 +1,5 @@
-"""The evaluation report: one HTML page that needs nothing beside itself.
+"""The evaluation report: one self-contained HTML page.
 
-inputs.py reads what lies beside metrics.json, sections.py writes what the page says of it, charts.py and hands.py draw,
-samples.py makes pictures and meshes, page.py puts all together with page.css, page.js and viewer.js.
+inputs.py reads and checks a run's files, sections.py turns them into the data of views.py, with charts.py, hands.py and
+samples.py for what is drawn, and page.py renders page.html.j2 with page.css, page.js and viewer.js.
 """

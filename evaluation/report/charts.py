@@ -1,267 +1,210 @@
-"""Charts as SVG: drawn 360 units wide for a phone, coloured by the page's style sheet, read by hover or arrow keys.
+"""Compute the geometry of line and bar charts, in the units of an SVG; charts.html.j2 draws them.
 
-Every chart is a <figure> with a title, axes with units, a legend if it has several series, and a sentence that says in
-words what it shows. ``data-stops`` holds the places on the x axis at which page.js can read values off.
+Each chart includes a description for screen readers, and ``stops``: the x coordinates at which page.js shows values on
+hover or with the arrow keys.
 """
 
-import json
 import math
 from bisect import bisect_left
-from typing import Any, NamedTuple
-
-from evaluation.report.html import Html, number, tag
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 WIDTH, HEIGHT = 360, 230
-LEFT, RIGHT, TOP, BOTTOM = 44, 346, 26, 188  # of the plotted area
+LEFT, RIGHT, TOP, BOTTOM = 44, 346, 26, 188  # of the plot area
 COLOURS = 6  # --series-0 ... in page.css
-MOST_STOPS = 150
-Y_TICKS, X_TICKS = 5, 5
+MAX_STOPS = 150
+TICKS = 5  # approximate number per axis
 
 
 class Axis(NamedTuple):
-    """A title with its unit, and the range that is drawn."""
+    """Title with unit, range, and number format."""
 
     title: str
     low: float
     high: float
     logarithmic: bool = False
-    digits: int = 1  # of values that are read off
+    digits: int = 1  # of the values in stops and words
     whole: bool = False  # ticks at whole numbers only
 
     def share(self, value: float) -> float:
-        """Where a value lies between the ends, 0 to 1."""
+        """Position of a value on the axis, 0 to 1."""
         low, high = self.low, self.high
         if self.logarithmic:
             low, high, value = math.log(low), math.log(high), math.log(max(value, low))
         return (value - low) / (high - low)
 
-    def ticks(self, count: int) -> list[float]:
+    def across(self, value: float) -> float:
+        return LEFT + (RIGHT - LEFT) * self.share(value)
+
+    def up(self, value: float) -> float:
+        return BOTTOM - (BOTTOM - TOP) * self.share(value)
+
+    def ticks(self) -> list[float]:
         if self.logarithmic:
-            decades = range(math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1)
-            marks = [
-                factor * 10.0**power
-                for power in (decades.start - 1, *decades)
-                for factor in ((1,) if len(decades) > 2 else (1, 2, 5))
-            ]
+            first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
+            factors = (1,) if last - first > 1 else (1, 2, 5)
+            marks = [factor * 10.0**power for power in range(first - 1, last + 1) for factor in factors]
         else:
-            step = max(nice_step((self.high - self.low) / count), self.whole)
-            first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
-            marks = [step * i for i in range(first, last + 1)]
+            step = max(nice_step((self.high - self.low) / TICKS), self.whole)
+            marks = [
+                step * i for i in range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)
+            ]
         return [mark for mark in marks if self.low * (1 - 1e-9) <= mark <= self.high * (1 + 1e-9)]
 
 
 class Series(NamedTuple):
-    """One line or one set of bars; ``slot`` picks colour and dashes. A value of None is a gap."""
+    """One line or one set of bars. None in ``y`` is a gap."""
 
     name: str
-    slot: int
-    x: list[float]
-    y: list[float | None]
+    slot: int  # selects colour and dashes
+    x: Sequence[float]
+    y: Sequence[float | None]
+
+
+class Shape(NamedTuple):
+    """A series as SVG paths, dots (x, y), and bars (x, y, width, height)."""
+
+    name: str
+    colour: str  # class in page.css
+    dashes: str  # class in page.css
+    line: str = ''
+    area: str = ''
+    dots: Sequence[tuple[float, float]] = ()
+    bars: Sequence[tuple[float, float, float, float]] = ()
+
+
+class Chart(NamedTuple):
+    title: str
+    x_title: str
+    y_title: str
+    x_labels: Sequence[tuple[str, float]]  # text, coordinate
+    y_labels: Sequence[tuple[str, float]]
+    shapes: Sequence[Shape]
+    stops: Sequence[tuple[float, str]]  # x coordinate, text
+    words: str  # description of the series
+
+
+class Sparkline(NamedTuple):
+    """A line without axes inside a table; SVG of 100 x 26."""
+
+    path: str
+    words: str
 
 
 def nice_step(least: float) -> float:
-    """1, 2, 2.5 or 5 times a power of ten, not below ``least``."""
+    """The smallest 1, 2, 2.5 or 5 times a power of ten that is at least ``least``."""
     power = 10.0 ** math.floor(math.log10(least))
     return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= least * (1 - 1e-9))
 
 
 def axis_to(title: str, highest: float, *, digits: int = 1) -> Axis:
-    """From zero to a round number not below ``highest``."""
+    """Axis from zero to a round number that is at least ``highest``."""
     highest = highest if highest > 0 else 1.0
-    step = nice_step(highest / Y_TICKS)
+    step = nice_step(highest / TICKS)
     return Axis(title, 0.0, step * math.ceil(highest / step - 1e-9), digits=digits)
 
 
-def axis_of(title: str, series: list[Series], *, digits: int = 1) -> Axis:
+def axis_of(title: str, series: Iterable[Series], *, digits: int = 1) -> Axis:
+    """Axis from zero that covers all values of ``series``."""
     return axis_to(title, max((y for one in series for y in one.y if y is not None), default=1.0), digits=digits)
 
 
 def line_chart(
-    title: str, x_axis: Axis, y_axis: Axis, series: list[Series], *, marks: bool = False, steps: float | None = None
-) -> Html:
-    """Lines; ``marks``: a dot on every value; ``steps``: width of a histogram's bins, whose left edges are x."""
-    drawn = []
+    title: str,
+    x_axis: Axis,
+    y_axis: Axis,
+    series: Sequence[Series],
+    *,
+    dots: bool = False,
+    bin_width: float | None = None,
+) -> Chart:
+    """Line chart, optionally with dots; with ``bin_width``, a histogram whose left bin edges are ``Series.x``."""
+    shapes = []
     for one in series:
         points = [(x, y) for x, y in zip(one.x, one.y) if y is not None]
-        if steps:
-            points = [corner for x, y in points for corner in ((x, y), (x + steps, y))]
-        places = [(_x(x_axis, x), _y(y_axis, y)) for x, y in points]
-        if steps and places:
-            drawn.append(
-                tag(
-                    'path',
-                    d=_path([(places[0][0], BOTTOM), *places, (places[-1][0], BOTTOM)]),
-                    class_=f'area s{one.slot % COLOURS}',
-                )
-            )
-        drawn.append(tag('path', d=_path(places), class_=_style(one.slot)))
-        if marks:
-            drawn += [
-                tag('circle', cx=f'{x:.1f}', cy=f'{y:.1f}', r=4, class_=f'dot s{one.slot % COLOURS}') for x, y in places
-            ]
-    summary = ' '.join(_in_words(one, y_axis) for one in series)
-    x_ticks = [(tick, _x(x_axis, tick)) for tick in x_axis.ticks(X_TICKS)]
-    return _figure(
+        if bin_width:
+            points = [corner for x, y in points for corner in ((x, y), (x + bin_width, y))]
+        places = [(round(x_axis.across(x), 1), round(y_axis.up(y), 1)) for x, y in points]
+        filled = [(places[0][0], BOTTOM), *places, (places[-1][0], BOTTOM)] if bin_width and places else []
+        shapes.append(_shape(one)._replace(line=_path(places), area=_path(filled), dots=places if dots else ()))
+    return Chart(
         title,
-        [*_grid(y_axis), *_x_labels([(f'{tick:,g}', place) for tick, place in x_ticks]), *drawn],
         x_axis.title,
         y_axis.title,
-        legend(series),
-        _line_stops(series, x_axis, y_axis, steps),
-        summary,
+        [(f'{tick:,g}', round(x_axis.across(tick), 1)) for tick in x_axis.ticks()],
+        _y_labels(y_axis),
+        shapes,
+        _line_stops(series, x_axis, y_axis, bin_width),
+        ' '.join(_in_words(one, y_axis) for one in series),
     )
 
 
-def bar_chart(title: str, x_title: str, categories: list[tuple[str, str]], y_axis: Axis, series: list[Series]) -> Html:
-    """Bars side by side; a category is its label and a second line of it. ``Series.x`` holds numbers of categories."""
+def bar_chart(
+    title: str, x_title: str, categories: Sequence[tuple[str, str]], y_axis: Axis, series: Sequence[Series]
+) -> Chart:
+    """Grouped bar chart. A category is (label, details shown with its values); ``Series.y`` has a value for each."""
     room = (RIGHT - LEFT) / max(len(categories), 1)
     width = min(0.76 * room / max(len(series), 1), 30)
-    drawn, stops = [], [[f'{label}{", " if more else ""}{more}'] for label, more in categories]
-    for place, one in enumerate(series):
-        for x, y in zip(one.x, one.y):
-            stops[x].append(f'{one.name}: {number(y, y_axis.digits)}')
-            if y is not None:
-                left, top = LEFT + (x + 0.5) * room + (place - len(series) / 2) * width, _y(y_axis, y)
-                drawn.append(
-                    tag(
-                        'rect',
-                        x=f'{left:.1f}',
-                        y=f'{top:.1f}',
-                        width=f'{max(width - 1, 1):.1f}',
-                        height=f'{BOTTOM - top:.1f}',
-                        class_=f'bar s{one.slot % COLOURS}',
-                    )
-                )
     centres = [LEFT + (i + 0.5) * room for i in range(len(categories))]
-    summary = '. '.join(', '.join(lines) for lines in stops) + '.'
-    return _figure(
+    stops = [[', '.join(filter(None, category))] for category in categories]
+    shapes = []
+    for place, one in enumerate(series):
+        bars = []
+        for lines, centre, y in zip(stops, centres, one.y):
+            lines.append(f'{one.name}: {_read(y, y_axis)}')
+            if y is not None:
+                left, top = centre + (place - len(series) / 2) * width, y_axis.up(y)
+                bars.append((round(left, 1), round(top, 1), round(max(width - 1, 1), 1), round(BOTTOM - top, 1)))
+        shapes.append(_shape(one)._replace(bars=bars))
+    return Chart(
         title,
-        [*_grid(y_axis), *drawn, *_x_labels([(c[0], x) for c, x in zip(categories, centres)])],
         x_title,
         y_axis.title,
-        legend(series, bars=True),
-        [[round(x, 1), '\n'.join(lines)] for x, lines in zip(centres, stops)],
-        summary,
+        [(label, round(x, 1)) for (label, _), x in zip(categories, centres)],
+        _y_labels(y_axis),
+        shapes,
+        [(round(x, 1), '\n'.join(lines)) for x, lines in zip(centres, stops)],
+        '. '.join(', '.join(lines) for lines in stops) + '.',
     )
 
 
-def sparkline(values: list[float], words: str) -> Html:
-    """A line without axes, from 0, inside a table."""
+def sparkline(values: Sequence[float], words: str) -> Sparkline:
     top, last = max(*values, 1e-12), max(len(values) - 1, 1)
-    return tag(
-        'svg',
-        tag('path', d=_path([(2 + 96 * i / last, 24 - 22 * v / top) for i, v in enumerate(values)]), class_='line s0'),
-        viewBox='0 0 100 26',
-        class_='spark',
-        role='img',
-        aria_label=words,
-    )
+    return Sparkline(_path([(2 + 96 * i / last, 24 - 22 * value / top) for i, value in enumerate(values)]), words)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def _shape(series: Series) -> Shape:
+    """Series differ in dashes as well as in colour."""
+    dashes = series.slot // COLOURS if series.slot >= COLOURS else series.slot % 4
+    return Shape(series.name, f's{series.slot % COLOURS}', f'd{dashes}')
 
 
-def _x(axis: Axis, value: float) -> float:
-    return LEFT + (RIGHT - LEFT) * axis.share(value)
-
-
-def _y(axis: Axis, value: float) -> float:
-    return BOTTOM - (BOTTOM - TOP) * axis.share(value)
-
-
-def _path(places: list[tuple[float, float]]) -> str:
+def _path(places: Sequence[tuple[float, float]]) -> str:
     return 'M' + 'L'.join(f'{x:.1f} {y:.1f}' for x, y in places) if places else ''
 
 
-def _style(slot: int) -> str:
-    """Colours come with dashes, so that lines differ without colour too."""
-    return f'line s{slot % COLOURS} d{slot // COLOURS if slot >= COLOURS else slot % 4}'
+def _y_labels(axis: Axis) -> list[tuple[str, float]]:
+    return [(f'{tick:,g}', round(axis.up(tick), 1)) for tick in axis.ticks()]
 
 
-def _grid(axis: Axis) -> list[Html]:
-    parts = []
-    for tick in axis.ticks(Y_TICKS):
-        y = f'{_y(axis, tick):.1f}'
-        parts.append(tag('line', x1=LEFT, x2=RIGHT, y1=y, y2=y, class_='grid'))
-        parts.append(tag('text', f'{tick:,g}', x=LEFT - 5, y=y, dy='.32em', text_anchor='end'))
-    return parts
+def _read(value: float | None, axis: Axis) -> str:
+    return '–' if value is None else f'{value:,.{axis.digits}f}'
 
 
-def _x_labels(labels: list[tuple[str, float]]) -> list[Html]:
-    return [
-        tag('line', x1=LEFT, x2=RIGHT, y1=BOTTOM, y2=BOTTOM, class_='axis'),
-        *(
-            tag(
-                'text',
-                label,
-                y=BOTTOM + 16,
-                **(
-                    {'x': f'{x:.1f}', 'text_anchor': 'middle'}
-                    if x < RIGHT - 8
-                    else {'x': WIDTH - 1, 'text_anchor': 'end'}
-                ),
-            )
-            for label, x in labels
-        ),
-    ]
-
-
-def _figure(
-    title: str, drawn: list[Any], x_title: str, y_title: str, key: Html | None, stops: list, summary: str
-) -> Html:
-    axes = [
-        tag('text', y_title, x=2, y=12, class_='title'),
-        tag('text', x_title, x=(LEFT + RIGHT) / 2, y=HEIGHT - 8, class_='title', text_anchor='middle'),
-    ]
-    svg = tag(
-        'svg',
-        *drawn,
-        *axes,
-        viewBox=f'0 0 {WIDTH} {HEIGHT}',
-        role='img',
-        aria_label=f'{title}. {x_title} across, {y_title} upwards. {summary}',
-    )
-    return tag(
-        'figure',
-        tag('figcaption', title),
-        key,
-        tag(
-            'div',
-            svg,
-            class_='plot',
-            data_stops=json.dumps(stops, separators=(',', ':')),
-            data_title=title,
-            data_area=f'{TOP},{BOTTOM},{WIDTH}',
-        ),
-        class_='chart',
-    )
-
-
-def legend(series: list[Series], *, bars: bool = False) -> Html | None:
-    def swatch(slot: int) -> Html:
-        shape = (
-            tag('rect', x=8, width=12, height=10, class_=f'bar s{slot % COLOURS}')
-            if bars
-            else tag('path', d='M1 5H27', class_=_style(slot))
-        )
-        return tag('svg', shape, viewBox='0 0 28 10', aria_hidden='true')
-
-    if len(series) < 2:
-        return None
-    return tag('ul', *(tag('li', swatch(one.slot), one.name) for one in series), class_='legend')
-
-
-def _line_stops(series: list[Series], x_axis: Axis, y_axis: Axis, steps: float | None) -> list:
-    """[place, what to read there]: every series at the values of x, at most ``MOST_STOPS`` of them."""
+def _line_stops(
+    series: Sequence[Series], x_axis: Axis, y_axis: Axis, bin_width: float | None
+) -> list[tuple[float, str]]:
+    """Values of all series at each x, subsampled to at most ``MAX_STOPS``."""
     xs = sorted({x for one in series for x in one.x})
-    xs = xs[:: math.ceil(len(xs) / MOST_STOPS)] if xs else []
     stops = []
-    for x in xs:
-        lines = [f'{x:,g} to {x + steps:,g}' if steps else f'{x_axis.title.split(",")[0]} {x:,g}']
-        for one in series:
-            if one.x and one.x[0] <= x <= one.x[-1]:
-                lines.append(f'{one.name}: {number(one.y[bisect_left(one.x, x)], y_axis.digits)}')
-        stops.append([round(_x(x_axis, x + (steps or 0) / 2), 1), '\n'.join(lines)])
+    for x in xs[:: math.ceil(len(xs) / MAX_STOPS) or 1]:
+        lines = [f'{x:,g} to {x + bin_width:,g}' if bin_width else f'{x_axis.title.split(",")[0]} {x:,g}']
+        lines += [
+            f'{one.name}: {_read(one.y[bisect_left(one.x, x)], y_axis)}'
+            for one in series
+            if one.x and one.x[0] <= x <= one.x[-1]
+        ]
+        stops.append((round(x_axis.across(x + (bin_width or 0) / 2), 1), '\n'.join(lines)))
     return stops
 
 
@@ -269,6 +212,5 @@ def _in_words(one: Series, y_axis: Axis) -> str:
     points = [(y, x) for x, y in zip(one.x, one.y) if y is not None]
     if not points:
         return f'{one.name}: no values.'
-    (highest, at), (lowest, there) = max(points), min(points)
-    places = ((*points[0], ''), (*points[-1], ''), (highest, at, 'highest '), (lowest, there, 'lowest '))
-    return f'{one.name}: ' + ', '.join(f'{what}{number(y, y_axis.digits)} at {x:,g}' for y, x, what in places) + '.'
+    places = (('', points[0]), ('', points[-1]), ('highest ', max(points)), ('lowest ', min(points)))
+    return f'{one.name}: ' + ', '.join(f'{what}{_read(y, y_axis)} at {x:,g}' for what, (y, x) in places) + '.'

@@ -1,6 +1,6 @@
-"""What the report reads: a metrics.json and the files beside it, checked before anything is made of them.
+"""Read and validate a run's files: metrics.json, per_sample.csv, samples.npz, log.jsonl.
 
-A file that is not there is None. One that is damaged or of another version is a UserError.
+Missing files are None. Damaged ones, and those of another version, raise UserError.
 """
 
 import csv
@@ -10,36 +10,35 @@ import math
 import shlex
 import zipfile
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from evaluation.report.figures import OPTIONAL_COLUMNS, PER_HAND_FIGURES
 from evaluation.runs import Run
 from evaluation.samples import KINDS, SAMPLES_VERSION
-from evaluation.summary import PER_HAND
 from utils.errors import UserError
 from utils.hand import FINGERS, JOINT_NAMES, NUM_FACES, NUM_VERTICES
 from utils.training import LOG_NAME
 
 PER_SAMPLE_COLUMNS = ('joint_mm_left', 'joint_mm_right', 'vert_mm_left', 'vert_mm_right', 'root_mm')
-OPTIONAL_COLUMNS = {'box_iou': 'box IoU', 'distance_mm': 'distance mm', 'penetration_mm': 'penetration mm'}
 
-# The form of metrics.json: NUMBER, FIGURE, a type, {key: form} and maybe more keys, [form of each], (form of the first,
-# of the second).
-NUMBER, FIGURE = 'a number', 'a number, or null where nothing was measured'
+EVALUATE_AGAIN = 'Evaluate the run again with apps/eval_interhand.py --out.'
+# Schema of metrics.json: NUMBER, FIGURE, a type, {key: schema} (more keys are allowed), [schema of every item],
+# (schema of each item, ...).
+NUMBER, FIGURE = 'a number', 'a number, or null if it was not measured'
 SIDED = {'left': FIGURE, 'right': FIGURE, 'all': FIGURE}
-HEADLINE = dict.fromkeys(PER_HAND, SIDED) | {'root_mm': FIGURE}
+HEADLINE = dict.fromkeys(PER_HAND_FIGURES, SIDED) | {'root_mm': FIGURE}
 PENETRATION = {'share': FIGURE, 'mean_mm': FIGURE, 'worst_mm': FIGURE}
-NEEDED = {**HEADLINE, 'frames': int, 'data': str, 'protocol': {'name': str, 'description': str}}
+REQUIRED = {**HEADLINE, 'frames': int, 'data': str, 'protocol': {'name': str, 'description': str}}
 OPTIONAL = {
     'subset': {'description': str},
     'config': dict,
     'training': dict,
     'stages': [HEADLINE],
     'interval_95': {
-        name: {'all': (FIGURE, FIGURE)} if form is SIDED else (FIGURE, FIGURE) for name, form in HEADLINE.items()
+        name: {'all': (FIGURE, FIGURE)} if schema is SIDED else (FIGURE, FIGURE) for name, schema in HEADLINE.items()
     },
     'pa_joint_mm': SIDED,
     'pa_vert_mm': SIDED,
@@ -57,30 +56,23 @@ OPTIONAL = {
 
 
 class PerSample(NamedTuple):
-    """per_sample.csv; NaN where something is not annotated."""
+    """Columns of per_sample.csv; NaN marks missing annotations."""
 
-    index: list[str]
+    sample: list[str]  # index in the split
     file: list[str]
     columns: dict[str, np.ndarray]  # name -> (N,)
 
-    def joint_mm(self) -> np.ndarray:
-        return self._mean('joint_mm')
-
-    def vert_mm(self) -> np.ndarray:
-        return self._mean('vert_mm')
-
-    def root_mm(self) -> np.ndarray:
-        return self.columns['root_mm']
-
-    def _mean(self, name: str) -> np.ndarray:
-        """(N,) mean of the hands of each frame; of one hand where the other has no value."""
+    def error(self, name: str) -> np.ndarray:
+        """(N,) errors 'joint_mm' or 'vert_mm', as means over the annotated hands of each frame, or 'root_mm'."""
+        if name in self.columns:
+            return self.columns[name]
         hands = np.stack([self.columns[f'{name}_left'], self.columns[f'{name}_right']])
         known = np.isfinite(hands)
         return np.where(known, hands, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
 
 
 class Log(NamedTuple):
-    """log.jsonl: the records of each kind, in order."""
+    """Records of log.jsonl by kind, in order."""
 
     path: Path
     train: list[dict[str, Any]]
@@ -88,11 +80,11 @@ class Log(NamedTuple):
 
 
 class Evaluated(NamedTuple):
-    """A run and all that was found of it."""
+    """A run with the contents of its files."""
 
-    label: str  # its name, with the letter of its group if there are several
-    group: str  # A, B ...: runs of one group are comparable
-    slot: int  # of its colour
+    label: str  # name, followed by the group's letter if there are several groups
+    group: str  # A, B, ...: runs of the same group are comparable
+    slot: int  # colour index
     metrics: dict[str, Any]
     run: Run
     per_sample: PerSample | None
@@ -100,18 +92,18 @@ class Evaluated(NamedTuple):
     log: Log | None
 
     def command(self, *, evaluation: bool = True) -> str:
-        """What makes the files that are missing."""
+        """The shell command that creates the missing files."""
         if not evaluation:
             return 'python train.py'
         script = ['apps/eval_interhand.py', '--model', str(self.metrics.get('model') or 'MODEL')]
-        if 'training' not in self.metrics:  # of the best constant prediction, which no training made
+        if 'training' not in self.metrics:  # the constant-prediction baseline is not trained
             script = ['apps/eval_baseline.py', '--cfg', 'CFG']
         data = Path(self.metrics['data']).parent
         return shlex.join(['python', *script, '--data_path', str(data), '--out', str(self.run.path.parent)])
 
 
 def read_evaluated(runs: list[Run]) -> list[Evaluated]:
-    """Raises UserError for a file that cannot be used."""
+    """Read the files of all runs and group comparable runs. Raises UserError for unusable files."""
     for run in runs:
         check_metrics(run)
     groups = list(dict.fromkeys(run.measured_on for run in runs))
@@ -134,45 +126,34 @@ def read_evaluated(runs: list[Run]) -> list[Evaluated]:
 
 
 def letters(position: int) -> str:
-    """A ... Z, A1 ..."""
+    """Group names: A ... Z, A1, B1, ..."""
     return chr(ord('A') + position % 26) + (str(position // 26) if position >= 26 else '')
 
 
 def check_metrics(run: Run) -> None:
-    for form, needed in ((NEEDED, True), (OPTIONAL, False)):
-        for key, wanted in form.items():
-            value = run.metrics.get(key)
-            if not ((value is None and not needed) or has_form(value, wanted)):
-                raise UserError(
-                    f'{run.path}: {key} is missing or not as this version writes it: evaluate the run '
-                    'again with apps/eval_interhand.py.'
-                )
+    for key, schema in (REQUIRED | OPTIONAL).items():
+        value = run.metrics.get(key)
+        if not (matches(value, schema) or (value is None and key in OPTIONAL)):
+            raise UserError(f'{run.path}: {key} is missing or malformed. {EVALUATE_AGAIN}')
 
 
-def has_form(value: Any, form: Any) -> bool:
-    if isinstance(form, Mapping):
-        return isinstance(value, dict) and all(key in value and has_form(value[key], one) for key, one in form.items())
-    if isinstance(form, list):
-        return isinstance(value, list) and all(has_form(item, form[0]) for item in value)
-    if isinstance(form, tuple):
-        return isinstance(value, list) and len(value) == len(form) and all(map(has_form, value, form))
-    if form in (NUMBER, FIGURE):
-        return (value is None and form == FIGURE) or (isinstance(value, (int, float)) and math.isfinite(value))
-    return isinstance(value, form)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# per_sample.csv
-# ---------------------------------------------------------------------------------------------------------------------
+def matches(value: Any, schema: Any) -> bool:
+    if isinstance(schema, dict):
+        return isinstance(value, dict) and all(key in value and matches(value[key], schema[key]) for key in schema)
+    if isinstance(schema, list):
+        return isinstance(value, list) and all(matches(item, schema[0]) for item in value)
+    if isinstance(schema, tuple):
+        return isinstance(value, list) and len(value) == len(schema) and all(map(matches, value, schema))
+    if schema in (NUMBER, FIGURE):
+        return (value is None and schema == FIGURE) or (isinstance(value, (int, float)) and math.isfinite(value))
+    return isinstance(value, schema)
 
 
 def read_per_sample(path: Path) -> PerSample | None:
     if not path.is_file():
         return None
-    again = 'evaluate the run again with apps/eval_interhand.py --out.'
-    rows = csv.reader(io.StringIO(path.read_text('utf-8', errors='replace'), newline=''))
     try:
-        head, *rows = rows
+        head, *rows = csv.reader(io.StringIO(path.read_text('utf-8', errors='replace'), newline=''))
         places = {name: head.index(name) for name in (*PER_SAMPLE_COLUMNS, 'index', 'file')}
         places |= {name: head.index(name) for name in OPTIONAL_COLUMNS if name in head}
         if not rows or any(len(row) != len(head) for row in rows):
@@ -183,15 +164,11 @@ def read_per_sample(path: Path) -> PerSample | None:
             if name not in ('index', 'file')
         }
     except (ValueError, csv.Error):
-        raise UserError(f'{path} is not a whole table of per-sample errors: {again}') from None
+        raise UserError(f'{path} is truncated or not a table of per-sample errors. {EVALUATE_AGAIN}') from None
     return PerSample([row[places['index']] for row in rows], [row[places['file']] for row in rows], columns)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# samples.npz
-# ---------------------------------------------------------------------------------------------------------------------
-
-# name -> (shape with K samples and S stages, kinds of numpy's dtype)
+# name -> (shape with K samples and S stages, numpy dtype kinds)
 ARRAYS = {
     'index': (('K',), 'iu'),
     'kind': (('K',), 'U'),
@@ -210,29 +187,31 @@ MAY_BE_NAN = ('joint_mm', 'root_mm')
 
 
 def read_samples(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of ``ARRAYS``, as apps/eval_interhand.py --out chose and wrote them."""
+    """The arrays listed in ``ARRAYS``; apps/eval_interhand.py --out selects the samples."""
     if not path.is_file():
         return None
-    again = 'evaluate the run again with apps/eval_interhand.py --out.'
     try:
         with np.load(path, allow_pickle=False) as archive:
             version = archive['version'].item()
             arrays = {name: archive[name] for name in ARRAYS} if version == SAMPLES_VERSION else {}
     except (ValueError, OSError, EOFError, KeyError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f'{path} is cut short or damaged ({type(error).__name__}): {again}') from None
+        raise UserError(f'{path} is truncated or damaged ({type(error).__name__}). {EVALUATE_AGAIN}') from None
     if not arrays:
-        raise UserError(f'{path} has version {version}, this report reads {SAMPLES_VERSION}: {again}')
+        raise UserError(
+            f'{path} has version {version}, but this report reads version {SAMPLES_VERSION}. {EVALUATE_AGAIN}'
+        )
     wrong = next((name for name, values in arrays.items() if not _is_sound(name, values, arrays)), None)
     if wrong:
-        raise UserError(f'{path}: its array {wrong} is not as version {SAMPLES_VERSION} has it: {again}')
+        raise UserError(f'{path}: array {wrong} is malformed. {EVALUATE_AGAIN}')
     return arrays
 
 
 def _is_sound(name: str, values: np.ndarray, arrays: dict[str, np.ndarray]) -> bool:
     shape, kinds = ARRAYS[name]
     count, stages = (*arrays['vertices'].shape, 0, 0)[:2]
-    free = {'K': max(count, 1), 'S': max(stages, 1)}
-    if values.dtype.kind not in kinds or values.shape != tuple(free.get(size, size) for size in shape):
+    sizes = {'K': max(count, 1), 'S': max(stages, 1)}
+    wanted = tuple(sizes[size] if isinstance(size, str) else size for size in shape)
+    if values.dtype.kind not in kinds or values.shape != wanted:
         return False
     if name == 'image':
         return values.dtype == np.uint8
@@ -243,13 +222,8 @@ def _is_sound(name: str, values: np.ndarray, arrays: dict[str, np.ndarray]) -> b
     return values.dtype.kind != 'f' or name in MAY_BE_NAN or bool(np.isfinite(values).all())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# log.jsonl
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def find_log(run: Run) -> Path | None:
-    """Of the run folder that was evaluated, or of the one that the evaluation lies in."""
+    """Path of the evaluated model's log, else of the log beside the evaluation."""
     model = run.metrics.get('model')
     folders = [Path(model), Path(model).parent] if isinstance(model, str) and model else []
     folders += [run.path.parent.parent, run.path.parent]
@@ -262,22 +236,22 @@ def read_log(path: Path | None) -> Log | None:
     log = Log(path, [], {})
     for line in path.read_text('utf-8', errors='replace').splitlines():
         if not (line.startswith('{') and line.endswith('}')):
-            continue  # a kill may cut the last line, and a resumed run goes on after it
+            continue  # a killed run leaves a truncated line, and resuming appends after it
         try:
             record = json.loads(line)
             kind, step = record['kind'], record['step']
         except (ValueError, KeyError):
             kind = step = None
         if not isinstance(step, int) or not isinstance(kind, str):
-            raise UserError(f'{path} has a line that is no record of a training run ({line[:40]!r}): remove it.')
+            raise UserError(f'{path} has a line that is not a training record ({line[:40]!r}). Remove it.')
         if kind == 'train':
             log.train.append(record)
         elif kind.startswith('val_stage') and kind[9:].isdecimal():
             log.validation.setdefault(int(kind[9:]), []).append(record)
-    return log
+    return log if log.train or log.validation else None
 
 
 def value_of(record: dict[str, Any], key: str) -> float | None:
-    """A finite number of a record, or None."""
+    """The finite number under ``key``, else None."""
     value = record.get(key)
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None

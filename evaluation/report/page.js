@@ -1,4 +1,4 @@
-// What the page can do beyond being read: light or dark, values under the pointer, sorting, and the 3D view's dialog.
+// Interaction: light and dark theme, chart values on hover, table sorting, and the dialog of the 3D view.
 
 const byId = (identity) => document.getElementById(identity);
 
@@ -12,7 +12,7 @@ function startTheme() {
   name();
 }
 
-/** Values of a chart at the place that is pointed at, or chosen with the arrow keys. */
+/** Shows the values of a chart on hover, or with the arrow keys. */
 function startReader(plot) {
   const stops = JSON.parse(plot.dataset.stops);
   if (!stops.length) return;
@@ -26,7 +26,7 @@ function startReader(plot) {
   Object.entries(attributes).forEach(([name, value]) => reader.setAttribute(name, value));
   let at = 0;
 
-  function say(number) {
+  function update(number) {
     at = Math.min(Math.max(number, 0), stops.length - 1);
     const [x, text] = stops[at];
     const left = x < width / 2;
@@ -42,18 +42,18 @@ function startReader(plot) {
   const pointed = (event) => {
     const box = plot.getBoundingClientRect();
     const x = (event.clientX - box.left) / box.width * width;
-    say(stops.reduce((best, stop, i) => (Math.abs(stop[0] - x) < Math.abs(stops[best][0] - x) ? i : best), 0));
+    update(stops.reduce((best, stop, i) => (Math.abs(stop[0] - x) < Math.abs(stops[best][0] - x) ? i : best), 0));
   };
   reader.addEventListener('pointermove', pointed);
   reader.addEventListener('pointerdown', pointed);
   reader.addEventListener('pointerleave', () => show(reader.matches(':focus-visible')));
-  reader.addEventListener('focus', () => { if (reader.matches(':focus-visible')) say(at); });
+  reader.addEventListener('focus', () => { if (reader.matches(':focus-visible')) update(at); });
   reader.addEventListener('blur', () => show(false));
   reader.addEventListener('keydown', (event) => {
     const to = { ArrowLeft: at - 1, ArrowDown: at - 1, ArrowRight: at + 1, ArrowUp: at + 1, Home: 0, End: stops.length - 1 };
     if (event.key === 'Escape') show(false);
     if (!(event.key in to)) return;
-    say(to[event.key]);
+    update(to[event.key]);
     event.preventDefault();
   });
   reader.setAttribute('aria-valuenow', 0);
@@ -61,7 +61,7 @@ function startReader(plot) {
   show(false);
 }
 
-/** Headers become buttons; numbers sort from the greatest, what is missing comes last. */
+/** Turns headers into sort buttons. Numbers start in descending order; missing values come last. */
 function startSorting(table) {
   const heads = [...table.tHead.rows[0].cells];
   const value = (row, column) => row.cells[column].textContent;
@@ -90,7 +90,7 @@ function startSorting(table) {
   heads[1].setAttribute('aria-sort', 'descending');
 }
 
-/** One viewer for all samples; the buttons of the cards open it. */
+/** Connects the buttons of all sample cards to one viewer. */
 function startViewer() {
   const { runs, colours } = JSON.parse(byId('meshes').textContent);
   const [dialog, canvas, buttons] = [byId('viewer'), byId('canvas'), [...document.querySelectorAll('.open-viewer')]];
@@ -114,7 +114,7 @@ function startViewer() {
     }
     viewer.show(sample, runs[button.dataset.run].faces);
     offerStages(sample.stages.length);
-    say();
+    update();
   }
 
   function offerStages(count) {
@@ -129,10 +129,10 @@ function startViewer() {
     }
   }
 
-  function say() {
+  function update() {
     const { stage, truth, place } = viewer.view;
-    byId('viewer-state').textContent = `Stage ${stage}, truth ${truth}, ${place === 'own' ? 'each hand at its own root'
-      : 'right hand placed by the offset'}.`;
+    byId('viewer-state').textContent = `Stage ${stage}, ground truth ${truth}, ${place === 'own' ? 'each hand at its own root'
+      : 'right hand at the predicted offset'}.`;
   }
 
   function choose(name, value) {
@@ -140,7 +140,7 @@ function startViewer() {
     if (!input) return;
     input.checked = true;
     viewer.choose(name, name === 'stage' ? Number(value) : value);
-    say();
+    update();
   }
 
   const step = (by) => open(buttons[(shown + by + buttons.length) % buttons.length]);
@@ -165,7 +165,7 @@ function startViewer() {
   followPointers(canvas, viewer);
 }
 
-/** One pointer turns, two zoom. */
+/** One pointer rotates, two zoom. */
 function followPointers(canvas, viewer) {
   const pointers = new Map();
   const spread = () => {

@@ -1,43 +1,31 @@
-"""Pictures and meshes of chosen samples, small enough for a page."""
+"""Encode images and meshes of samples compactly for embedding in the page."""
 
 import base64
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
-import torch
 
-from utils.hand import LEFT, RIGHT
-from utils.rasterizer import as_one_mesh, overlay
+from utils.drawing import mesh_overlay
+from utils.hand import LEFT, NUM_VERTICES, RIGHT
 
 JPEG_QUALITY = 88
 INT16 = 32767
 
 
-class Pictures(NamedTuple):
-    """data: addresses of one sample's pictures."""
+def draw(samples: dict[str, np.ndarray]) -> list[dict[str, str]]:
+    """data: URLs of each sample's input, and its overlays of prediction and ground truth.
 
-    crop: str
-    prediction: str
-    truth: str
-
-
-def draw(samples: dict[str, np.ndarray]) -> list[Pictures]:
-    """The crop, the last stage's prediction at the true roots, as pixel errors are measured, and the truth."""
+    As in the pixel errors, the prediction is that of the last stage, placed at the ground-truth roots.
+    """
     placed = samples['vertices'][:, -1] + samples['true_roots'][:, :, None]
-    faces = as_one_mesh(*torch.from_numpy(samples['faces'].astype(np.int64)))
-    return [
-        Pictures(
-            _address(image),
-            *(
-                _address(overlay(image, torch.from_numpy(mesh).float(), torch.from_numpy(camera).float(), faces))
-                for mesh in (prediction, truth)
-            ),
-        )
-        for image, camera, prediction, truth in zip(
-            samples['image'], samples['intrinsics'], placed, samples['true_vertices']
-        )
-    ]
+    left, right = samples['faces'].astype(np.int64)
+    faces = np.concatenate([left, right + NUM_VERTICES])
+    result = []
+    for image, camera, *meshes in zip(samples['image'], samples['intrinsics'], placed, samples['true_vertices']):
+        drawn = [mesh_overlay(image, mesh, camera, faces) for mesh in meshes]
+        result.append(dict(zip(('input', 'prediction', 'ground truth'), map(_address, (image, *drawn)))))
+    return result
 
 
 def _address(image: np.ndarray) -> str:
@@ -46,11 +34,11 @@ def _address(image: np.ndarray) -> str:
 
 
 def meshes(samples: dict[str, np.ndarray]) -> dict[str, Any]:
-    """What viewer.js draws. Vertices are int16 in steps of each sample's own, about 0.006 mm for a hand.
+    """Meshes for viewer.js, each centred on its own root.
 
-    Each mesh is centred on its own root; the places of the roots are in mm, relative to the true left root.
+    Vertices are int16 multiples of a per-sample step, about 0.006 mm for a hand. Offsets are in mm from the left root.
     """
-    own = samples['true_vertices'] - samples['true_roots'][:, :, None]
+    centred = samples['true_vertices'] - samples['true_roots'][:, :, None]
     vector = samples['true_roots'][:, RIGHT] - samples['true_roots'][:, LEFT]
     return {
         'faces': [_base64(faces.astype('<u2')) for faces in samples['faces']],
@@ -62,13 +50,13 @@ def meshes(samples: dict[str, np.ndarray]) -> dict[str, Any]:
                 'offsets': _millimetres(offsets),
                 'true_offset': _millimetres(true_offset),
             }
-            for stages, truth, offsets, true_offset in zip(samples['vertices'], own, samples['offset'], vector)
+            for stages, truth, offsets, true_offset in zip(samples['vertices'], centred, samples['offset'], vector)
         ],
     }
 
 
 def _quantised(vertices: np.ndarray, step_mm: float) -> str:
-    """(2, 778, 3) m -> base64 of little-endian int16."""
+    """(2, 778, 3) in m -> base64 of little-endian int16."""
     return _base64((1e3 * vertices / step_mm).round().clip(-INT16, INT16).astype('<i2'))
 
 

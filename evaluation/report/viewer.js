@@ -1,7 +1,7 @@
 'use strict';
 
-// The 3D view of one sample: two predicted hands and the true ones, in WebGL2. Lengths are mm. The data have camera
-// axes (x right, y down, z forward); y and z are turned round once, when a mesh is unpacked.
+// WebGL2 view of one sample: predicted and ground-truth hands, in mm. The data use camera axes (x right, y down,
+// z forward); y and z are negated on unpacking.
 
 const VERTEX_SHADER = `#version 300 es
 uniform mat4 projection; uniform mat3 rotation; uniform vec3 place; uniform float distance_;
@@ -12,7 +12,7 @@ void main() {
   facing = rotation * normal;
   gl_Position = projection * vec4(eye, 1);
 }`;
-// Lit from the camera, from either side. What is translucent grows denser towards its outline.
+// Headlight shading of both sides of a face. Translucent surfaces become more opaque towards the silhouette.
 const FRAGMENT_SHADER = `#version 300 es
 precision highp float;
 uniform vec4 colour;
@@ -24,21 +24,21 @@ void main() {
   float ambient = colour.a < 1.0 ? 0.85 : 0.35;
   pixel = vec4(colour.rgb * (ambient + (1.0 - ambient) * light) * alpha, alpha);
 }`;
-const FIELD_OF_VIEW = 0.5; // rad, of the height
-const TRUTH_COLOUR = [0.58, 0.59, 0.61]; // between the backgrounds of the light and the dark page
-const VEIL = 0.28; // opacity of the truth seen face on
+const FIELD_OF_VIEW = 0.5; // vertical, rad
+const TRUTH_COLOUR = [0.58, 0.59, 0.61]; // visible on both the light and the dark background
+const VEIL = 0.28; // opacity of the ground truth, seen head-on
 
 function bytesOf(base64) {
   return Uint8Array.from(atob(base64), (character) => character.charCodeAt(0)).buffer;
 }
 
-/** base64 of int16 (2, 778, 3) in steps -> one Float32Array for each hand, y up and z towards the viewer. */
+/** base64 of int16 (2, 778, 3) in multiples of step -> a Float32Array per hand, y up and z towards the viewer. */
 function unpackHands(base64, step) {
   const values = Float32Array.from(new Int16Array(bytesOf(base64)), (value, i) => (i % 3 ? -step : step) * value);
   return [values.subarray(0, values.length / 2), values.subarray(values.length / 2)];
 }
 
-/** Normals of the vertices: the sum of their faces' normals. The shader gives them unit length. */
+/** Vertex normals: area-weighted sums of face normals, which the shader normalises. */
 function normalsOf(vertices, faces) {
   const normals = new Float32Array(vertices.length);
   for (let f = 0; f < faces.length; f += 3) {
@@ -53,8 +53,8 @@ function normalsOf(vertices, faces) {
   return normals;
 }
 
-/** A rotation (column by column) after turning the view by angles about the screen's axes. */
-function turned(rotation, aboutX, aboutY) {
+/** The column-major rotation matrix after a further rotation about the screen's axes, in rad. */
+function rotated(rotation, aboutX, aboutY) {
   const [cx, sx, cy, sy] = [Math.cos(aboutX), Math.sin(aboutX), Math.cos(aboutY), Math.sin(aboutY)];
   const result = [];
   for (let column = 0; column < 3; column += 1) {
@@ -65,7 +65,7 @@ function turned(rotation, aboutX, aboutY) {
   return result;
 }
 
-/** The viewer of a canvas, or null where there is no WebGL2. */
+/** Creates the viewer of a canvas, or returns null without WebGL2. */
 function createViewer(canvas, colours) {
   const gl = canvas.getContext('webgl2', { antialias: true });
   if (!gl) return null;
@@ -116,7 +116,7 @@ function createViewer(canvas, colours) {
     redraw();
   }
 
-  /** Middle and radius of the truth and all stages at the true roots: the view does not jump between stages. */
+  /** Bounding sphere over the ground truth and all stages, so that the view stays put between stages. */
   function measure() {
     const [low, high] = [[Infinity, Infinity, Infinity], [-Infinity, -Infinity, -Infinity]];
     const pairs = [sample.truthMeshes, ...sample.stages.map((stage) => unpackHands(stage, sample.step))];
@@ -152,14 +152,14 @@ function createViewer(canvas, colours) {
     gl.uniformMatrix3fv(uniforms.rotation, false, view.rotation);
     gl.uniform1f(uniforms.distance_, distance);
     if (view.truth !== 'only') {
-      const offset = view.place === 'offset' ? turnedRound(sample.offsets[view.stage]) : sample.trueRoot;
+      const offset = view.place === 'offset' ? flipped(sample.offsets[view.stage]) : sample.trueRoot;
       hands.prediction.forEach((hand) => drawHand(hand, offset, [...colours[hand.side], 1]));
     }
     if (view.truth === 'only') hands.truth.forEach((hand) => drawHand(hand, sample.trueRoot, [...TRUTH_COLOUR, 1]));
     if (view.truth === 'on') drawVeil();
   }
 
-  /** One layer of veil: first its depths alone, then only its nearest surface. */
+  /** Blends only the nearest surface of the ground truth: a depth pass, then a colour pass. */
   function drawVeil() {
     gl.depthFunc(gl.LEQUAL);
     gl.colorMask(false, false, false, false);
@@ -178,7 +178,7 @@ function createViewer(canvas, colours) {
     gl.drawElements(gl.TRIANGLES, faces[hand.side].length, gl.UNSIGNED_SHORT, 0);
   }
 
-  function turnedRound([x, y, z]) {
+  function flipped([x, y, z]) {
     return [x, -y, -z];
   }
 
@@ -190,7 +190,7 @@ function createViewer(canvas, colours) {
     view,
     show(next, facesOfHands) {
       faces = facesOfHands.map((text) => new Uint16Array(bytesOf(text)));
-      sample = { ...next, truthMeshes: unpackHands(next.truth, next.step), trueRoot: turnedRound(next.true_offset) };
+      sample = { ...next, truthMeshes: unpackHands(next.truth, next.step), trueRoot: flipped(next.true_offset) };
       view.stage = Math.min(view.stage, next.stages.length - 1);
       measure();
       load();
@@ -200,7 +200,7 @@ function createViewer(canvas, colours) {
       load();
     },
     turn(aboutX, aboutY) {
-      view.rotation = turned(view.rotation, aboutX, aboutY);
+      view.rotation = rotated(view.rotation, aboutX, aboutY);
       redraw();
     },
     zoom(factor) {

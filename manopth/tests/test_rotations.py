@@ -10,6 +10,7 @@ from manopth.rotations import (
     gram_schmidt_6d_to_matrix,
     matrix_to_axis_angle,
     matrix_to_quaternion,
+    nearest_rotation,
     symmetric_6d_to_matrix,
 )
 
@@ -49,14 +50,14 @@ def test_cross_product_matrix_is_the_cross_product():
 
 
 @pytest.mark.parametrize('angle', ANGLES)
-def test_axis_angle_gradient_is_right_at_every_angle(angle):
+def test_axis_angle_gradient_is_correct_at_every_angle(angle):
     assert torch.autograd.gradcheck(axis_angle_to_matrix, (angle * directions(3)).requires_grad_())
     single = (angle * directions(3)).float().requires_grad_()
     axis_angle_to_matrix(single).sum().backward()
     assert single.grad.isfinite().all()
 
 
-def test_gradient_at_zero_is_the_generators():
+def test_gradient_at_zero_equals_the_generators():
     zero = torch.zeros(3, dtype=torch.float64)
     jacobian = torch.autograd.functional.jacobian(axis_angle_to_matrix, zero)
     expected = torch.stack([cross_product_matrix(axis) for axis in torch.eye(3, dtype=torch.float64)], -1)
@@ -81,8 +82,8 @@ def test_matrix_round_trip():
 
 
 @pytest.mark.parametrize('angle', [1e-3, 1.0, 3.0, math.pi - 1e-3])
-def test_matrix_to_axis_angle_gradient_undoes_the_forward_one(angle):
-    """The Jacobian of a round trip is the identity."""
+def test_matrix_to_axis_angle_gradient_inverts_axis_angle_to_matrix(angle):
+    """The Jacobian of the round trip is the identity."""
 
     def round_trip(axis_angle):
         return matrix_to_axis_angle(axis_angle_to_matrix(axis_angle))
@@ -98,7 +99,7 @@ def test_matrix_to_axis_angle_gradient_is_finite_at_zero_and_at_half_turns():
     assert matrix.grad.isfinite().all()
 
 
-def test_quaternion_is_of_unit_length_and_turns_vectors_the_same_way():
+def test_quaternion_has_unit_length_and_rotates_vectors_alike():
     matrix, point = random_matrices(), directions(200, seed=5)
     q = matrix_to_quaternion(matrix)
     torch.testing.assert_close(q.norm(dim=-1), torch.ones(200, dtype=torch.float64))
@@ -108,7 +109,7 @@ def test_quaternion_is_of_unit_length_and_turns_vectors_the_same_way():
 
 
 @pytest.mark.parametrize('to_matrix', [symmetric_6d_to_matrix, gram_schmidt_6d_to_matrix])
-def test_6d_gives_rotations_and_keeps_the_columns_of_one(to_matrix):
+def test_6d_yields_rotations_and_reproduces_those_it_comes_from(to_matrix):
     generator = torch.Generator().manual_seed(4)
     assert_rotations(to_matrix(torch.randn(100, 6, generator=generator, dtype=torch.float64)), 1e-12)
     matrix = random_matrices()
@@ -117,11 +118,11 @@ def test_6d_gives_rotations_and_keeps_the_columns_of_one(to_matrix):
     torch.testing.assert_close(to_matrix(scaled), matrix, atol=1e-12, rtol=0)
 
 
-def test_symmetric_6d_shares_the_error_between_its_columns():
+def test_symmetric_6d_splits_the_error_between_its_columns():
     a, b = directions(50, seed=6), directions(50, seed=7)
     matrix = symmetric_6d_to_matrix(torch.cat([a, b], -1))
     x, y, z = matrix.unbind(-1)
-    torch.testing.assert_close((x * a).sum(-1), (y * b).sum(-1))  # each turned by as much as the other
+    torch.testing.assert_close((x * a).sum(-1), (y * b).sum(-1))  # both are turned by the same angle
     torch.testing.assert_close(F.normalize(x + y, dim=-1), F.normalize(a + b, dim=-1))  # about the common bisector
     torch.testing.assert_close((z * a).sum(-1), torch.zeros(50, dtype=torch.float64))  # within their plane
     swapped = symmetric_6d_to_matrix(torch.cat([b, a], -1))
@@ -165,12 +166,32 @@ def test_6d_gradients(to_matrix):
     assert torch.autograd.gradcheck(to_matrix, six)
 
 
+def test_nearest_rotation_is_the_closest_of_many():
+    matrix = torch.randn(20, 3, 3, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    nearest = nearest_rotation(matrix)
+    assert_rotations(nearest, 1e-12)
+    distance = (nearest - matrix).norm(dim=(-2, -1))
+    others = (random_matrices(500)[:, None] - matrix).norm(dim=(-2, -1))
+    assert (distance <= others).all()
+    torch.testing.assert_close(nearest_rotation(random_matrices()), random_matrices(), atol=1e-12, rtol=0)
+
+
+def test_nearest_rotation_gradient():
+    matrix = torch.randn(6, 3, 3, generator=torch.Generator().manual_seed(10), dtype=torch.float64)
+    rotations = random_matrices(4)  # their singular values coincide
+    assert torch.autograd.gradcheck(nearest_rotation, torch.cat([matrix, rotations]).requires_grad_())
+    zero = torch.zeros(1, 3, 3, requires_grad=True)
+    nearest_rotation(zero).sum().backward()
+    assert zero.grad.isfinite().all()
+
+
 @pytest.mark.parametrize('shape', [(), (0,), (2, 5), (1, 0, 3)])
-def test_leading_axes_are_free(shape):
+def test_leading_axes_are_arbitrary(shape):
     assert axis_angle_to_matrix(torch.zeros(*shape, 3)).shape == (*shape, 3, 3)
     matrix = torch.eye(3).expand(*shape, 3, 3)
     assert matrix_to_axis_angle(matrix).shape == (*shape, 3)
     assert matrix_to_quaternion(matrix).shape == (*shape, 4)
+    assert nearest_rotation(matrix).shape == (*shape, 3, 3)
     six = matrix[..., :2].mT.flatten(-2)
     for to_matrix in (symmetric_6d_to_matrix, gram_schmidt_6d_to_matrix):
         torch.testing.assert_close(to_matrix(six), matrix.contiguous())

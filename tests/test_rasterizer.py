@@ -5,12 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from manopth import TwoHandLayer
-from models.hands import load_hands
 from utils import rasterizer as render
 from utils.errors import UserError
 from utils.geometry import project
-from utils.rasterizer import interpolate, overlay, rasterize, rasterize_pytorch3d, shade, smooth_normals, two_hand_faces
+from utils.rasterizer import interpolate, rasterize, rasterize_pytorch3d, shade, smooth_normals
 
 HEIGHT, WIDTH = 20, 26
 CAMERA = torch.tensor([[30.0, 0.0, 13.0], [0.0, 28.0, 10.0], [0.0, 0.0, 1.0]])
@@ -199,25 +197,6 @@ def test_shading_is_brightest_where_the_surface_faces_the_camera_and_never_excee
     assert 0.9 < picture.max() <= 1 + 1e-6 and picture[15:18, 15:18].max() == picture.max()
     seen = out.face[0] >= 0
     assert picture[seen].min() >= render.AMBIENT and picture[seen].min() < 0.8 and not picture[~seen].any()
-
-
-def test_overlay_colours_each_hand_where_it_lies_and_leaves_the_rest():
-    models = load_hands('standin')
-    hands = TwoHandLayer(models)(torch.zeros(1, 2, 3), torch.zeros(1, 2, 45), torch.zeros(1, 2, 10), use_pca=False)
-    vertices = hands.vertices[0] - hands.vertices[0].mean(1, keepdim=True)
-    vertices = vertices + torch.tensor([[[-0.12, 0, 0.8]], [[0.12, 0, 0.8]]])
-    camera = torch.tensor([[200.0, 0, 64], [0, 200.0, 48], [0, 0, 1]])
-    grey = np.full((96, 128, 3), 100, np.uint8)
-    faces = two_hand_faces(models)
-    picture = overlay(grey, vertices, camera, faces, alpha=1.0)
-    assert picture.shape == grey.shape and picture.dtype == np.uint8 and (grey == 100).all()
-    assert (picture[[0, -1]] == 100).all()
-    drawn = (picture != 100).any(-1)
-    for half, (blue, red) in ((slice(0, 64), (2, 0)), (slice(64, 128), (0, 2))):
-        inside = picture[:, half][drawn[:, half]].astype(int)
-        assert len(inside) > 200
-        assert (inside[:, blue] <= inside[:, red]).mean() > 0.95  # left hand blue, right hand orange
-    np.testing.assert_array_equal(overlay(grey, vertices, camera, faces, alpha=0.0), grey)
 
 
 def test_pytorch3d_missing_is_a_sentence(monkeypatch):

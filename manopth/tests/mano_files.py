@@ -1,4 +1,4 @@
-"""Hand models written as the official MANO files are: by Python 2, with chumpy arrays and a sparse matrix inside."""
+"""Write hand models in the format of the official MANO files: Python 2 pickles of chumpy arrays and a sparse matrix."""
 
 import pickle
 from pathlib import Path
@@ -8,11 +8,11 @@ from typing import ClassVar
 import numpy as np
 
 from manopth import HandModel, HandPair
-from utils.hand import CHAIN_PARENTS
+from manopth.tables import CHAIN_PARENTS
 
 
 class Foreign:
-    """An object of a class that only the writer of the file has: ``pickled_as`` is what the pickle calls that class."""
+    """An instance of a class that the reader does not have; ``pickled_as`` is the class name in the pickle."""
 
     pickled_as: tuple[str, str]
 
@@ -37,7 +37,7 @@ class NewSparse(Foreign):
 
 
 def sparse(dense: np.ndarray, kind: type[Foreign] = OldSparse) -> Foreign:
-    """Compressed columns, as scipy pickles them."""
+    """A compressed sparse column matrix as scipy pickles it."""
     columns, rows = np.nonzero(dense.T)
     starts = np.searchsorted(columns, np.arange(dense.shape[1] + 1))
     return kind(
@@ -50,7 +50,7 @@ def sparse(dense: np.ndarray, kind: type[Foreign] = OldSparse) -> Foreign:
 
 
 class Python2Pickler(pickle._Pickler):
-    """Writes Python 2's names and byte strings, and foreign classes by their own names."""
+    """Writes Python 2 module names and byte strings, and foreign classes under their original names."""
 
     dispatch: ClassVar = dict(pickle._Pickler.dispatch)
 
@@ -69,7 +69,7 @@ class Python2Pickler(pickle._Pickler):
 
 
 def official_content(model: HandModel, *, sparse_kind: type[Foreign] = OldSparse) -> dict:
-    """The dictionary of an official file that holds ``model``: here too the shape directions are a view of more."""
+    """The content of an official file for ``model``; as there, the shape directions are a slice of a larger array."""
     directions = np.concatenate([model.shape_dirs, np.ones((*model.shape_dirs.shape[:2], 2))], -1)
     chosen = np.arange(directions.size).reshape(directions.shape)[..., :10]
     return {
@@ -97,7 +97,7 @@ def write_pickle(path: Path, content, *, protocol: int = 2) -> Path:
 
 
 def write_mano_files(folder: Path, models: HandPair) -> Path:
-    """``folder``/MANO_{LEFT,RIGHT}.pkl; the left one with the known defect, its shape directions the right hand's."""
+    """Write ``folder``/MANO_{LEFT,RIGHT}.pkl; the left file has the known defect: the right hand's shape directions."""
     left, right = models
     defect = {'shapedirs': official_content(right)['shapedirs']}
     write_pickle(folder / 'MANO_LEFT.pkl', official_content(left) | defect)

@@ -1,4 +1,4 @@
-"""The stand-in hand: MANO's sizes and conventions, a sound mesh, and a hand's behaviour."""
+"""The stand-in hand: MANO's sizes and conventions, a valid mesh, plausible shapes and poses."""
 
 from dataclasses import replace
 
@@ -10,9 +10,8 @@ from manopth import ManoError, standin
 from manopth.assets import HandModel
 from manopth.lbs import HandArrays, linear_blend_skinning
 from manopth.rotations import axis_angle_to_matrix
-from manopth.standin import FLEXION_LIMITS, SPREAD_LIMITS, TWIST_LIMITS, pose_from_angles, standin_hand
-from models.hands import load_hands
-from utils.hand import CHAIN_PARENTS, FINGERS, PUBLISHED_LEFT_MIDDLE_TIP, SIDES, TIP_VERTICES
+from manopth.standin import FLEXION_LIMITS, SPREAD_LIMITS, TWIST_LIMITS, pose_from_angles, standin_hand, standin_pair
+from manopth.tables import CHAIN_PARENTS, FINGERS, PUBLISHED_LEFT_MIDDLE_TIP, SIDES, TIP_VERTICES
 
 CHAINS = {'index': (1, 2, 3), 'middle': (4, 5, 6), 'little': (7, 8, 9), 'ring': (10, 11, 12), 'thumb': (13, 14, 15)}
 TIP_OF = dict(zip(FINGERS, TIP_VERTICES, strict=True))
@@ -69,7 +68,7 @@ def capped(hand: HandModel) -> np.ndarray:
 
 
 def winding_number(points: np.ndarray, vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """(N,) 1 inside a closed mesh, 0 outside (van Oosterom and Strackee 1983)."""
+    """Winding number (N,): 1 inside a closed mesh, 0 outside (van Oosterom and Strackee 1983)."""
     corners = vertices[faces][None] - points[:, None, None]
     a, b, c = corners[:, :, 0], corners[:, :, 1], corners[:, :, 2]
     la, lb, lc = (np.linalg.norm(x, axis=-1) for x in (a, b, c))
@@ -91,7 +90,7 @@ def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
 
 
 def self_intersections(vertices: np.ndarray, faces: np.ndarray) -> int:
-    """Number of (edge, face) pairs without a common vertex that cross."""
+    """Count the intersecting (edge, face) pairs that share no vertex."""
     edges = np.unique(np.sort(directed_edges(faces), 1), axis=0)
     p, q = vertices[edges[:, 0]], vertices[edges[:, 1]]
     triangles = vertices[faces]
@@ -111,16 +110,16 @@ def self_intersections(vertices: np.ndarray, faces: np.ndarray) -> int:
     return int((through & (abs(s.sum(0)) == 3)).sum())
 
 
-def test_fields_have_manos_shapes(hand):
+def test_arrays_have_the_shapes_of_mano(hand):
     for name, shape in HandModel.SHAPES.items():
         array = getattr(hand, name)
         assert array.shape == shape
         assert array.dtype == (np.int64 if name == 'faces' else np.float64)
         assert np.isfinite(array).all()
-    assert load_hands('standin')[SIDES.index(hand.side)] is hand
+    assert standin_pair()[SIDES.index(hand.side)] is hand
 
 
-def test_mesh_is_a_disc_whose_rim_is_the_wrist(hand):
+def test_mesh_is_a_disc_bounded_by_the_wrist(hand):
     edges = directed_edges(hand.faces)
     assert len(np.unique(edges, axis=0)) == len(edges), 'faces disagree in orientation'
     undirected, counts = np.unique(np.sort(edges, 1), axis=0, return_counts=True)
@@ -142,7 +141,7 @@ def test_mesh_is_a_disc_whose_rim_is_the_wrist(hand):
     rest_wrist = (hand.joint_regressor @ hand.template)[0]
     assert (sign * (hand.template[loop, 0] - rest_wrist[0]) > 0.01).all()
     assert (hand.skinning_weights[loop, 0] == 1).all()
-    # Around every vertex the faces form a single fan.
+    # The faces around every vertex form a single fan.
     for vertex in range(778):
         around = hand.faces[(hand.faces == vertex).any(1)]
         corners = [np.roll(face, -int(np.flatnonzero(face == vertex)[0])) for face in around]
@@ -169,7 +168,7 @@ def test_normals_point_outwards_at_rest_and_for_all_betas(hand):
     assert quality[0].min() > 0.5
     assert quality.min() > 0.35
     assert areas.min() > 2e-6
-    # No face turns against its neighbours: every dihedral angle is open.
+    # The mesh is not folded: every dihedral angle is open.
     owner = {tuple(edge): i // 3 for i, edge in enumerate(edges.tolist())}
     pairs = np.array([(i, owner[b, a]) for (a, b), i in owner.items() if (b, a) in owner])
     unit = normals / np.linalg.norm(normals, axis=-1, keepdims=True)
@@ -179,27 +178,27 @@ def test_normals_point_outwards_at_rest_and_for_all_betas(hand):
 def test_mesh_does_not_cross_itself_at_rest(right):
     assert self_intersections(right.template, right.faces) == 0
     folded = right.template.copy()
-    folded[TIP_OF['index']] = folded[TIP_OF['ring']]  # the check itself sees a crossing
+    folded[TIP_OF['index']] = folded[TIP_OF['ring']]  # the check itself detects a crossing
     assert self_intersections(folded, right.faces) > 0
 
 
-def test_rest_pose_follows_manos_axes(right):
+def test_rest_pose_follows_the_axes_of_mano(right):
     joints = right.joint_regressor @ right.template
     np.testing.assert_allclose(joints[0], [0.096, 0.006, 0.006], atol=2e-4)
     np.testing.assert_allclose(joints[4], [0.001, 0.005, 0.003], atol=2e-4)
     assert 0.090 < np.linalg.norm(joints[4] - joints[0]) < 0.098
     assert 0.18 < np.linalg.norm(right.template[444] - joints[0]) < 0.20
     bases = joints[[1, 4, 10, 7], 2]
-    assert (np.diff(bases) < 0).all(), 'thumb side is +z'
+    assert (np.diff(bases) < 0).all(), 'the thumb side is not +z'
     assert joints[13:16, 2].min() > joints[1, 2] - 0.005
-    assert right.template[TIP_OF['thumb'], 1] < joints[1, 1] - 0.015, 'the thumb stands out of the palm'
+    assert right.template[TIP_OF['thumb'], 1] < joints[1, 1] - 0.015, 'the thumb does not stand out of the palm'
     for name, chain in CHAINS.items():
         tip = right.template[TIP_OF[name]]
         path = np.array([*joints[list(chain)], tip])
-        assert (np.diff(path[:, 0]) < 0).all(), 'fingers point to -x'
+        assert (np.diff(path[:, 0]) < 0).all(), 'a finger does not point to -x'
 
 
-def test_tips_are_the_ends_of_their_fingers(hand):
+def test_tips_are_the_farthest_points_of_their_fingers(hand):
     joints = hand.joint_regressor @ hand.template
     for name, chain in CHAINS.items():
         tip = hand.template[TIP_OF[name]]
@@ -211,7 +210,7 @@ def test_tips_are_the_ends_of_their_fingers(hand):
     assert 0.001 < beside < 0.010
 
 
-def test_proportions_are_a_hands(hand):
+def test_proportions_are_those_of_a_hand(hand):
     joints = hand.joint_regressor @ hand.template
     length, bones = {}, {}
     for name, chain in CHAINS.items():
@@ -240,14 +239,14 @@ def test_weights_and_regressor(hand):
     assert hand.skinning_weights.min() >= 0
     assert (hand.skinning_weights > 0).sum(1).max() <= 5
     assert hand.joint_regressor.min() > -0.01
-    # Smooth: neighbours differ little.
+    # Smooth: neighbouring vertices have similar weights.
     edges = directed_edges(hand.faces)
     assert abs(np.diff(hand.skinning_weights[edges], axis=1)).max() < 0.8
     joints = hand.joint_regressor @ hand.template
     for joint in range(16):
         used = abs(hand.joint_regressor[joint]) > 0
         assert np.linalg.norm(hand.template[used] - joints[joint], axis=1).max() < (0.06 if joint == 0 else 0.04)
-    # A vertex hangs on bones of one finger and those beside it, never on its opposite.
+    # A vertex follows its own and neighbouring fingers, never a distant one.
     thumb = hand.skinning_weights[:, 13:].sum(1)
     assert hand.skinning_weights[thumb > 0.01][:, [7, 8, 9]].max() == 0
 
@@ -264,7 +263,7 @@ def test_joints_stay_inside_the_flesh(right):
     np.testing.assert_allclose(winding_number(np.array([[0.0, 0.1, 0.0]]), right.template, closed), 0, atol=1e-6)
 
 
-def test_betas_make_plausible_people(hand):
+def test_betas_yield_plausible_hand_sizes(hand):
     def length(betas: np.ndarray) -> float:
         shape = hand.template + hand.shape_dirs @ betas
         return np.linalg.norm(shape[444] - (hand.joint_regressor @ shape)[0])
@@ -294,7 +293,7 @@ def test_pose_directions_are_small_and_vanish_at_rest(hand):
 
 
 def test_pose_directions_keep_the_knuckles_volume(right):
-    """At a right angle the middle joint's back keeps its distance from the joint better than plain blending does."""
+    """At a right angle, the back of the middle joint stays closer to its rest distance than with plain blending."""
     flexion = np.zeros((5, 3))
     flexion[2, 1] = np.pi / 2
     plain = replace(right, pose_dirs=np.zeros_like(right.pose_dirs))
@@ -320,10 +319,10 @@ def test_pose_space(hand):
     np.testing.assert_allclose(hand.pose_components @ hand.pose_components.T, np.eye(45), atol=1e-10)
     flexion_axis = hand.pose_mean.reshape(15, 3)[:, 2]  # of the long fingers: z, on either side by mirroring
     sign = 1 if hand.side == 'right' else -1
-    assert (sign * flexion_axis[:12] > 0.15).all(), 'the mean pose is half curled'
+    assert (sign * flexion_axis[:12] > 0.15).all(), 'the mean pose is not half curled'
     vertices, joints = posed(hand, hand.pose_mean + np.stack([FLAT, hand.pose_components[0], -hand.pose_components[0]]))
     tips = np.linalg.norm(vertices[:, list(TIP_VERTICES[1:])] - joints[:, :1], axis=-1)
-    assert (tips[1] < tips[0]).all() and (tips[0] < tips[2]).all(), 'the first component curls all fingers'
+    assert (tips[1] < tips[0]).all() and (tips[0] < tips[2]).all(), 'the first component does not curl all fingers'
 
 
 def test_left_hand_mirrors_the_right():
@@ -352,7 +351,7 @@ def test_left_hand_mirrors_the_right():
     )
 
 
-def test_pose_from_angles_is_zero_for_the_flat_hand_and_takes_any_leading_axes():
+def test_pose_from_angles_is_zero_for_the_flat_hand_and_broadcasts_leading_axes():
     np.testing.assert_array_equal(pose_from_angles(np.zeros((5, 3)), np.zeros(5), side='right'), 0)
     rng = np.random.default_rng(5)
     flexion, spread, twist = (0.3 * rng.normal(size=size) for size in ((2, 3, 5, 3), (3, 5), (2, 1, 5)))
@@ -362,8 +361,8 @@ def test_pose_from_angles_is_zero_for_the_flat_hand_and_takes_any_leading_axes()
     assert pose_from_angles(np.zeros((0, 5, 3)), np.zeros((0, 5)), side='right').shape == (0, 45)
 
 
-def test_angles_mean_what_they_say(right):
-    """Single joints turn by exactly the angle; the base joint composes rotations instead of adding vectors."""
+def test_joints_turn_by_the_angles_given(right):
+    """Each joint turns by exactly its angle; the base joint composes rotations instead of adding vectors."""
     flexion, spread = np.zeros((5, 3)), np.zeros(5)
     flexion[1] = 0.4, 0.7, 0.3
     pose = pose_from_angles(flexion, spread, side='right').reshape(15, 3)
@@ -385,15 +384,15 @@ def test_angles_mean_what_they_say(right):
         curled = posed(right, right_pose(flexion))[0][0, tip] - rest[tip]
         apart = posed(right, right_pose(0 * flexion, spread))[0][0, tip] - rest[tip]
         if name == 'thumb':
-            assert curled[2] < -0.01, 'across the palm'
-            assert apart[1] < -0.005, 'out of the palm'
+            assert curled[2] < -0.01, 'the thumb does not curl across the palm'
+            assert apart[1] < -0.005, 'the thumb does not spread out of the palm'
         else:
-            assert curled[1] < -0.01, 'to the palm'
+            assert curled[1] < -0.01, 'the finger does not curl towards the palm'
             assert np.sign(apart[2]) == (1 if name in ('index', 'middle') else -1)
             assert abs(apart[1]) < 0.002
 
 
-def test_fist_brings_the_tips_to_the_palm_and_not_through_it(right):
+def test_fist_brings_the_tips_to_the_palm_without_penetration(right):
     twist = np.radians([16, 0, 0, 0, 0])
     vertices, joints = posed(right, right_pose(FIST, twist=twist))
     vertices, joints = vertices[0], joints[0]
@@ -407,8 +406,8 @@ def test_fist_brings_the_tips_to_the_palm_and_not_through_it(right):
         offset = vertices[last][:, None] - vertices[palm]
         nearest = np.linalg.norm(offset, axis=-1).argmin(1)
         height = (offset[np.arange(len(last)), nearest] * normals[palm[nearest]]).sum(-1)
-        assert height.min() > -0.005, 'sunk into the palm'
-        assert np.linalg.norm(offset, axis=-1).min() < 0.02, 'the finger reaches the palm'
+        assert height.min() > -0.005, 'the finger penetrates the palm'
+        assert np.linalg.norm(offset, axis=-1).min() < 0.02, 'the finger does not reach the palm'
 
 
 def test_pinch_joins_thumb_and_index(right):
@@ -418,10 +417,10 @@ def test_pinch_joins_thumb_and_index(right):
     assert gap < 0.004
     just_outside = vertices[0] + 0.0005 * vertex_normals(vertices[0], right.faces)
     inside = winding_number(just_outside[last['thumb']], vertices[0], capped(right)) > 0.5
-    assert inside.mean() < 0.1, 'the thumb is pressed into the index'
+    assert inside.mean() < 0.1, 'the thumb penetrates the index finger'
 
 
-def test_poses_within_the_limits_keep_the_skin_in_order(right):
+def test_poses_within_the_limits_keep_edges_and_volume(right):
     rng = np.random.default_rng(6)
     flexion = rng.uniform(FLEXION_LIMITS[..., 0], FLEXION_LIMITS[..., 1], size=(40, 5, 3))
     spread, twist = (rng.uniform(limits[:, 0], limits[:, 1], size=(40, 5)) for limits in (SPREAD_LIMITS, TWIST_LIMITS))
@@ -437,15 +436,15 @@ def test_poses_within_the_limits_keep_the_skin_in_order(right):
     assert (abs(volume / volume.mean() - 1) < 0.1).all()
 
 
-def test_hand_is_the_same_at_every_making():
-    again = standin._right_hand.__wrapped__()
+def test_generation_is_deterministic():
+    again = standin.right_hand_arrays.__wrapped__()
     for name, array in again.items():
         np.testing.assert_array_equal(array, getattr(standin_hand('right'), name))
     assert standin_hand('right') is standin_hand('right')
     assert standin_hand('right').digest != standin_hand('left').digest
 
 
-def test_arrays_are_read_only_and_wrong_sides_refused(right):
+def test_arrays_are_read_only_and_unknown_sides_are_refused(right):
     with pytest.raises(ValueError, match='read-only'):
         right.template[0] = 0
     for call in (lambda: standin_hand('both'), lambda: pose_from_angles(np.zeros((5, 3)), np.zeros(5), side='Right')):

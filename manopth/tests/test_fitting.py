@@ -4,20 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from manopth import TwoHandLayer, fitting
+from manopth import ManoError, TwoHandLayer, fitting
 from manopth.alignment import align
 from manopth.fitting import HandParameters, PointModel
 from manopth.rotations import axis_angle_to_matrix
-from manopth.standin import pose_from_angles
-from models.hands import load_hands
-from utils.hand import NUM_JOINTS, SIDES
+from manopth.standin import pose_from_angles, standin_pair
+from manopth.tables import NUM_JOINTS, SIDES
 
 MIRROR = torch.tensor([-1.0, 1.0, 1.0], dtype=torch.float64)
 
 
 @pytest.fixture(scope='module')
 def models():
-    return load_hands('standin')
+    return standin_pair()
 
 
 @pytest.fixture(scope='module')
@@ -26,7 +25,7 @@ def point_model(models):
 
 
 def natural_hands(count: int, subjects: int = 2, seed: int = 0) -> tuple[HandParameters, torch.Tensor]:
-    """Flexed and spread fingers anywhere in space, (parameters, subject (B,))."""
+    """Hands with flexed and spread fingers anywhere in space -> (parameters, subject (B,))."""
     rng = np.random.default_rng(seed)
     flexion, spread = rng.uniform(0, 1.3, (count, 2, 5, 3)), rng.uniform(-0.12, 0.12, (count, 2, 5))
     flexion[:, :, 0] *= 0.4
@@ -43,22 +42,22 @@ def vertices_of(models, hands: HandParameters) -> torch.Tensor:
     return posed.vertices + hands.trans[:, :, None]
 
 
-def everything_valid(joints):
+def all_valid(joints):
     return torch.ones(joints.shape[:3], dtype=torch.bool)
 
 
-def test_points_are_the_hand_layers_joints(models, point_model):
+def test_points_equal_the_joints_of_the_hand_layer(models, point_model):
     hands, _ = natural_hands(3)
     posed = TwoHandLayer(models, dtype=torch.float64)(hands.root, hands.pose.flatten(2), hands.betas, use_pca=False)
     torch.testing.assert_close(fitting.place_points(point_model, hands), posed.joints + hands.trans[:, :, None])
 
 
 def test_derivatives_equal_autograd(models):
-    rng = np.random.default_rng(1)  # large corrective shapes, so that their part is seen
+    rng = np.random.default_rng(1)  # large pose blend shapes, so that their derivatives count
     rough = tuple(replace(m, pose_dirs=rng.normal(size=m.pose_dirs.shape) * 0.01) for m in models)
     model, (hands, _) = PointModel.from_models(rough), natural_hands(2)
 
-    def points(change):  # one change for both time steps and hands: root 3, pose 45, trans 3, betas 10
+    def points(change):  # the same change for both time steps and hands: root 3, pose 45, trans 3, betas 10
         turn = axis_angle_to_matrix(change[:3]).expand(2, 2, 3, 3)
         moved = HandParameters(
             hands.root @ turn,
@@ -66,10 +65,10 @@ def test_derivatives_equal_autograd(models):
             hands.betas + change[51:],
             hands.trans + change[48:51],
         )
-        return fitting._Linearised(model, moved).points
+        return fitting.LinearisedPoints(model, moved).points
 
     expected = torch.autograd.functional.jacobian(points, torch.zeros(61, dtype=torch.float64))
-    state = fitting._Linearised(model, hands)
+    state = fitting.LinearisedPoints(model, hands)
     torch.testing.assert_close(torch.cat([state.by_pose(), state.by_shape()], -1), expected)
 
 
@@ -99,27 +98,27 @@ def test_rigid_alignment_ignores_weightless_points():
     torch.testing.assert_close(nothing @ nothing.mT, torch.eye(3, dtype=torch.float64).expand(4, 3, 3))
 
 
-def test_made_hands_are_found_again(models, point_model):
+def test_synthetic_hands_are_recovered(models, point_model):
     truth, subject = natural_hands(24, subjects=2)
     joints = fitting.place_points(point_model, truth)
-    found = fitting.fit_hands(point_model, joints, everything_valid(joints), subject=subject)
+    found = fitting.fit_hands(point_model, joints, all_valid(joints), subject=subject)
     residual = (fitting.place_points(point_model, found) - joints).norm(dim=-1) * 1e3
     assert residual.mean() < 0.6 and residual.mean(-1).max() < 1.2  # mm
     distance = (vertices_of(models, found) - vertices_of(models, truth)).norm(dim=-1) * 1e3
     assert distance.mean() < 1.0 and distance.mean(-1).max() < 1.8
-    for number in (0, 1):  # both hands of all time steps of a subject have one shape
+    for number in (0, 1):  # both hands share one shape at all time steps of a subject
         assert (found.betas[subject == number] == found.betas[number, 0]).all()
 
     betas = truth.betas
-    known = fitting.fit_hands(point_model, joints, everything_valid(joints), betas=betas)
+    known = fitting.fit_hands(point_model, joints, all_valid(joints), betas=betas)
     assert torch.equal(known.betas, betas)
     assert (fitting.place_points(point_model, known) - joints).norm(dim=-1).mean() * 1e3 < 0.6
 
 
-def test_joints_without_validity_have_no_say(models, point_model):
+def test_invalid_joints_are_ignored(models, point_model):
     truth, subject = natural_hands(8, subjects=1)
     joints = fitting.place_points(point_model, truth)
-    valid = everything_valid(joints)
+    valid = all_valid(joints)
     valid[:, :, [3, 4, 8, 12, 20]] = False
     valid[0, 0, 9] = False
     broken = torch.where(valid[..., None], joints, torch.nan)
@@ -129,15 +128,15 @@ def test_joints_without_validity_have_no_say(models, point_model):
         assert torch.equal(a, b)
     residual = (fitting.place_points(point_model, found) - joints).norm(dim=-1)[valid] * 1e3
     assert residual.mean() < 0.6
-    # Only the fingertips' places are unknown: the mesh stays near.
+    # Only the fingertip positions are unknown, so the mesh stays close.
     distance = (vertices_of(models, found) - vertices_of(models, truth)).norm(dim=-1) * 1e3
     assert distance.mean() < 4.0
 
 
-def test_a_hand_without_any_joint_harms_nobody(point_model):
+def test_hand_without_valid_joints_does_not_affect_the_other(point_model):
     truth, _ = natural_hands(2, subjects=1)
     joints = fitting.place_points(point_model, truth)
-    alone, subject = everything_valid(joints), torch.zeros(2, dtype=torch.long)
+    alone, subject = all_valid(joints), torch.zeros(2, dtype=torch.long)
     alone[:, 0] = False
     found = fitting.fit_hands(point_model, torch.where(alone[..., None], joints, 1.0), alone, subject=subject)
     assert all(value.isfinite().all() for value in found)
@@ -145,24 +144,24 @@ def test_a_hand_without_any_joint_harms_nobody(point_model):
     assert residual.mean() < 0.6
 
 
-def test_one_bad_joint_does_not_bend_the_hand(point_model):
+def test_single_outlier_does_not_bend_the_hand(point_model):
     truth, subject = natural_hands(6, subjects=1)
     joints = fitting.place_points(point_model, truth)
     disturbed = joints.clone()
     disturbed[:, :, 7, 0] += 0.08
-    found = fitting.fit_hands(point_model, disturbed, everything_valid(joints), subject=subject)
+    found = fitting.fit_hands(point_model, disturbed, all_valid(joints), subject=subject)
     distance = (fitting.place_points(point_model, found) - joints).norm(dim=-1) * 1e3
     others = [j for j in range(NUM_JOINTS) if j not in (5, 6, 7, 8)]
     assert distance[:, :, others].mean() < 2.0
     assert distance[:, :, 7].mean() < 20.0
 
 
-def test_left_is_the_mirrored_right(models, point_model):
+def test_mirrored_joints_yield_the_mirrored_fit(models, point_model):
     truth, subject = natural_hands(4, subjects=1)
     joints = fitting.place_points(point_model, truth)
-    mirrored = (joints * MIRROR).flip(1)  # the hands change places
-    found = fitting.fit_hands(point_model, joints, everything_valid(joints), subject=subject)
-    other = fitting.fit_hands(point_model, mirrored, everything_valid(joints), subject=subject)
+    mirrored = (joints * MIRROR).flip(1)  # the hands swap
+    found = fitting.fit_hands(point_model, joints, all_valid(joints), subject=subject)
+    other = fitting.fit_hands(point_model, mirrored, all_valid(joints), subject=subject)
     back = (vertices_of(models, other) * MIRROR).flip(1)
     torch.testing.assert_close(back, vertices_of(models, found), atol=2e-4, rtol=0)
 
@@ -178,14 +177,22 @@ def test_flexion_axes_curl_the_fingers_towards_the_palm(models):
         assert (towards[:, 1] < -0.5).all()  # both palms look down at rest
 
 
-def test_fittable_needs_joints_and_a_palm():
+def test_fittable_needs_enough_joints_and_palm_joints():
     valid = torch.ones(3, 21, dtype=torch.bool)
     valid[1, list(fitting.PALM_JOINTS[2:])] = False
     valid[2, :12] = False
     assert fitting.fittable(valid).tolist() == [True, False, False]
 
 
-def test_no_time_steps(point_model):
+def test_empty_batch_of_time_steps(point_model):
     joints = torch.zeros(0, 2, 21, 3, dtype=torch.float64)
-    found = fitting.fit_hands(point_model, joints, everything_valid(joints), subject=torch.zeros(0, dtype=torch.long))
+    found = fitting.fit_hands(point_model, joints, all_valid(joints), subject=torch.zeros(0, dtype=torch.long))
     assert [len(value) for value in found] == [0, 0, 0, 0]
+
+
+def test_exactly_one_of_subject_and_betas_is_required(point_model):
+    joints = torch.zeros(1, 2, 21, 3, dtype=torch.float64)
+    subject, betas = torch.zeros(1, dtype=torch.long), torch.zeros(1, 2, 10, dtype=torch.float64)
+    for arguments in ({}, {'subject': subject, 'betas': betas}):
+        with pytest.raises(ManoError, match='fit_hands: pass either subject'):
+            fitting.fit_hands(point_model, joints, all_valid(joints), **arguments)
