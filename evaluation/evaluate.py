@@ -117,7 +117,7 @@ class Judge(nn.Module):
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module,
+    model: Any,
     loader: DataLoader,
     batch_maker: BatchMaker,
     *,
@@ -127,7 +127,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate every stage of ``model`` on ``loader`` (this process's share); the model's mode is restored.
 
-    precision: of the network, as EVAL.PRECISION. judgement: keyword arguments of ``Judge``. Raises UserError naming the
+    model: DIR or a module with its interface. precision: of the network, as EVAL.PRECISION. judgement: keyword arguments of ``Judge``. Raises UserError naming the
     samples if a prediction is not finite.
     """
     set_float32_precision(precision)

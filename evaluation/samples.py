@@ -70,13 +70,10 @@ def write_chosen_samples(
         'root_mm': errors['root_mm'][rows],
     }
     file = io.BytesIO()
-    np.savez_compressed(
-        file,
-        **{
-            name: value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
-            for name, value in content.items()
-        },
-    )
+    arrays: dict[str, Any] = {
+        name: value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value) for name, value in content.items()
+    }
+    np.savez_compressed(file, **arrays)
     write_atomically(path, file.getvalue())
 
 

@@ -1,3 +1,4 @@
+import argparse
 import csv
 import json
 
@@ -11,6 +12,7 @@ from evaluation.evaluate import evaluate
 from evaluation.metrics import GRID, Protocol
 from evaluation.registry import METRICS, Metric, TableColumn, compared
 from evaluation.samples import per_sample_csv
+from evaluation.session import add_evaluation_arguments
 from evaluation.summary import format_breakdown, format_grid, format_summary
 from utils.config import load_config
 
@@ -90,3 +92,15 @@ def test_headline_evaluation_measures_no_details(evaluation, tiny_prepared, stan
     torch.testing.assert_close(result.stages[-1]['root_mm'], evaluation[0].stages[-1]['root_mm'])
     with pytest.raises(ValueError, match='details=True'):
         result.report()
+
+
+def test_flags_have_hyphens_and_their_old_spelling_still_works():
+    parser = argparse.ArgumentParser()
+    add_evaluation_arguments(parser)
+    for mark in '-_':
+        args = parser.parse_args([f'--all{mark}protocols', f'--image{mark}ids', 'a', f'--annotation{mark}ids', 'b'])
+        assert (args.all_protocols, args.image_ids, args.annotation_ids) == (True, 'a', 'b')
+    args = parser.parse_args([])
+    assert (args.all_protocols, args.image_ids, args.annotation_ids) == (False, None, None)
+    printed = parser.format_help()
+    assert '--all-protocols' in printed and '--all_protocols' not in printed and '--image_ids' not in printed
