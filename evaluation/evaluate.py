@@ -127,8 +127,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate every stage of ``model`` on ``loader`` (this process's share); the model's mode is restored.
 
-    model: DIR or a module with its interface. precision: of the network, as EVAL.PRECISION. judgement: keyword arguments
-    of ``Judge``. Raises UserError naming the samples if a prediction is not finite.
+    model: DIR or a module with its interface. precision: of the network, as EVAL.PRECISION. judgement: keyword
+    arguments of ``Judge``. Raises UserError naming the samples if a prediction is not finite.
     """
     set_float32_precision(precision)
     judge = Judge(batch_maker, **judgement).to(batch_maker.device)
