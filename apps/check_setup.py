@@ -32,7 +32,7 @@ try:
 
     from dataset import open_split
     from dataset.hand_model_record import HAND_MODEL_RECORD, check_hand_model_record
-    from models.backbone import ResNetBackbone, load_imagenet
+    from models.backbone import Backbone, load_imagenet
     from models.hands import load_hands
     from utils.config import add_config_arguments, load_config
     from utils.distributed import choose_device, usable_cores
@@ -282,7 +282,7 @@ def check_weights(what: str, cfg: CfgNode) -> Check:
     again = '' if file else f' Or remove {cached}; the first run then downloads it again.'
     try:
         # Loaded by path, even from the cache, so that nothing is downloaded here.
-        load_imagenet(ResNetBackbone(name), name, source)
+        load_imagenet(Backbone(name), name, source)
     except UserError as error:
         return Check(WRONG if Path(source).exists() else MISSING, what, f'{source} cannot be used', f'{error}{again}')
     return Check(OK, what, f'{name} from {source}')

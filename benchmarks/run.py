@@ -58,7 +58,7 @@ from inference.files import reduced, write_picture_files
 from inference.folding import fold_batch_norms, for_inference
 from inference.reconstruct import Reconstructor, cut_crop
 from models import build_criterion, build_model
-from models.backbone import ResNetBackbone
+from models.backbone import Backbone
 from models.bone_projection import ProjectedConvolution, bone_weights, draw
 from models.checkpoint import to_device
 from models.hands import load_hands
@@ -190,7 +190,7 @@ def inference_forms(model: nn.Module, setting: Setting) -> dict[str, Callable[[T
 @torch.no_grad()
 def forward(setting: Setting) -> Table:
     images, model = make_images(setting, setting.batch), make_network(setting).eval()
-    bare = to_device(ResNetBackbone('resnet50'), setting.device).eval()
+    bare = to_device(Backbone('resnet50'), setting.device).eval()
     runs = {'ResNet-50': bare} | inference_forms(model, setting)
     seconds = in_turn(
         {name: lambda run=run: run(images) for name, run in runs.items()}, setting.repeats, setting.device
@@ -258,7 +258,7 @@ class MadeStep(NamedTuple):
 def made_step(setting: Setting, batch: int, *words: str, compile: bool = False) -> MadeStep:
     cfg = setting.config(*words)
     hand_models, device = load_hands('standin'), setting.device
-    model, bare = make_network(setting, *words), to_device(ResNetBackbone('resnet50'), device)
+    model, bare = make_network(setting, *words), to_device(Backbone('resnet50'), device)
     criterion, images = build_criterion(cfg, hand_models).to(device), make_images(setting, batch)
     optimizer, bare_optimizer = build_optimizer(model, cfg), build_optimizer(bare, cfg)
     called = compiled(model, device) if compile else model

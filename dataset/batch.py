@@ -79,21 +79,24 @@ class BatchMaker(nn.Module):
 
         hands = mirror_and_rotate(camera_hands(self.hand_layer, samples), flip=flip, angle=on_device.angle)
         intrinsics = augmented_intrinsics(samples.intrinsics, image_map=image_map, flip=flip, angle=on_device.angle)
-        stored = {'image': samples.image}
-        if self.renderer is None:
-            if samples.mask is None:
-                raise ValueError('The samples have no masks: read them with_mask, or pass the batch maker a renderer.')
-            stored |= {'mask': samples.mask} | ({} if samples.dense is None else {'dense': samples.dense})
+        stored = {'image': samples.image} | ({} if self.renderer else _stored_targets(samples))
         images = augment_images(stored, plan, image_map=image_map, size=self.image_size)
-        dense: Tensor | None
-        if self.renderer is None:
-            segmentation, dense = classify_mask(images['mask']), images['dense'] / 255 if 'dense' in images else None
-        else:
+        if self.renderer:
             segmentation, dense = self.renderer(
                 hands.vertices, intrinsics=intrinsics, image_map=image_map, size=self.image_size
             )
+        else:
+            segmentation, dense = classify_mask(images['mask']), images['dense'] / 255 if 'dense' in images else None
         target = make_target(hands, intrinsics, segmentation=segmentation, dense=dense)
         return Batch(images['image'], target, intrinsics, samples.index)
+
+
+def _stored_targets(samples: Sample) -> dict[str, Tensor]:
+    if samples.mask is None:
+        raise ValueError(
+            'The samples have no masks: open the split with_mask=True, or give the batch maker a renderer.'
+        )
+    return {'mask': samples.mask} | ({} if samples.dense is None else {'dense': samples.dense})
 
 
 def parts_of(samples: Sample, size: int) -> list[Sample]:

@@ -31,8 +31,7 @@ class ConstantPrediction(nn.Module):
     def forward(self, image: Tensor) -> DIROutput:
         batch = len(image)
         hands = self.hand_head(self.parameters_.expand(batch, -1, -1), self.offset.expand(batch, -1))
-        empty = image.new_zeros(batch, 3, 0, 0)  # neither segmentation nor dense colour
-        return DIROutput([hands], empty, empty)
+        return DIROutput([hands], segmentation=None, dense=None)
 
 
 class _Annotations(Dataset):

@@ -193,7 +193,7 @@ def segmentation_overlap(logits: Tensor | None, labels: Tensor) -> tuple[Tensor,
 
     logits (B, 3, s, s), upsampled to labels (B, H, W). Without logits (a model without dense heads) both are 0.
     """
-    if logits is None or logits.numel() == 0:
+    if logits is None:
         nothing = torch.zeros(len(labels), 3, device=labels.device)
         return nothing, nothing
     predicted = predicted_classes(logits, labels.shape[-2:])

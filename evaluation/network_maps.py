@@ -1,4 +1,4 @@
-"""Maps that the network makes on its way and does not return, to look at."""
+"""Intermediate maps of the network, for pictures in a report."""
 
 from contextlib import ExitStack
 from typing import NamedTuple
@@ -6,31 +6,23 @@ from typing import NamedTuple
 from torch import Tensor
 
 from models import DIR
-from models.bone_projection import ProjectedConvolution, drawn_norm
 from models.predictions import DIROutput
 
 
 class NetworkMaps(NamedTuple):
-    """Of one forward pass."""
+    """Intermediate maps of one forward pass."""
 
-    attention: Tensor  # (B, 2, S, S) in [0, 1]: what each hand's first estimate weighs the coarsest map with
-    bone_features: list[Tensor]  # of each stage that projects, (B, S, S): norm of the joint features drawn
+    attention: Tensor  # (B, 2, S, S) in [0, 1]: weights of the coarsest map in each hand's first estimate
+    bone_features: list[Tensor]  # (B, S, S) for each stage with projection: norm of the drawn joint features
 
 
 def forward_with_maps(model: DIR, image: Tensor) -> tuple[DIROutput, NetworkMaps]:
-    """``model(image)`` and the maps of that very pass; no hook is left on the model."""
-    attention, bone_features = [], []
-
-    def keep_attention(module, args, output: Tensor) -> None:
-        attention.append(output)
-
-    def keep_bone_features(module: ProjectedConvolution, args: tuple, kwargs: dict, output: Tensor) -> None:
-        bone_features.append(drawn_norm(*module.factors(*args, **kwargs)))
-
-    with ExitStack() as hooks:
-        hooks.enter_context(model.initial_regressor.attention.register_forward_hook(keep_attention))
+    """``model(image)`` and the intermediate maps of that pass."""
+    attention: list[Tensor] = []
+    bone_features: list[Tensor] = []
+    with ExitStack() as watching:
+        watching.enter_context(model.initial_regressor.watch_attention(attention.append))
         for stage in model.stages:
-            if stage.projection is not None:
-                hooks.enter_context(stage.projection.register_forward_hook(keep_bone_features, with_kwargs=True))
+            watching.enter_context(stage.watch_bone_features(bone_features.append))
         output = model(image)
     return output, NetworkMaps(attention[0], bone_features)

@@ -70,7 +70,7 @@ def draw_sheets(
     }
     if seen.maps.bone_features:
         sheets['bone_features'] = bone_feature_sheet(seen)
-    if seen.output.segmentation.numel():
+    if seen.output.segmentation is not None:
         sheets['segmentation'] = segmentation_sheet(seen)
     return sheets
 
@@ -119,7 +119,8 @@ def prediction_sheet(seen: Seen, predicted: list[np.ndarray], true: list[np.ndar
     output, target = seen.output, seen.batch.target
     pixels, true_pixels = (from_uv(uv, CROP_SIZE) for uv in (output.stages[-1].joints_uv, target.joints_uv))
     # A model without dense heads has no mask to show.
-    labels = output.segmentation.argmax(1) if output.segmentation.numel() else torch.zeros(len(predicted), 1, 1)
+    logits = output.segmentation
+    labels = torch.zeros(len(predicted), 1, 1) if logits is None else logits.argmax(1)
     rows = zip(seen.crops, pixels, true_pixels, predicted, true, labels, target.segmentation)
     return picture_sheet([prediction_row(RowInputs(*row)) for row in rows], seen.titles)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from inference.folding import for_inference
-from inference.winograd import keep_kernels
+from inference.winograd import use_winograd
 from manopth import HandPair
 from manopth.rotations import symmetric_6d_to_matrix
 from models import DIR
@@ -152,8 +152,8 @@ class Reconstructor:
         self.device, self.precision, self.batch_size = torch.device(device), precision, batch_size
         self.hand_models: HandPair = model.hands
         self.network = to_device(for_inference(model.eval()), self.device)
-        if self.device.type == 'cpu':
-            keep_kernels(self.network)
+        if self.device.type == 'cpu' and precision != 'bfloat16':
+            use_winograd(self.network)
 
     def __call__(
         self,

@@ -1,103 +1,67 @@
-"""A 3 x 3 convolution with 2.25 times fewer products (Lavin and Gray, "Fast Algorithms for Convolutional Neural
-Networks", 2016, F(2 x 2, 3 x 3)): tiles of 4 x 4 inputs and the kernels are transformed, multiplied point by point, and
-transformed back into tiles of 2 x 2 outputs. The same function, to rounding.
+"""Winograd's 3 x 3 convolution for inference on a CPU: 2.25 times fewer products.
+
+Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016, F(2 x 2, 3 x 3): transform the kernels and
+4 x 4 input tiles, multiply them point by point, transform the products back into 2 x 2 output tiles. The result equals
+a direct convolution's up to rounding.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WORTH_IT = 256  # positions of a batch's maps: with 2,048 channels the transformation costs as much as 128 of them save
-# Of one axis: B^T input tile, G kernel, A^T output tile; for two axes their Kronecker squares.
+MIN_CHANNELS = 1024  # below, transforming the tiles costs about as much as it saves
+# Along one axis: B^T input tile, G kernel, A^T output tile; along both axes their Kronecker squares.
 _INPUT = torch.tensor([[1.0, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
 _KERNEL = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 _OUTPUT = torch.tensor([[1.0, 1, 1, 0], [0, 1, -1, -1]])
 _INPUT, _KERNEL, _OUTPUT = (torch.kron(one, one) for one in (_INPUT, _KERNEL, _OUTPUT))  # (16, 16), (16, 9), (4, 16)
 
 
-class Conv2dFewProducts(nn.Conv2d):
-    """A drop-in 3 x 3 convolution, padding 1, for many channels on a small map.
+class WinogradConv2d(nn.Module):
+    """Drop-in replacement of a 3 x 3 nn.Conv2d with padding 1, for inference: (B, in, H, W) -> (B, out, H, W).
 
-    There a CPU spends its time on products, and its library does not save them; CUDA's does by itself. So this way is
-    taken only on a CPU, in full precision, on maps of even size, for batches that are worth the transformation of the
-    kernels; else, and in traced graphs, it is ``nn.Conv2d``.
+    The kernels are transformed once, to 16/9 of their memory, and no longer follow the given convolution's.
     """
 
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, 3, padding=1)
-        self.kept = None
+    kernels: Tensor  # (16, out, in)
+    bias: Tensor | None
 
-    def keep_kernels(self) -> None:
-        """Transform the kernels once: for 16/9 of the weights' memory any batch without gradients is worth it."""
-        self.kept = _transformed_kernels(self.weight.detach())
+    def __init__(self, convolution: nn.Conv2d):
+        super().__init__()
+        if not replaceable(convolution):
+            raise ValueError(f'Expected a 3 x 3 convolution with padding 1 and no stride or groups, got {convolution}.')
+        weight, bias = convolution.weight.detach(), convolution.bias
+        by_position = weight.flatten(2).permute(2, 0, 1).flatten(1)
+        self.register_buffer('kernels', (_KERNEL.to(weight) @ by_position).view(16, *weight.shape[:2]))
+        self.register_buffer('bias', None if bias is None else bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, _, height, width = x.shape
-        kept = None if torch.is_grad_enabled() else self.kept
-        plain = (
-            torch.compiler.is_compiling()
-            or x.device.type != 'cpu'
-            or torch.is_autocast_enabled('cpu')
-            or height % 2
-            or width % 2
-            or (kept is None and batch * height * width < WORTH_IT)
-        )
-        if plain:
-            return super().forward(x)
-        if kept is not None:
-            return _convolve(x, kept, self.bias)
-        return _Winograd.apply(x, self.weight, self.bias)
-
-
-class _Winograd(torch.autograd.Function):
-    """Transformed kernels are 16/9 of the weights: they are made again for the backward pass instead of kept."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _convolve(x, _transformed_kernels(weight), bias)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
         batch, channels, height, width = x.shape
-        of_tiles = gradient.reshape(batch, -1, height // 2, 2, width // 2, 2).permute(3, 5, 1, 0, 2, 4)
-        of_products = (_OUTPUT.T.to(x) @ of_tiles.reshape(4, -1)).view(16, len(weight), -1)
-        of_x = of_weight = None
-        if ctx.needs_input_grad[0]:
-            of_tiles = torch.bmm(_transformed_kernels(weight).transpose(1, 2), of_products)  # (16, in, B tiles)
-            of_tiles = (_INPUT.T.to(x) @ of_tiles.flatten(1)).view(16, channels, batch, -1).permute(2, 1, 0, 3)
-            of_x = F.fold(of_tiles.reshape(batch, channels * 16, -1), (height, width), 4, padding=1, stride=2)
-        if ctx.needs_input_grad[1]:
-            of_kernels = torch.bmm(of_products, _transformed_tiles(x).transpose(1, 2))
-            of_weight = _KERNEL.T.to(x) @ of_kernels.flatten(1)
-            of_weight = of_weight.view(3, 3, *weight.shape[:2]).permute(2, 3, 0, 1).contiguous()
-        return of_x, of_weight, gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
+        x = F.pad(x, (0, width % 2, 0, height % 2))  # the tiles cover an even number of rows and columns
+        rows, columns = x.shape[2] // 2, x.shape[3] // 2
+        tiles = F.unfold(x, 4, padding=1, stride=2).unflatten(1, (channels, 16)).permute(2, 1, 0, 3)
+        tiles = (_INPUT.to(x) @ tiles.flatten(1)).view(16, channels, batch * rows * columns)
+        products = torch.bmm(self.kernels, tiles)  # (16, out, B * rows * columns)
+        out = (_OUTPUT.to(x) @ products.flatten(1)).view(2, 2, self.kernels.shape[1], batch, rows, columns)
+        out = out.permute(3, 2, 4, 0, 5, 1).flatten(4).flatten(2, 3)[..., :height, :width]
+        return out if self.bias is None else out + self.bias[:, None, None]
 
 
-def keep_kernels(model: nn.Module) -> None:
-    """``Conv2dFewProducts.keep_kernels`` wherever there is one: for a network whose weights no longer change."""
-    for module in model.modules():
-        if isinstance(module, Conv2dFewProducts):
-            module.keep_kernels()
+def replaceable(convolution: nn.Conv2d) -> bool:
+    """Whether ``WinogradConv2d`` can compute this convolution."""
+    c = convolution
+    geometry = (c.kernel_size, c.stride, c.padding, c.dilation, c.groups, c.padding_mode)
+    return geometry == ((3, 3), (1, 1), (1, 1), (1, 1), 1, 'zeros')
 
 
-def _convolve(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
-    """x (B, in, H, W), transformed kernels (16, out, in) -> (B, out, H, W)"""
-    batch, _, height, width = x.shape
-    products = torch.bmm(kernels, _transformed_tiles(x))  # (16, out, B tiles)
-    out = _OUTPUT.to(x) @ products.flatten(1)
-    out = out.view(2, 2, kernels.shape[1], batch, height // 2, width // 2)
-    return out.permute(3, 2, 4, 0, 5, 1).reshape(batch, -1, height, width) + bias[:, None, None]
+def use_winograd(model: nn.Module, *, min_channels: int = MIN_CHANNELS) -> None:
+    """Replace, in place, the 3 x 3 convolutions of at least ``min_channels`` input and output channels.
 
-
-def _transformed_kernels(weight: Tensor) -> Tensor:
-    """(out, in, 3, 3) -> (16, out, in)"""
-    by_place = weight.flatten(2).permute(2, 0, 1).flatten(1)
-    return (_KERNEL.to(weight) @ by_place).view(16, *weight.shape[:2])
-
-
-def _transformed_tiles(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (16, C, B * tiles)"""
-    tiles = F.unfold(x, 4, padding=1, stride=2).unflatten(1, (x.shape[1], 16)).permute(2, 1, 0, 3)
-    return (_INPUT.to(x) @ tiles.reshape(16, -1)).view(16, x.shape[1], -1)
+    For inference on a CPU in float32: cuDNN chooses such algorithms itself, and bfloat16 would lose digits.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if not isinstance(child, nn.Conv2d) or not replaceable(child):
+                continue
+            if min(child.in_channels, child.out_channels) >= min_channels:
+                setattr(parent, name, WinogradConv2d(child))

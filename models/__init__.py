@@ -1,12 +1,11 @@
 """The network. ``build_model`` is the one place where configuration becomes arguments."""
 
-from torch import nn
 from yacs.config import CfgNode
 
 from manopth import HandPair, TwoHandLayer
-from models.backbone import ResNetBackbone, load_imagenet
+from models.backbone import Backbone, load_imagenet
 from models.criterion import DIRCriterion
-from models.dir import DIR, DenseHeads, NoDenseHeads
+from models.dir import DIR, DenseHeads
 from models.hand_head import HandHead
 from models.initial_regressor import InitialRegressor
 from models.initialisation import initialise
@@ -18,13 +17,13 @@ __all__ = ['DIR', 'DIRCriterion', 'build_criterion', 'build_model']
 
 
 def build_model(cfg: CfgNode, hand_models: HandPair, *, pretrained: bool | None = None) -> DIR:
-    """DIR as ``cfg`` describes it, with fresh weights.
+    """Build DIR from ``cfg`` with newly initialised weights.
 
-    pretrained: overrides MODEL.PRETRAINED (a checkpoint is about to be loaded: no need for ImageNet weights).
-    Raises UserError if the ImageNet weights cannot be had or do not fit.
+    pretrained: overrides MODEL.PRETRAINED; False where a checkpoint will be loaded anyway.
+    Raises UserError for an unknown MODEL.BACKBONE, and if the ImageNet weights cannot be loaded.
     """
     m = cfg.MODEL
-    backbone = ResNetBackbone(m.BACKBONE)
+    backbone = Backbone(m.BACKBONE)
     tips = [list(TIP_VERTICES), list(TIP_VERTICES)]
     tips[LEFT][2] = m.LEFT_MIDDLE_TIP
     c1, c2, c3, c4 = backbone.channels
@@ -47,7 +46,7 @@ def build_model(cfg: CfgNode, hand_models: HandPair, *, pretrained: bool | None 
         initial_regressor=InitialRegressor(c4),
         hand_head=HandHead(TwoHandLayer(hand_models, tip_vertices=tips), root_joint=cfg.ROOT_JOINT),
         stages=stages,
-        dense_heads=DenseHeads(m.MAP_CHANNELS if stages else c4, m.MAP_CHANNELS) if m.DENSE_HEADS else NoDenseHeads(),
+        dense_heads=DenseHeads(m.MAP_CHANNELS if stages else c4, m.MAP_CHANNELS) if m.DENSE_HEADS else None,
         detach=m.DETACH,
     )
     initialise(model, m.INIT)
@@ -56,8 +55,8 @@ def build_model(cfg: CfgNode, hand_models: HandPair, *, pretrained: bool | None 
     return model
 
 
-def build_criterion(cfg: CfgNode, hand_models: HandPair) -> nn.Module:
-    """The training objective as ``cfg`` describes it."""
+def build_criterion(cfg: CfgNode, hand_models: HandPair) -> DIRCriterion:
+    """Build the training objective from ``cfg``."""
     weights = {name.lower(): value for name, value in cfg.LOSS.WEIGHT.items()}
     return DIRCriterion(
         hand_models,

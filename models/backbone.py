@@ -1,5 +1,6 @@
-"""The image backbone: torchvision's ResNets without pooling and classifier."""
+"""Image backbones: torchvision's classification networks without their heads, with torchvision's parameter names."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -8,68 +9,96 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 
+_RESNET = ('layer1', 'layer2', 'layer3', 'layer4')
+# torchvision's name of the network -> its modules whose outputs are the feature maps at strides 4, 8, 16 and 32. All
+# four have the same parent, whose children run one after the other. A further network is one more line.
+BACKBONES = {
+    'resnet18': _RESNET,
+    'resnet34': _RESNET,
+    'resnet50': _RESNET,
+    'resnet101': _RESNET,
+    'resnet152': _RESNET,
+    'convnext_tiny': ('features.1', 'features.3', 'features.5', 'features.7'),
+    'swin_t': ('features.1', 'features.3', 'features.5', 'features.7'),
+    'efficientnet_b0': ('features.2', 'features.3', 'features.5', 'features.7'),
+}
 
-class ResNetBackbone(nn.Module):
-    """Image (B, 3, H, W) -> feature maps c1, c2, c3, c4 at strides 4, 8, 16, 32 with ``channels`` channels."""
+
+class Backbone(nn.Module):
+    """Image (B, 3, H, W) -> feature maps c1, c2, c3, c4 at strides 4, 8, 16, 32 with ``channels`` channels.
+
+    The state_dict is torchvision's without the entries in ``unused_keys``: classifier, pooling, and whatever else runs
+    after the last feature map. Raises UserError for a name that is not in ``BACKBONES``.
+    """
+
+    # torchvision's create_feature_extractor would do the same, but it traces a graph per mode and replaces the
+    # network's own blocks by bare containers, which batch norm folding needs to see.
 
     def __init__(self, name: str = 'resnet50'):
         super().__init__()
-        net = torchvision.models.get_model(name, weights=None)
-        self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
-        self.layers = nn.ModuleList([net.layer1, net.layer2, net.layer3, net.layer4])
-        expansion = net.fc.in_features // 512
-        self.channels = tuple(width * expansion for width in (64, 128, 256, 512))
+        if name not in BACKBONES:
+            raise UserError(f'MODEL.BACKBONE is {name!r}; it must be one of {", ".join(BACKBONES)}.')
+        network = torchvision.models.get_model(name, weights=None)
+        self.feature_names = BACKBONES[name]
+        parent, _, _ = self.feature_names[0].rpartition('.')
+        self.step_names: list[str] = []
+        for child, module in network.get_submodule(parent).named_children():
+            self.step_names.append(f'{parent}.{child}' if parent else child)
+            self._add(parent, child, module)
+            if self.step_names[-1] == self.feature_names[-1]:
+                break
+        self.channels_last = isinstance(network, torchvision.models.SwinTransformer)  # its maps are (B, H, W, C)
+        self.unused_keys = network.state_dict().keys() - self.state_dict().keys()
+        with torch.no_grad():
+            maps = copy.deepcopy(self).eval().to('meta')(torch.empty(1, 3, 64, 64, device='meta'))
+        self.channels = tuple(x.shape[1] for x in maps)
+
+    def _add(self, parent: str, child: str, module: nn.Module) -> None:
+        if not parent:
+            self.add_module(child, module)
+            return
+        if not hasattr(self, parent):
+            self.add_module(parent, nn.Sequential())
+        self.get_submodule(parent).add_module(child, module)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        x = self.stem(image)
-        maps = []
-        for layer in self.layers:
-            x = layer(x)
-            maps.append(x)
+        x, maps = image, []
+        for name in self.step_names:
+            x = self.get_submodule(name)(x)
+            if name in self.feature_names:
+                maps.append(x.permute(0, 3, 1, 2) if self.channels_last else x)
         return maps
 
     def load_torchvision(self, state: dict[str, Tensor]) -> None:
-        """Take a torchvision ``state_dict`` (its classifier ``fc`` is not used); raises RuntimeError on a mismatch."""
-        self.load_state_dict({ours(key): value for key, value in state.items() if not key.startswith('fc.')})
+        """Load a torchvision ``state_dict``, ignoring ``unused_keys``; raises RuntimeError if any other key differs."""
+        self.load_state_dict({key: value for key, value in state.items() if key not in self.unused_keys})
 
 
-def ours(torchvision_key: str) -> str:
-    """torchvision's name of a ResNet entry -> the backbone's."""
-    module, rest = torchvision_key.split('.', 1)
-    if module.startswith('layer'):
-        return f'layers.{int(module[5:]) - 1}.{rest}'
-    return f'stem.{("conv1", "bn1").index(module)}.{rest}'
-
-
-def torchvisions(our_key: str) -> str:
-    """Inverse of ``ours``."""
-    part, index, rest = our_key.split('.', 2)
-    return f'layer{int(index) + 1}.{rest}' if part == 'layers' else f'{("conv1", "bn1")[int(index)]}.{rest}'
-
-
-def load_imagenet(backbone: ResNetBackbone, name: str, weights_file: str = '') -> None:
-    """Give ``backbone`` its ImageNet weights (see ``imagenet_state``); raises UserError if they do not fit, too."""
+def load_imagenet(backbone: Backbone, name: str, weights_file: str = '') -> None:
+    """Load ImageNet weights into ``backbone`` (see ``imagenet_state``); raises UserError if they do not fit it."""
     try:
         backbone.load_torchvision(imagenet_state(name, weights_file))
     except (RuntimeError, ValueError, AttributeError):
         raise UserError(
-            f'{weights_file or "The ImageNet weights"} do not fit {name}: MODEL.BACKBONE_WEIGHTS takes a '
-            'torchvision state_dict of that very network.'
+            f'{weights_file or "The ImageNet weights"} do not fit {name}: MODEL.BACKBONE_WEIGHTS must be a '
+            'torchvision state_dict of that network.'
         ) from None
 
 
 def imagenet_state(name: str, weights_file: str = '') -> dict[str, Tensor]:
-    """ImageNet weights of torchvision's ``name``: from a local file, or from torchvision's cache or download.
+    """ImageNet weights of torchvision's ``name``, from a local file or from torchvision's cache or download.
 
-    Raises UserError when they cannot be had, saying what to do.
+    Raises UserError if they cannot be loaded.
     """
-    instead = 'give a local file with MODEL.BACKBONE_WEIGHTS FILE, or train from scratch with MODEL.PRETRAINED false'
     try:
         if weights_file:
             return torch.load(Path(weights_file), map_location='cpu', weights_only=True)
-        weights = torchvision.models.get_model_weights(name).DEFAULT
+        weights = torchvision.models.get_model_weights(name)['DEFAULT']
         return weights.get_state_dict(progress=True, check_hash=True)
     except Exception as error:
-        what = weights_file or f"torchvision's ImageNet weights for {name}"
+        source = weights_file or f"torchvision's ImageNet weights for {name}"
         reason = f'{type(error).__name__}: {error}'.splitlines()[0][:160]
-        raise UserError(f'{what} cannot be had ({reason}): {instead}.') from None
+        raise UserError(
+            f'Could not load {source} ({reason}): give a local file with MODEL.BACKBONE_WEIGHTS FILE, or train from '
+            'scratch with MODEL.PRETRAINED false.'
+        ) from None

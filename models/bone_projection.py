@@ -1,10 +1,10 @@
 """From joint space back to image space: joint features drawn along the projected bones (paper, section 3.3).
 
-Every bone has channels of its own, so that overlapping hands never mix: 2 hands x 20 bones x 64 features = 2,560
-channels, nearly all zero. A bone's map is two weight maps (how much parent, how much child) times two feature vectors;
-a convolution over it therefore equals a convolution of the weight maps with kernels in which the features are already
-contracted. ``ProjectedConvolution`` computes that: the same function with a thirtieth of the operations, and the
-2,560-channel map never exists. ``draw`` makes that map, as the definition, for tests and for looking.
+Every bone has its own channels, so that overlapping hands never mix: 2 hands x 20 bones x 64 features = 2,560 channels,
+nearly all zero. A bone's map is the sum of two weight maps (parent, child), each times a feature vector; so a
+convolution over it equals a convolution of the weight maps with kernels contracted with the features.
+``ProjectedConvolution`` computes that, with a thirtieth of the operations and without the 2,560-channel map. ``draw``
+defines that map, for tests.
 """
 
 import torch
@@ -16,14 +16,14 @@ from utils.hand import BONES, NUM_JOINTS
 
 
 def cell_centres(size: int, like: Tensor) -> Tensor:
-    """(S, S, 2) centres (i + 0.5) of the cells of a size x size map, (right, down), in cells."""
+    """Centres (i + 0.5) of the cells of a size x size map: (S, S, 2), (right, down), in cells."""
     steps = torch.arange(size, dtype=like.dtype, device=like.device) + 0.5
     down, right = torch.meshgrid(steps, steps, indexing='ij')
     return torch.stack([right, down], -1)
 
 
 def bone_weights(joints_uv: Tensor, *, size: int, radius: float) -> Tensor:
-    """How much of its parent's and its child's feature each cell takes from each bone.
+    """Weights of each bone's parent and child features in each cell.
 
     joints_uv (B, 2, 21, 2) in [-1, 1] -> (B, 2, 20, 2, S, S). With p, c the ends in cells and g a cell's centre:
     parent |g - c| / (|g - p| + |g - c|), child |g - p| / (...), for cells closer than ``radius`` cells to the segment,
@@ -43,15 +43,17 @@ def bone_weights(joints_uv: Tensor, *, size: int, radius: float) -> Tensor:
 
 
 def joint_weights(joints_uv: Tensor, *, size: int, radius: float) -> Tensor:
-    """Ablation: discs at the joints instead of bones. joints_uv (B, 2, 21, 2) -> (B, 2, 21, 1, S, S), 1 at the joint
-    falling linearly to 0 at ``radius`` + 1 cells."""
+    """Weights of discs at the joints instead of bones (ablation): joints_uv (B, 2, 21, 2) -> (B, 2, 21, 1, S, S).
+
+    1 at the joint, falling linearly to 0 at ``radius`` + 1 cells.
+    """
     centres = ((joints_uv + 1) / 2 * size)[..., None, None, :]
     distance = torch.linalg.vector_norm(cell_centres(size, centres) - centres, dim=-1)
     return (1 - distance / (radius + 1)).clamp_min(0)[:, :, :, None]
 
 
 def draw(weights: Tensor, features: Tensor) -> Tensor:
-    """The projected map itself: weights (B, 2, N, E, S, S), features (B, 2, N, E, C) -> (B, 2 * N * C, S, S).
+    """The projected map: weights (B, 2, N, E, S, S), features (B, 2, N, E, C) -> (B, 2 * N * C, S, S).
 
     Channel = hand * N * C + bone * C + c.
     """
@@ -59,10 +61,10 @@ def draw(weights: Tensor, features: Tensor) -> Tensor:
 
 
 def drawn_norm(weights: Tensor, features: Tensor) -> Tensor:
-    """Norm over the channels of ``draw``'s map, (B, S, S), without the map.
+    """Norm over the channels of ``draw``'s map, (B, S, S), without computing that map.
 
-    Bones have channels of their own, so that their squares add up; with w a bone's weights in a cell and F the features
-    of its ends, each is |w F|^2 = w F F^T w^T.
+    Bones do not share channels, so their squared norms add up; with w a bone's weights in a cell and F the features of
+    its ends, each is |w F|^2 = w F F^T w^T.
     """
     products = features @ features.transpose(-1, -2)  # (B, 2, N, E, E) F F^T
     squared = torch.einsum('bhnexy,bhnfxy,bhnef->bxy', weights, weights, products)
@@ -75,6 +77,8 @@ class ProjectedConvolution(nn.Module):
     tokens (B, 2, 21, a), joints_uv (B, 2, 21, 2) -> (B, b, S, S). ``along`` is 'bones' or 'joints' (ablation).
     """
 
+    ends: Tensor
+
     def __init__(self, a: int, b: int, *, radius: float, along: str = 'bones'):
         super().__init__()
         self.radius, self.along = radius, along
@@ -83,7 +87,12 @@ class ProjectedConvolution(nn.Module):
         # As a plain Conv2d's weight it would be (b, 2 * N * a, 3, 3): see ``as_conv_weight``.
         self.weight = nn.Parameter(torch.empty(2, len(ends), a, b, 3, 3))
         self.bias = nn.Parameter(torch.zeros(b))
-        nn.init.normal_(self.weight, std=(2 / (9 * b)) ** 0.5)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """N(0, sqrt(2 / (9 b))), as for an nn.Conv2d of the network; no bias."""
+        nn.init.normal_(self.weight, std=(2 / (9 * self.weight.shape[3])) ** 0.5)
+        nn.init.zeros_(self.bias)
 
     def forward(self, joints_uv: Tensor, tokens: Tensor, *, size: int) -> Tensor:
         weights, features = self.factors(joints_uv, tokens, size=size)
@@ -98,7 +107,7 @@ class ProjectedConvolution(nn.Module):
         return torch.baddbmm(self.bias[:, None], kernels, patches).view(batch, out, size, size)
 
     def factors(self, joints_uv: Tensor, tokens: Tensor, *, size: int) -> tuple[Tensor, Tensor]:
-        """What ``draw`` takes: weights (B, 2, N, E, S, S), features (B, 2, N, E, a)."""
+        """Arguments of ``draw``: weights (B, 2, N, E, S, S), features (B, 2, N, E, a)."""
         draw_weights = bone_weights if self.along == 'bones' else joint_weights
         weights = draw_weights(joints_uv, size=size, radius=self.radius).to(tokens.dtype)
         return weights, tokens[:, :, self.ends]

@@ -1,10 +1,11 @@
-"""Checkpoints: tensors, numbers and strings only, written aside and renamed, loaded safely and strictly.
+"""Checkpoints: tensors, numbers and strings only, written atomically, loaded safely and strictly.
 
-A checkpoint records its configuration and which hand model it was trained on; no array of that model is in it.
+A checkpoint records its configuration and the identity of its hand model, but none of that model's arrays.
 """
 
 import pickle
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,48 +21,71 @@ from utils.files import written_aside
 
 Network = TypeVar('Network', bound=torch.nn.Module)
 FORMAT = 'dir-checkpoint-1'
+# Prefixes of parameter names in checkpoints of earlier versions -> what they are called now.
+_RENAMED = {
+    'backbone.stem.0.': 'backbone.conv1.',
+    'backbone.stem.1.': 'backbone.bn1.',
+    **{f'backbone.layers.{index}.': f'backbone.layer{index + 1}.' for index in range(4)},
+}
+_AVERAGED = 'module.'  # prefix of the parameter names in the state of torch's AveragedModel
 
 
 def save_checkpoint(path: str | Path, *, model: torch.nn.Module, cfg: CfgNode, hand_model: str, **more: Any) -> None:
-    """Write a checkpoint; ``more`` (optimizer state, epoch, figures): tensors, numbers, strings and containers."""
+    """Write a checkpoint. ``more``: optimizer state, epoch, ... as tensors, numbers, strings and containers of them."""
     write_tensors(
         path, {'format': FORMAT, 'model': model.state_dict(), 'config': to_plain(cfg), 'hand_model': hand_model, **more}
     )
 
 
 def write_tensors(path: str | Path, content: dict[str, Any]) -> None:
-    """``torch.save``, written aside and renamed; raises UserError where the disk is full."""
+    """``torch.save`` to a temporary file, then rename it; raises UserError if the disk is full."""
     try:
         with written_aside(path) as file:
             torch.save(content, file)
-    except RuntimeError as error:  # torch's way of saying that the disk is full
+    except RuntimeError as error:  # torch raises this on a full disk
         raise UserError(
-            f'{path} could not be written ({str(error).splitlines()[0]}): is the disk full? The previous '
-            'checkpoint is untouched.'
+            f'Could not write {path} ({str(error).splitlines()[0]}): is the disk full? The previous checkpoint is '
+            'untouched.'
         ) from None
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of one of this project's checkpoints, on the CPU; a folder stands for the best.pth in it.
+    """Read one of this project's checkpoints to the CPU; of a folder, its best.pth.
 
-    Raises UserError if it is missing, cut short, or not one of ours.
+    Parameter names of earlier versions are updated. Raises UserError if the file is missing, damaged, or has another
+    format.
     """
     return _require_ours(read_tensors(path), path)
 
 
 def _require_ours(content: Any, path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get('format') != FORMAT:
-        instead = f"has neither its format {FORMAT} nor the published form {{'net': ...}}"
+        instead = f"it has neither the format {FORMAT} nor the published form {{'net': ...}}"
         if published.is_published(content):
-            instead = 'has the published form: apps/convert_checkpoint.py makes one of it'
-        raise UserError(f'{path} is not a checkpoint of this project; it {instead}.')
-    return content
+            instead = 'it has the published form: apps/convert_checkpoint.py converts it'
+        raise UserError(f'{path} is not a checkpoint of this project; {instead}.')
+    states = {part: _renamed(content[part]) for part in ('model', 'average') if part in content}
+    return content | states
+
+
+def _renamed(state: dict[str, Any]) -> dict[str, Any]:
+    """A state_dict of an earlier version, of the network or its moving average, with today's parameter names."""
+    return {_new_name(key): value for key, value in state.items()}
+
+
+def _new_name(key: str) -> str:
+    average = _AVERAGED if key.startswith(_AVERAGED) else ''
+    name = key.removeprefix(average)
+    for old, new in _RENAMED.items():
+        if name.startswith(old):
+            return average + new + name.removeprefix(old)
+    return key
 
 
 def read_tensors(path: str | Path) -> Any:
-    """What a file written by ``torch.save`` holds, read safely, on the CPU; a folder stands for the best.pth in it.
+    """Read a file written by ``torch.save`` to the CPU, without running code from it; of a folder, its best.pth.
 
-    Raises UserError if it is missing, cut short, or holds more than tensors, numbers, strings and containers of them.
+    Raises UserError if it is missing, damaged, or holds more than tensors, numbers, strings and containers of them.
     """
     path = Path(path)
     if path.is_dir():
@@ -73,22 +97,23 @@ def read_tensors(path: str | Path) -> Any:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f'The checkpoint {path} cannot be read: it is cut short, damaged, or holds more than tensors, '
-            f'numbers and strings ({reason[:120]}).'
+            f'The checkpoint {path} cannot be read: it is truncated, damaged, or holds more than tensors, numbers and '
+            f'strings ({reason[:120]}).'
         ) from None
 
 
 def check_hand_model(content: dict[str, Any], hand_models: HandPair, *, path: str | Path) -> None:
-    """Raises UserError unless the checkpoint was trained on these hands."""
+    """Raise UserError unless the checkpoint was trained on this hand model."""
     if content['hand_model'] != hand_models.identity:
         raise UserError(
             f'{path} was trained on the hand model {content["hand_model"]}, but this run uses {hand_models.identity}: '
-            'its numbers mean nothing on other hands. Set MANO.SOURCE and MANO.PATH to the hands it was trained on.'
+            'its parameters are incompatible with this hand model. Set MANO.SOURCE and MANO.PATH to the one it was '
+            'trained on.'
         )
 
 
 def load_state(model: torch.nn.Module, state: dict[str, torch.Tensor], *, path: str | Path) -> None:
-    """Strict loading; raises UserError naming what does not fit."""
+    """Load ``state`` strictly; raises UserError that names the keys which do not fit."""
     own = model.state_dict()
     odd = [
         f'{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}'
@@ -107,31 +132,31 @@ def load_state(model: torch.nn.Module, state: dict[str, torch.Tensor], *, path: 
 
 
 class Loaded(NamedTuple):
-    """A trained network and what its checkpoint says of it."""
+    """A trained network and the rest of its checkpoint."""
 
     model: DIR  # in evaluation mode, on the CPU
     cfg: CfgNode  # its own configuration with the overrides
     content: dict[str, Any]  # the rest of the checkpoint: progress, optimizer state ...
 
 
-def load_model(path: str | Path, overrides: list[str] = ()) -> Loaded:
-    """A trained network with its own configuration plus ``overrides`` (KEY VALUE ...).
+def load_model(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
+    """Load a trained network with its own configuration plus ``overrides`` (KEY VALUE ...).
 
-    Takes this project's checkpoints and, converting it, the published one. Raises UserError for a file that cannot be
-    read, is neither, or was trained on another hand model, and for overrides that would make it another network.
+    Reads this project's checkpoints and the published one, which it converts. Raises UserError for a file that cannot
+    be read, is neither, or was trained on another hand model, and for overrides that change the network.
     """
     content = read_tensors(path)
     if published.is_published(content):
         model, cfg, rest = published.load_published(content, path=path, overrides=overrides)
         return Loaded(model, cfg, {'published_rest': rest, 'hand_model': model.hands.identity})
-    _require_ours(content, path)
+    content = _require_ours(content, path)
     cfg = load_config(None, overrides, base=content['config'])
     trained, now = flatten(load_config(None, base=content['config'])), flatten(cfg)
     changed = [key for key in now if now[key] != trained[key] and (key.startswith('MODEL.') or key == 'ROOT_JOINT')]
     if changed:
         raise UserError(
             f'{path} was trained with {changed[0]} {trained[changed[0]]}, which is part of the network and '
-            'cannot be changed afterwards (for the protocol of an evaluation there is --root_joint).'
+            'cannot be changed afterwards (--root_joint sets the root joint of an evaluation).'
         )
     hand_models = load_hands(cfg.MANO.SOURCE, cfg.MANO.PATH)
     check_hand_model(content, hand_models, path=path)
@@ -141,10 +166,11 @@ def load_model(path: str | Path, overrides: list[str] = ()) -> Loaded:
 
 
 def to_device(model: Network, device: torch.device) -> Network:
-    """Move a network; on CUDA in channels-last order, which its convolutions run faster in. A CPU prefers the other."""
-    return model.to(device, memory_format=torch.channels_last if device.type == 'cuda' else torch.contiguous_format)
+    """Move a network; to CUDA in channels-last order, in which its convolutions are faster there."""
+    order = torch.channels_last if device.type == 'cuda' else torch.contiguous_format
+    return model.to(device).to(memory_format=order)
 
 
 def to_plain(cfg: CfgNode) -> dict[str, Any]:
-    """The configuration as plain dictionaries, which load with ``weights_only=True``."""
+    """Convert the configuration to plain dictionaries, which load with ``weights_only=True``."""
     return {key: to_plain(value) if isinstance(value, CfgNode) else value for key, value in cfg.items()}

@@ -1,4 +1,4 @@
-"""The training objective: output + target -> named, weighted terms. The model predicts, the criterion judges."""
+"""The training objective: output + target -> named, weighted loss terms."""
 
 from typing import NamedTuple
 
@@ -17,13 +17,16 @@ SEGMENTATION_CLASS_WEIGHTS = (0.1, 0.45, 0.45)  # background, left, right
 
 
 class DIRCriterion(nn.Module):
-    """Losses of network.md, section 5.
+    """Losses on every stage's hands and on the dense maps (Ren et al., ICCV 2023, section 3.4).
 
     weights: joint_uv, vertex_uv, joint_xyz, vertex_xyz, edge, normal, offset (every stage), segmentation, lovasz,
     dense.
     root_joint: the joint on which prediction and target are both centred. scale_to_truth: before the 3D terms, each
     predicted hand is scaled by true / predicted length of bone 0-9, with gradient through the scale.
     """
+
+    faces: Tensor
+    class_weights: Tensor
 
     def __init__(
         self,
@@ -42,7 +45,7 @@ class DIRCriterion(nn.Module):
 
     def forward(self, output: DIROutput, target: Target) -> dict[str, Tensor]:
         """-> {'joint_uv_left_0': value, ...}: every term already weighted; their sum is the objective."""
-        terms = self._dense_terms(output, target) if output.segmentation.numel() else {}
+        terms = self._dense_terms(output.segmentation, output.dense, target)
         truth = self._centred_truth(target)
         for stage, hands in enumerate(output.stages):
             for name, value in self._hand_terms(hands, target, truth).items():
@@ -52,11 +55,13 @@ class DIRCriterion(nn.Module):
                     terms[f'{name}_{stage}'] = value
         return terms
 
-    def _dense_terms(self, output: DIROutput, target: Target) -> dict[str, Tensor]:
-        logits, dense = (x.to(self.class_weights.dtype) for x in (output.segmentation, output.dense))
+    def _dense_terms(self, logits: Tensor | None, dense: Tensor | None, target: Target) -> dict[str, Tensor]:
+        if logits is None or dense is None:
+            return {}
+        logits, dense = (x.to(self.class_weights.dtype) for x in (logits, dense))
         size = logits.shape[-2:]
         labels = F.interpolate(target.segmentation[:, None].to(logits.dtype), size, mode='nearest')[:, 0].long()
-        # Neither is a mean over samples: under several processes each takes the whole batch's.
+        # Neither loss is a mean over samples: each process needs the whole batch.
         logits, labels = whole_batch(logits), whole_batch(labels)
         scores = logits.softmax(1) if self.lovasz_on_probabilities else logits
         terms = {

@@ -1,9 +1,16 @@
-"""DIR: decoupled iterative refinement of two interacting hands (Ren et al., ICCV 2023)."""
+"""DIR: decoupled iterative refinement of two interacting hands.
+
+Ren et al., "Decoupled Iterative Refinement Framework for Interacting Hands Reconstruction from a Single RGB Image",
+ICCV 2023; "the paper" in this package.
+"""
+
+from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
 from manopth import HandPair
-from models.backbone import ResNetBackbone
+from models.backbone import Backbone
 from models.hand_head import HandHead
 from models.initial_regressor import InitialRegressor
 from models.layers import conv_head
@@ -26,18 +33,12 @@ class DenseHeads(nn.Module):
         return self.segmentation(x), self.dense(x)
 
 
-class NoDenseHeads(nn.Module):
-    """Ablation: empty maps, of which no loss is taken."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        empty = x.new_zeros(x.shape[0], 3, 0, 0)
-        return empty, empty
-
-
 class DIR(nn.Module):
     """Image (B, 3, H, W), RGB, ImageNet-normalised, H = W a multiple of 32 -> DIROutput.
 
-    ``preprocess`` makes such images of stored crops; ``hands`` is the pair that the network predicts.
+    preprocess: stored crops -> such images. hands: the pair that the network predicts.
+    dense_heads: None trains the hands alone (ablation). detach: no gradient flows from a stage into the previous
+    estimate.
     """
 
     def __init__(
@@ -45,27 +46,31 @@ class DIR(nn.Module):
         *,
         hands: HandPair,
         preprocess: Preprocessing,
-        backbone: ResNetBackbone,
+        backbone: Backbone,
         initial_regressor: InitialRegressor,
         hand_head: HandHead,
-        stages: list[RefinementStage],
-        dense_heads: nn.Module,
+        stages: Sequence[RefinementStage],
+        dense_heads: DenseHeads | None,
         detach: bool = True,
     ):
         super().__init__()
         self.hands, self.preprocess = hands, preprocess
         self.backbone, self.initial_regressor, self.hand_head = backbone, initial_regressor, hand_head
-        self.stages, self.dense_heads, self.detach = nn.ModuleList(stages), dense_heads, detach
+        self.stages = cast(Sequence[RefinementStage], nn.ModuleList(stages))
+        self.dense_heads, self.detach = dense_heads, detach
 
     def forward(self, image: Tensor) -> DIROutput:
         *skips, x = self.backbone(image)
-        hands = self.hand_head(*self.initial_regressor(x))
-        estimates = [hands]
+        estimates = [self.hand_head(*self.initial_regressor(x))]
         for stage, skip in zip(self.stages, reversed(skips)):
-            previous = hands.detach() if self.detach else hands  # each stage answers for its own step only
-            x = stage.merge(x, skip)
-            tokens = stage.interaction(stage.tokens(x, previous), previous)
-            hands = self.hand_head(*stage.regress(tokens, previous))
-            x = stage.enhance(x, hands, tokens)
+            previous = estimates[-1].detach() if self.detach else estimates[-1]
+            x, hands = stage(x, skip, previous, self.hand_head)
             estimates.append(hands)
-        return DIROutput(estimates, *self.dense_heads(x))
+        segmentation, dense = (None, None) if self.dense_heads is None else self.dense_heads(x)
+        return DIROutput(estimates, segmentation=segmentation, dense=dense)
+
+    def drop_auxiliary(self) -> None:
+        """Remove everything that the last estimate does not depend on: dense heads, the last stage's output map."""
+        self.dense_heads = None
+        if self.stages:
+            self.stages[-1].drop_projection()

@@ -1,4 +1,4 @@
-"""64 numbers per hand -> meshes, joints and where they are seen."""
+"""Hand parameters -> meshes and joints in 3D, and their projections."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -10,21 +10,21 @@ from models.predictions import CAMERA, POSE, ROOT_ROTATION, SHAPE, HandPredictio
 
 
 def full_precision(device_type: str) -> AbstractContextManager:
-    """A region without autocast; no region where there is none anyway: torch.export makes a graph of its own of one."""
+    """Disable autocast in this context; a null context if it is off: torch.export makes a subgraph of any other."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
 
 class HandHead(nn.Module):
-    """The hand layer behind every stage; it has no weights. Each hand is centred on its joint ``root_joint``."""
+    """The hand layer, shared by all stages and without weights; centres each hand on its joint ``root_joint``."""
 
     def __init__(self, hand_layer: TwoHandLayer, *, root_joint: int):
         super().__init__()
         self.hand_layer, self.root_joint = hand_layer, root_joint
 
     def forward(self, parameters: Tensor, offset: Tensor) -> HandPrediction:
-        """parameters (B, 2, 64), offset (B, 3) -> HandPrediction. Always in the hand layer's own precision."""
+        """parameters (B, 2, 64), offset (B, 3) -> HandPrediction, in the hand layer's precision even under autocast."""
         parameters, offset = (x.to(self.hand_layer.template.dtype) for x in (parameters, offset))
         with full_precision(parameters.device.type):
             hands = self.hand_layer(

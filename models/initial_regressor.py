@@ -1,5 +1,8 @@
 """Stage 0: a first estimate of both hands from the coarsest map, by attention pooling per hand (paper, section 3.2)."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor, nn
 
@@ -28,3 +31,15 @@ class InitialRegressor(nn.Module):
         attention = self.attention(c4).flatten(2)  # (B, 2, S * S)
         pooled = torch.einsum('bhs,bcs->bhc', attention, c4.flatten(2)) / (attention.sum(-1, keepdim=True) + 1e-8)
         return self.parameters_head(pooled), self.offset_head(c4.mean((2, 3)))
+
+    @torch.no_grad()
+    def start_at(self, parameters: Tensor) -> None:
+        """Initialise the regressors so that the first estimate is about ``parameters`` (64,) for both hands and a
+        zero offset."""
+        for head, bias in ((self.parameters_head, parameters), (self.offset_head, torch.zeros(3))):
+            nn.init.normal_(head.weight, std=0.001)
+            head.bias.copy_(bias.expand_as(head.bias))
+
+    def watch_attention(self, callback: Callable[[Tensor], object]) -> AbstractContextManager:
+        """Within this context, pass each forward's attention, (B, 2, S, S) in [0, 1], to ``callback``."""
+        return self.attention.register_forward_hook(lambda module, args, output: callback(output))

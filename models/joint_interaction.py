@@ -1,4 +1,4 @@
-"""The 3D joint space: tokens talk within a hand along the skeleton, then across the hands (paper, section 3.3)."""
+"""The 3D joint space: tokens interact along each hand's skeleton, then across the hands (paper, section 3.3)."""
 
 import torch
 import torch.nn.functional as F
@@ -10,31 +10,41 @@ from utils.hand import BONES, HAND_SCALE, NUM_JOINTS
 
 
 class SkeletonGraphLayer(nn.Module):
-    """Graph layer with matrices of its own for every joint of every hand: (B, 2, J, a) -> (B, 2, J, b).
+    """Graph layer with separate matrices for every joint of every hand: (B, 2, J, a) -> (B, 2, J, b).
 
     out = x W_self + softmax(A) (x W_neighbour) + bias, BN, ReLU; A holds one learned logit per directed bone. (The
-    published layer also learns a logit per joint for the self term; a softmax over one entry is 1 whatever the logit.)
+    published layer also learns a logit per joint for the self term, which a softmax over one entry ignores.) Call
+    ``reset_parameters`` before training.
     """
+
+    edges: Tensor
 
     def __init__(self, a: int, b: int):
         super().__init__()
         self.out_features = b
-        # W_self and W_neighbour side by side: one product serves both.
-        self.weight = nn.Parameter(torch.empty(2, NUM_JOINTS, a, 2 * b))
+        # W_self and W_neighbour side by side, for one product.
+        self.weight = nn.Parameter(torch.zeros(2, NUM_JOINTS, a, 2 * b))
         self.bias = nn.Parameter(torch.zeros(2, b))
         self.neighbour_logits = nn.Parameter(torch.ones(2, 2 * len(BONES)))
         self.norm = nn.BatchNorm1d(2 * b)
         edges = torch.tensor(sorted([(p, c) for p, c in BONES] + [(c, p) for p, c in BONES]))  # row-major non-zeros
         self.register_buffer('edges', edges.T.contiguous(), persistent=False)
 
+    def reset_parameters(self) -> None:
+        """Xavier-uniform per matrix with gain 1.414, equal neighbours."""
+        fan_in, fan_out = self.weight.shape[2], self.out_features
+        bound = 1.414 * (6 / (fan_in + fan_out)) ** 0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.ones_(self.neighbour_logits)
+
     def neighbour_weights(self) -> Tensor:
-        """(2, J, J): row i says how joint i listens to its neighbours; rows sum to 1."""
+        """(2, J, J): row i holds the weights of joint i's neighbours; rows sum to 1."""
         scores = self.neighbour_logits.new_full((2, NUM_JOINTS, NUM_JOINTS), -9e15)
         scores[:, self.edges[0], self.edges[1]] = self.neighbour_logits
         return scores.softmax(-1)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        batch = tokens.shape[0]  # not len: torch.export would take it for a constant
+        batch = tokens.shape[0]  # not len(tokens), which torch.export would make a constant
         by_joint = tokens.permute(1, 2, 0, 3).flatten(0, 1)  # (2 J, B, a)
         both = torch.bmm(by_joint, self.weight.flatten(0, 1)).view(2, NUM_JOINTS, batch, 2, self.out_features)
         own, around = both.unbind(3)  # (2, J, B, b)
@@ -64,13 +74,17 @@ class TransformerBlock(nn.Module):
 
 
 class CrossHandTransformer(nn.Module):
-    """All 42 tokens attend to each other: (B, 2, J, C) -> (B, 2, J, C). One norm, shared, follows every block."""
+    """All 42 tokens attend to each other: (B, 2, J, C) -> (B, 2, J, C). The same norm follows every block."""
 
     def __init__(self, channels: int, *, blocks: int = 3):
         super().__init__()
         self.position = nn.Parameter(torch.zeros(2, NUM_JOINTS, channels))
         self.blocks = nn.ModuleList(TransformerBlock(channels) for _ in range(blocks))
         self.norm = nn.LayerNorm(channels, eps=1e-6)
+
+    def reset_parameters(self) -> None:
+        """Zero the position embedding."""
+        nn.init.zeros_(self.position)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = (tokens + self.position).flatten(1, 2)
@@ -82,7 +96,7 @@ class CrossHandTransformer(nn.Module):
 class JointInteraction(nn.Module):
     """Graph layers within each hand, position in the common frame, transformer across: (B, 2, J, a) -> (B, 2, J, b).
 
-    ``graph`` and ``transformer`` switch the two parts (ablations).
+    ``graph`` and ``transformer`` switch these parts on (ablations).
     """
 
     def __init__(self, a: int, b: int, *, graph: bool = True, transformer: bool = True, graph_layers: int = 4):
@@ -98,6 +112,6 @@ class JointInteraction(nn.Module):
 
 
 def common_frame_joints(hands: HandPrediction) -> Tensor:
-    """(B, 2, J, 3) joints in HAND_SCALE about the middle of the two roots: left - offset / 2, right + offset / 2."""
+    """Joints (B, 2, J, 3) in HAND_SCALE about the midpoint of the roots: left - offset / 2, right + offset / 2."""
     half = hands.offset[:, None] / 2
     return hands.joints / HAND_SCALE + torch.stack([-half, half], 1)

@@ -1,4 +1,4 @@
-"""Building blocks that more than one part of the network uses."""
+"""Layers shared by several parts of the network."""
 
 import math
 
@@ -42,7 +42,7 @@ def conv_head(a: int, hidden: int, b: int, *, bias: bool = True) -> nn.Sequentia
 
 
 class PerHandLinear(nn.Module):
-    """A linear layer with weights of its own for each hand: (B, 2, a) -> (B, 2, b)."""
+    """A linear layer with separate weights for each hand: (B, 2, a) -> (B, 2, b)."""
 
     def __init__(self, a: int, b: int):
         super().__init__()
@@ -59,7 +59,7 @@ class PerHandLinear(nn.Module):
 class PerHandMLP(nn.Sequential):
     """Linear BN ReLU Linear on joint tokens, weights and statistics per hand: (B, 2, J, a) -> (B, 2, J, b).
 
-    The hand axis is folded into the channels and the convolutions have two groups.
+    Implemented as grouped convolutions with the hand axis folded into the channels.
     """
 
     def __init__(self, a: int, hidden: int, b: int):
@@ -77,8 +77,8 @@ class PerHandMLP(nn.Sequential):
 class SharedMLP(nn.Sequential):
     """Linear BN ReLU Linear on joint tokens, one set of weights for both hands: (B, 2, J, a) -> (B, 2, J, b).
 
-    The left hand goes first, then the right: in training each has its own batch statistics and the running ones move
-    twice a step. Stacking the hands into the batch would be another function.
+    Runs on the left hand, then on the right: in training each is normalised by its own batch statistics, and the
+    running ones are updated twice a step. Stacking the hands into the batch would change both.
     """
 
     def __init__(self, a: int, hidden: int, b: int):
@@ -93,10 +93,10 @@ class SharedMLP(nn.Sequential):
 
 
 def fold_hands(tokens: Tensor) -> Tensor:
-    """(B, 2, J, C) -> (B, 2 * C, J), for layers whose channels are per hand."""
+    """Move the hand axis into the channels: (B, 2, J, C) -> (B, 2 * C, J)."""
     return tokens.transpose(2, 3).flatten(1, 2)
 
 
 def unfold_hands(channels: Tensor) -> Tensor:
-    """(B, 2 * C, J) -> (B, 2, J, C)."""
+    """Inverse of ``fold_hands``: (B, 2 * C, J) -> (B, 2, J, C)."""
     return channels.unflatten(1, (2, -1)).transpose(2, 3)

@@ -1,4 +1,4 @@
-"""Loss functions as pure functions; a leading (B, H, ...) keeps the hand axis, so that each hand has its own value."""
+"""Loss functions. Those on (B, H, ...) return one value per hand, (H,)."""
 
 import torch
 import torch.nn.functional as F
@@ -8,30 +8,30 @@ HUBER_DELTA = 0.01
 
 
 def huber_per_hand(prediction: Tensor, target: Tensor) -> Tensor:
-    """(B, H, ...) twice -> (H,): mean of 0.5 z^2 if |z| < d else d (|z| - d / 2) with d = 0.01."""
+    """Huber loss per hand, (B, H, ...) twice -> (H,): mean of 0.5 z^2 if |z| < d else d (|z| - d / 2) with d = 0.01."""
     loss = F.huber_loss(prediction, target, reduction='none', delta=HUBER_DELTA)
     return loss.transpose(0, 1).flatten(1).mean(1)
 
 
 def huber(prediction: Tensor, target: Tensor) -> Tensor:
-    """The same over everything -> ()."""
+    """Huber loss over all elements -> ()."""
     return F.huber_loss(prediction, target, delta=HUBER_DELTA)
 
 
 def face_edges(vertices: Tensor, faces: Tensor) -> Tensor:
-    """vertices (B, H, V, 3), faces (H, F, 3) -> the three edge vectors of every face, (B, H, F, 3, 3)."""
+    """Edge vectors of every face: vertices (B, H, V, 3), faces (H, F, 3) -> (B, H, F, 3, 3)."""
     corners = torch.stack([vertices[:, hand, faces[hand]] for hand in range(len(faces))], 1)  # (B, H, F, 3, 3)
     return corners.roll(-1, dims=3) - corners
 
 
 def edge_length_loss(edges: Tensor, true_edges: Tensor) -> Tensor:
-    """(B, H, F, 3, 3) twice -> (H,): mean absolute difference of edge lengths."""
+    """Mean absolute difference of edge lengths per hand: (B, H, F, 3, 3) twice -> (H,)."""
     difference = torch.linalg.vector_norm(edges, dim=-1) - torch.linalg.vector_norm(true_edges, dim=-1)
     return difference.abs().transpose(0, 1).flatten(1).mean(1)
 
 
 def normal_loss(edges: Tensor, true_edges: Tensor) -> Tensor:
-    """(B, H, F, 3, 3) twice -> (H,): mean |cosine| between predicted edges and the true normal of their face."""
+    """Mean |cosine| of predicted edges and the true normal of their face, per hand: (B, H, F, 3, 3) twice -> (H,)."""
     normals = F.normalize(torch.linalg.cross(true_edges[..., 0, :], true_edges[..., 1, :]), dim=-1)
     cosine = (F.normalize(edges, dim=-1) * normals[..., None, :]).sum(-1)
     return cosine.abs().transpose(0, 1).flatten(1).mean(1)
@@ -40,7 +40,7 @@ def normal_loss(edges: Tensor, true_edges: Tensor) -> Tensor:
 def lovasz_softmax(scores: Tensor, labels: Tensor) -> Tensor:
     """Lovasz extension of the Jaccard loss, mean over the classes present (Berman et al., CVPR 2018, algorithm 1).
 
-    scores (B, C, H, W): probabilities as its authors mean it, raw logits as the published code has it; labels
+    scores (B, C, H, W): probabilities in the authors' definition, raw logits in the published DIR code; labels
     (B, H, W).
     """
     classes = scores.shape[1]

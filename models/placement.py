@@ -1,8 +1,8 @@
-"""Where the hands are: from what the network says of a crop to metres before the camera.
+"""Place predicted hands in front of the camera, in metres.
 
-The network gives each hand about its own root joint, where the picture shows it (a weak-perspective camera: uv = scale
-* xy + shift) and the vector from the left root to the right one. With the picture's intrinsics this determines the one
-unknown that is left, the place of the left root.
+The network predicts each hand relative to its root joint, a weak-perspective camera for it (uv = scale * xy + shift),
+and the vector from the left root to the right one. Together with the intrinsics of the image, these determine the one
+unknown: the position of the left root.
 """
 
 from typing import NamedTuple
@@ -13,33 +13,33 @@ from torch import Tensor
 from utils.geometry import CROP_SIZE, project, to_uv
 from utils.hand import HAND_SCALE
 
-NEAREST, FARTHEST = 0.1, 20.0  # m: bounds of the left root's depth; an untrained network may say anything
+NEAREST, FARTHEST = 0.1, 20.0  # m: bounds of the left root's depth, for untrained networks
 STEPS = 12
 
 
 class Placement(NamedTuple):
-    """Both hands before the camera."""
+    """Positions of both hands in front of the camera."""
 
     roots: Tensor  # (B, 2, 3) m, camera axes: the hands' root joints
-    residual_px: Tensor  # (B,) pixels of the 256 crop, RMS: the placed joints against where the network sees them
+    residual_px: Tensor  # (B,) pixels of the 256 crop, RMS distance of the placed joints from the predicted ones
 
 
 def relative_roots(offset: Tensor) -> Tensor:
-    """Predicted offset (B, 3), right root - left root in HAND_SCALE -> roots (B, 2, 3) m with the left one at 0."""
+    """Predicted offset (B, 3), right root - left root in HAND_SCALE -> roots (B, 2, 3) m, the left one at 0."""
     return torch.stack([torch.zeros_like(offset), offset * HAND_SCALE], 1)
 
 
 @torch.no_grad()
 def place_hands(joints: Tensor, camera: Tensor, offset: Tensor, intrinsics: Tensor) -> Placement:
-    """The place from which the projected joints look as the network's weak-perspective cameras say.
+    """Find the root positions whose perspective projection fits the predicted weak-perspective cameras best.
 
     joints (B, 2, 21, 3) m, root-relative; camera (B, 2, 3) scale and shift (right, down), uv = scale * xy + shift in
     [-1, 1] of the crop; offset (B, 3) in HAND_SCALE; intrinsics (B, 3, 3) of the crop, pixels.
 
-    A trained camera is the weak-perspective one nearest to the true, perspective projection. So the fit compares in
-    that space only: of the difference between the two projections, the part that some weak-perspective camera could
-    explain is made as small as possible. With true hands and their nearest cameras it is zero at the true place,
-    however strong the perspective. Gauss-Newton over three unknowns, in float64.
+    A trained camera approximates the weak-perspective camera nearest to the true projection. So the fit minimises only
+    that part of the difference between the two projections which some weak-perspective camera could explain. For true
+    hands and their nearest cameras it is zero at the true position, however strong the perspective. Gauss-Newton over
+    three unknowns, in float64.
     """
     joints, camera, offset, intrinsics = (x.double() for x in (joints, camera, offset, intrinsics))
     seen = camera[..., None, :1] * joints[..., :2] + camera[..., None, 1:]  # (B, 2, 21, 2)
@@ -59,13 +59,13 @@ def place_hands(joints: Tensor, camera: Tensor, offset: Tensor, intrinsics: Tens
 
 
 def nearest_camera(points: Tensor, uv: Tensor) -> Tensor:
-    """The weak-perspective camera of least squares: points (..., N, 3), uv (..., N, 2) -> (..., 3) scale, shift."""
+    """Least-squares weak-perspective camera: points (..., N, 3), uv (..., N, 2) -> (..., 3) scale, shift."""
     columns = _camera_space(points)
     return torch.linalg.lstsq(columns, uv.flatten(-2)[..., None]).solution.squeeze(-1)
 
 
 def _camera_space(points: Tensor) -> Tensor:
-    """(..., N, 3) -> (..., 2 N, 3): what scale, right and down shift of a weak-perspective camera add to all uv."""
+    """(..., N, 3) -> (..., 2 N, 3): derivatives of uv by a weak-perspective camera's scale and shifts."""
     ones, zeros = torch.ones_like(points[..., 0]), torch.zeros_like(points[..., 0])
     return torch.stack([points[..., :2], torch.stack([ones, zeros], -1), torch.stack([zeros, ones], -1)], -1).flatten(
         -3, -2
@@ -73,13 +73,13 @@ def _camera_space(points: Tensor) -> Tensor:
 
 
 def to_uv_rows(intrinsics: Tensor) -> Tensor:
-    """Intrinsics (B, 3, 3) of the crop in pixels -> in uv units: 2 u / 256 - 1 of what they project to."""
+    """Intrinsics (B, 3, 3) of the crop in pixels -> those that project to uv in [-1, 1]."""
     change = intrinsics.new_tensor([[2 / CROP_SIZE, 0, -1], [0, 2 / CROP_SIZE, -1], [0, 0, 1]])
     return change @ intrinsics
 
 
 def _first_guess(camera: Tensor, offset: Tensor, rows: Tensor) -> Tensor:
-    """Each hand alone: as far as its scale says, where its shift says; their mean -> place of the left root (B, 3)."""
+    """Left root (B, 3): each hand placed alone by its scale (depth) and shift (direction), then averaged."""
     focal = torch.linalg.det(rows[:, :2, :2]).abs().sqrt()[:, None]
     depth = (focal / camera[..., 0].clamp_min(1e-6)).clamp(NEAREST, FARTHEST)  # (B, 2)
     ray = torch.cat([camera[..., 1:], torch.ones_like(camera[..., :1])], -1)
@@ -89,12 +89,12 @@ def _first_guess(camera: Tensor, offset: Tensor, rows: Tensor) -> Tensor:
 
 
 def _before_the_camera(points: Tensor) -> Tensor:
-    """Points at or behind the camera are moved just before it: an untrained offset can put a hand there."""
+    """Move points at or behind the camera just in front of it: an untrained offset can put a hand there."""
     return torch.cat([points[..., :2], points[..., 2:].clamp_min(NEAREST / 4)], -1)
 
 
 def _project_with_slopes(points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """points (B, 2, N, 3) -> uv (B, 2, N, 2) and its derivatives by the points (B, 2, N, 2, 3)."""
+    """Project points (B, 2, N, 3) -> uv (B, 2, N, 2), its derivatives by the points (B, 2, N, 2, 3)."""
     image = _before_the_camera(points) @ rows[:, None].transpose(-1, -2)
     uv = image[..., :2] / image[..., 2:]
     rows = rows[:, None, None]
@@ -102,10 +102,10 @@ def _project_with_slopes(points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _bounded_step(jacobian: Tensor, wanted: Tensor, depth: Tensor) -> Tensor:
-    """The step of least squares (B, 3) for jacobian (B, 6, 3), wanted change (B, 6, 1), at depth (B, 1).
+    """Least-squares step (B, 3) for jacobian (B, 6, 3), wanted change (B, 6, 1), at depth (B, 1).
 
-    It may at most halve or double the depth, since far from the solution the linear model knows little, and not leave
-    the bounds; right and down then follow from the depth that is allowed.
+    Bounded: it at most halves or doubles the depth, since the linear model is poor far from the solution, and stays
+    within NEAREST and FARTHEST; right and down are then solved for at that depth.
     """
     transposed = jacobian.transpose(-1, -2)
     matrix, right_side = transposed @ jacobian, transposed @ wanted

@@ -1,10 +1,10 @@
-"""What the network predicts, by name."""
+"""Named predictions and targets of the network."""
 
 from typing import NamedTuple
 
 from torch import Tensor
 
-# The 64 numbers of a hand, in this order.
+# The 64 parameters of a hand, in this order.
 ROOT_ROTATION = slice(0, 6)  # symmetric 6D
 POSE = slice(6, 51)  # PCA coefficients
 SHAPE = slice(51, 61)  # MANO betas
@@ -27,15 +27,15 @@ class HandPrediction(NamedTuple):
 
 
 class DIROutput(NamedTuple):
-    """Everything that the criterion and the metrics see."""
+    """The network's output, as the criterion and the metrics read it."""
 
     stages: list[HandPrediction]  # the initial estimate, then one per refinement stage
-    segmentation: Tensor  # (B, 3, S, S) logits: background, left, right; S = 0 for a model without dense heads
-    dense: Tensor  # (B, 3, S, S) vertex colour of the visible surface, in [0, 1], channels as in the files (BGR)
+    segmentation: Tensor | None  # (B, 3, S, S) logits: background, left, right; None without dense heads
+    dense: Tensor | None  # (B, 3, S, S) vertex colour of the visible surface, in [0, 1], channels as in the files (BGR)
 
 
 class Target(NamedTuple):
-    """The truth of a batch. 3D in camera axes and metres, wherever the hands are: centring is the criterion's work."""
+    """Ground truth of a batch; 3D in camera axes and metres, not centred (the criterion does that)."""
 
     vertices: Tensor  # (B, 2, 778, 3) m
     joints: Tensor  # (B, 2, 21, 3) m

@@ -1,10 +1,11 @@
-"""The published checkpoint ``{'net': state_dict}`` <-> ours: an explicit map, every published name used exactly once.
+"""Convert the published checkpoint ``{'net': state_dict}`` to our state_dict and back, name by name.
 
-Dropped, and why: MANO arrays (licensed, and a constant of the hand model), the ImageNet classifier ``backbone.fc`` and
-the transformer's block 0 (never run), ``e_0`` (logits of a softmax over one entry: always 1), pixel grids and class
-weights (constants). Segmentation class 1 is the right hand there and the left hand here.
+Every published name is used exactly once or dropped: MANO arrays (licensed, and constants of the hand model), the
+ImageNet classifier ``backbone.fc`` and the transformer's block 0 (never run), ``e_0`` (logits of a softmax over one
+entry: always 1), pixel grids and class weights (constants). Segmentation class 1 is the right hand in the published
+network and the left hand in ours.
 
-A converted checkpoint keeps what was dropped but for the MANO arrays, so that the way back is exact to the bit.
+A converted checkpoint keeps the dropped entries except the MANO arrays, so that converting back is exact to the bit.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,8 +20,6 @@ from yacs.config import CfgNode
 
 from manopth import HandPair
 from models import DIR, build_model
-from models.backbone import ours as backbone_key
-from models.backbone import torchvisions as torchvision_key
 from models.bone_projection import ProjectedConvolution
 from models.criterion import SEGMENTATION_CLASS_WEIGHTS
 from models.hands import load_hands
@@ -29,9 +28,9 @@ from utils.config import flatten, load_config
 from utils.errors import UserError
 from utils.hand import PUBLISHED_LEFT_MIDDLE_TIP, SIDES
 
-# What the published file does not say: it is the network of configs/dir_interhand.yaml with a fingertip of its own.
+# The published file records no configuration: it is that of configs/dir_interhand.yaml but for one fingertip.
 CONFIGURATION = ['MODEL.LEFT_MIDDLE_TIP', str(PUBLISHED_LEFT_MIDDLE_TIP), 'MODEL.PRETRAINED', 'false']
-# Keys that the published code has fixed: only such a network can be written in its form.
+# Keys that are constants in the published code: other networks cannot be written in its form.
 _FIXED = (
     'MODEL.BACKBONE',
     'MODEL.IMAGE_SIZE',
@@ -42,13 +41,13 @@ _FIXED = (
     'MODEL.PROJECTION',
     'MODEL.DENSE_HEADS',
 )
-_NAMES_SHOWN = 20  # of each kind, in an error
-_SAME_HAND = 1e-6  # of an array's largest entry: float32 rounding
+_NAMES_SHOWN = 20  # per kind, in an error message
+_SAME_HAND = 1e-6  # relative to an array's largest entry: float32 rounding
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One of our tensors, the published ones behind it, and the (linear) maps both ways."""
+    """One of our tensors, the published tensors that it is made of, and the (linear) maps both ways."""
 
     key: str
     published: tuple[str, ...]
@@ -75,12 +74,18 @@ _AFFINE = ('weight', 'bias')
 
 
 def _residual(ours: str, theirs: str) -> list[Entry]:
-    names = [(f'{3 * i}', f'bn{i + 1}', _NORM) for i in range(3)]
+    names: list[tuple[str, str, tuple[str, ...]]] = [(f'{3 * i}', f'bn{i + 1}', _NORM) for i in range(3)]
     names += [(f'{3 * i + 2}', f'conv{i + 1}.conv', _AFFINE) for i in range(3)] + [('skip', 'skip_layer.conv', _AFFINE)]
     return [_same(f'{ours}.{a}.{leaf}', f'{theirs}.{b}.{leaf}') for a, b, leaves in names for leaf in leaves]
 
 
-def _sequential(ours: str, theirs: str, entry=_same, layers=((0, _AFFINE), (1, _NORM), (3, _AFFINE))) -> list[Entry]:
+_Layers = tuple[tuple[int, tuple[str, ...]], ...]
+_CONV_NORM_CONV: _Layers = ((0, _AFFINE), (1, _NORM), (3, _AFFINE))
+
+
+def _sequential(
+    ours: str, theirs: str, entry: Callable[[str, str], Entry] = _same, layers: _Layers = _CONV_NORM_CONV
+) -> list[Entry]:
     return [entry(f'{ours}.{i}.{leaf}', f'{theirs}.{i}.{leaf}') for i, leaves in layers for leaf in leaves]
 
 
@@ -158,13 +163,9 @@ def _stage(index: int, number: int) -> list[Entry]:
     return entries
 
 
-def entries(published_keys) -> list[Entry]:
-    """The whole map; the backbone's names follow torchvision's and are taken from ``published_keys``."""
-    table = [
-        _same(f'backbone.{backbone_key(key[9:])}', key)
-        for key in published_keys
-        if key.startswith('backbone.') and not key.startswith('backbone.fc.')
-    ]
+def entries(keys: Iterable[str]) -> list[Entry]:
+    """The complete map. ``keys``: all of either network; the backbone's are the same in both and read from there."""
+    table = [_same(key, key) for key in keys if key.startswith('backbone.') and not key.startswith('backbone.fc.')]
     table += _sequential('initial_regressor.attention', 'init_regressor.attention_{side}', _per_hand)
     table += [
         _per_hand(f'initial_regressor.parameters_head.{leaf}', f'init_regressor.mano_{{side}}.{leaf}', stack=True)
@@ -181,9 +182,9 @@ def entries(published_keys) -> list[Entry]:
 
 
 def why_dropped(key: str) -> str | None:
-    """The reason why a published name has no counterpart here; None if it is not one of those."""
+    """Why a published name has no counterpart in our network; None if it has one or is unknown."""
     if '.mano_layer_' in key:
-        return 'MANO array: comes from the hand model'
+        return 'MANO array: read from the hand model'
     if key.startswith('backbone.fc.'):
         return 'ImageNet classifier, unused'
     if '.STEblocks.0.' in key:
@@ -196,16 +197,16 @@ def why_dropped(key: str) -> str | None:
 
 
 def is_published(content: Any) -> bool:
-    """Whether a file's content has the published form; whether the names in it fit is ``load_published``'s question."""
+    """Whether a file's content has the published form; ``load_published`` checks the names in it."""
     return isinstance(content, dict) and isinstance(content.get('net'), dict)
 
 
 def load_published(
     content: dict[str, Any], *, path: str | Path, overrides: Iterable[str] = ()
 ) -> tuple[DIR, CfgNode, dict[str, Tensor]]:
-    """Content of a published file -> (our network in evaluation mode, its configuration, what was dropped of it).
+    """Content of a published file -> (our network in evaluation mode, its configuration, the dropped entries).
 
-    Raises UserError for names that are missing, unknown or misshapen, and if the file's hands are not MANO.PATH's.
+    Raises UserError for names that are missing, unknown or misshapen, and if its hand model is not that of MANO.PATH.
     """
     net = content['net']
     _check_names(net, path)
@@ -215,8 +216,8 @@ def load_published(
     for key, array in arrays.items():
         if not torch.allclose(net[key], array, rtol=0, atol=_SAME_HAND * max(array.abs().max().item(), 1)):
             raise UserError(
-                f'{path} was trained on other hands than those of {cfg.MANO.PATH} ({key} differs): set '
-                'MANO.PATH to the files it was trained on.'
+                f'{path} was trained on another hand model than that of {cfg.MANO.PATH} ({key} differs). Set MANO.PATH '
+                'to the files it was trained on.'
             )
     model, state = build_model(cfg, hand_models, pretrained=False), to_ours(net)
     model.load_state_dict(state)
@@ -230,16 +231,15 @@ def load_published(
 
 
 def to_ours(net: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Published ``net`` dictionary, complete -> our state_dict."""
+    """A complete published ``net`` dictionary -> our state_dict."""
     return {entry.key: entry.to_ours(*(net[name] for name in entry.published)) for entry in entries(net)}
 
 
 def to_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our state_dict -> the part of the published one that it determines."""
-    backbone = [f'backbone.{torchvision_key(key[9:])}' for key in state if key.startswith('backbone.')]
+    """Our state_dict -> the entries of the published one that it determines."""
     return {
         name: value.contiguous()
-        for entry in entries(backbone)
+        for entry in entries(state)
         for name, value in zip(entry.published, entry.to_published(state[entry.key]))
     }
 
@@ -247,22 +247,22 @@ def to_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def whole_published(state: dict[str, Tensor], cfg: CfgNode, rest: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Our state_dict -> all 963 entries of the published one, MANO arrays from MANO.PATH included.
 
-    rest: what a converted checkpoint kept of its source. Without it the parts that never run are zeros.
+    rest: the dropped entries that a converted checkpoint keeps; without them, the parts that never run are zeros.
     Raises UserError if the configuration is not the published network's.
     """
     wanted, is_now = flatten(load_config(None, CONFIGURATION)), flatten(cfg)
-    other = [f'{key} is {is_now[key]}, there it is {wanted[key]}' for key in _FIXED if is_now[key] != wanted[key]]
+    other = [f'{key} is {is_now[key]}, not {wanted[key]}' for key in _FIXED if is_now[key] != wanted[key]]
     if other:
-        raise UserError(f'The published code has no such network: {"; ".join(other)}.')
+        raise UserError(f'The published code cannot run this network: {"; ".join(other)}.')
     net = to_published(state) | hand_arrays(load_hands(cfg.MANO.SOURCE, cfg.MANO.PATH))
     return net | (_idle_parts(net) if rest is None else rest)
 
 
 def hand_arrays(hand_models: HandPair) -> dict[str, Tensor]:
-    """The 60 MANO arrays of a published checkpoint: ten for each hand in three places."""
+    """The 60 MANO arrays of a published checkpoint: ten per hand in each of three modules."""
     arrays = {}
     for side, hand in zip(SIDES, hand_models):
-        of_hand = {
+        by_name = {
             'betas': np.zeros((1, 10)),
             'shapedirs': hand.shape_dirs,
             'posedirs': hand.pose_dirs,
@@ -275,14 +275,14 @@ def hand_arrays(hand_models: HandPair) -> dict[str, Tensor]:
             'faces': hand.faces,
         }
         for place in ('init_regressor', 'decoder.projecter_4.regressor', 'decoder.projecter_3.regressor'):
-            for name, array in of_hand.items():
+            for name, array in by_name.items():
                 kind = torch.int64 if name == 'faces' else torch.float32
                 arrays[f'{place}.mano_layer_{side}.th_{name}'] = torch.from_numpy(array.copy()).to(kind)
     return arrays
 
 
 def _idle_parts(net: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the published network holds and does not use: zeros, but for its constants."""
+    """The entries that the published network never uses: zeros, and its constants."""
     idle = {
         'backbone.fc.weight': torch.zeros(1000, 2048),
         'backbone.fc.bias': torch.zeros(1000),
@@ -300,8 +300,8 @@ def _idle_parts(net: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def published_shapes() -> dict[str, tuple[int, ...]]:
-    """Name -> shape of all 963 entries; any hand model has MANO's shapes."""
-    hand_models = load_hands('standin')
+    """Name -> shape of all 963 entries."""
+    hand_models = load_hands('standin')  # of MANO's shapes
     with torch.device('meta'):  # shapes only
         state = build_model(load_config(None, CONFIGURATION), hand_models).state_dict()
     net = to_published(state)
@@ -309,7 +309,7 @@ def published_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def _check_names(net: dict[str, Any], path: str | Path) -> None:
-    """Raises UserError, listing names, unless ``net`` holds tensors of the published names and shapes."""
+    """Raise UserError, listing names, unless ``net`` holds tensors of the published names and shapes."""
     shapes = published_shapes()
     tensors = {key: value for key, value in net.items() if isinstance(value, Tensor)}
     odd = [
@@ -329,5 +329,5 @@ def _check_names(net: dict[str, Any], path: str | Path) -> None:
     ]
     if listed:
         raise UserError(
-            f'{path} is not the published DIR checkpoint, whose {len(shapes)} names are known ({"; ".join(listed)}).'
+            f'{path} is not the published DIR checkpoint, which has {len(shapes)} names ({"; ".join(listed)}).'
         )

@@ -1,10 +1,13 @@
 """One refinement stage: image features -> joint tokens -> both hands -> back to image features (paper, section 3.3)."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.bone_projection import ProjectedConvolution
+from models.bone_projection import ProjectedConvolution, drawn_norm
 from models.joint_interaction import JointInteraction
 from models.layers import PerHandLinear, PerHandMLP, Residual, SharedMLP
 from models.predictions import NUM_PARAMETERS, HandPrediction
@@ -15,7 +18,10 @@ JOINT_FEATURES = 64
 
 
 class RefinementStage(nn.Module):
-    """The parts of a stage; DIR.forward puts them in order. Maps are (B, C, S, S), tokens (B, 2, 21, C)."""
+    """The previous map and estimate, and the backbone's map of twice the resolution -> the next map and estimate.
+
+    Maps are (B, C, S, S), tokens (B, 2, 21, C).
+    """
 
     def __init__(
         self,
@@ -36,35 +42,76 @@ class RefinementStage(nn.Module):
         self.interaction = JointInteraction(TOKEN_CHANNELS, JOINT_FEATURES, graph=graph, transformer=transformer)
         self.parameters_head = PerHandLinear(NUM_JOINTS * JOINT_FEATURES + NUM_PARAMETERS, NUM_PARAMETERS)
         self.offset_head = nn.Linear(2 * NUM_JOINTS * JOINT_FEATURES + 3, 3)
-        self.projection = None
+        self.projection: ProjectedConvolution | None = None
+        self.projected: SharedMLP | None = None
+        self.fuse: nn.Sequential | None = None
         if projection != 'none':
             self.projection = ProjectedConvolution(JOINT_FEATURES, channels, radius=radius, along=projection)
             self.projected = SharedMLP(JOINT_FEATURES, JOINT_FEATURES, JOINT_FEATURES)
             self.fuse = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.Conv2d(channels, channels, 1))
-        self.enhance_map = Residual((1 if projection == 'none' else 2) * channels, channels)
+        self.enhance_map: nn.Module = Residual((1 if projection == 'none' else 2) * channels, channels)
+
+    def forward(
+        self, x: Tensor, skip: Tensor, previous: HandPrediction, hand_head: Callable[[Tensor, Tensor], HandPrediction]
+    ) -> tuple[Tensor, HandPrediction]:
+        """x (B, C, S, S), skip (B, D, 2 S, 2 S) -> map (B, channels, 2 S, 2 S), estimate.
+
+        hand_head: parameters (B, 2, 64), offset (B, 3) -> HandPrediction.
+        """
+        x = self.merge(x, skip)
+        tokens = self.interaction(self.tokens(x, previous), previous)
+        hands = hand_head(*self.regress(tokens, previous))
+        return self.enhance(x, hands, tokens), hands
 
     def merge(self, previous: Tensor, skip: Tensor) -> Tensor:
-        """The coarser map, upsampled, with the backbone's map of this resolution."""
+        """Upsample the previous map and fuse it with the backbone's map of that resolution."""
         up = F.interpolate(previous, scale_factor=2.0, mode='bilinear', align_corners=False)
         return self.fuse_skip(torch.cat([up, self.skip(skip)], 1))
 
     def tokens(self, x: Tensor, hands: HandPrediction) -> Tensor:
-        """Image features where the joints were last seen, plus where those joints are in 3D."""
-        # Where to look is not learned through the look-up: sampling gradients are noisy and the paper stops them.
+        """Image features sampled at the estimated joints, plus an embedding of the joints' 3D positions."""
+        # The paper stops the gradient through the sampling positions: it is noisy.
         where = hands.joints_uv.detach().flatten(1, 2)[:, :, None]  # (B, 42, 1, 2)
-        # In the hands' precision: bfloat16 could not tell places a tenth of a cell apart.
+        # In the precision of the estimate: bfloat16 cannot resolve a tenth of a cell.
         seen = F.grid_sample(x.to(where.dtype), where, mode='bilinear', padding_mode='zeros', align_corners=False)
         seen = seen.squeeze(-1).transpose(1, 2).unflatten(1, (2, NUM_JOINTS))
         return self.sampled(seen) + self.position(hands.joints / HAND_SCALE)
 
     def regress(self, tokens: Tensor, previous: HandPrediction) -> tuple[Tensor, Tensor]:
-        """-> new parameters (B, 2, 64) and offset (B, 3); not residuals, but the previous ones are among the inputs."""
+        """-> new parameters (B, 2, 64), offset (B, 3): not residuals, but the previous ones are among the inputs."""
         parameters = self.parameters_head(torch.cat([tokens.flatten(2), previous.parameters], -1))
         return parameters, self.offset_head(torch.cat([tokens.flatten(1), previous.offset], -1))
 
     def enhance(self, x: Tensor, hands: HandPrediction, tokens: Tensor) -> Tensor:
         """Draw the refined joint features into the map along the *new* bones, with gradient into the new estimate."""
-        if self.projection is None:
+        if self.projection is None or self.projected is None or self.fuse is None:
             return self.enhance_map(x)
         projected = self.projection(hands.joints_uv, self.projected(tokens), size=x.shape[-1])
         return self.enhance_map(torch.cat([x, self.fuse(projected)], 1))
+
+    @torch.no_grad()
+    def start_at_previous(self) -> None:
+        """Initialise the regressors so that the stage's estimate is about the previous one."""
+        for head in (self.parameters_head, self.offset_head):
+            nn.init.normal_(head.weight, std=0.001)
+            outputs = head.weight.shape[-2]
+            head.weight[..., -outputs:] += torch.eye(outputs)  # the previous estimate is the tail of the input
+            nn.init.zeros_(head.bias)
+
+    def drop_projection(self) -> None:
+        """Remove what computes the output map; ``forward`` then returns the fused input map in its place."""
+        self.projection = self.projected = self.fuse = None
+        self.enhance_map = nn.Identity()
+
+    def watch_bone_features(self, callback: Callable[[Tensor], object]) -> AbstractContextManager:
+        """Within this context, pass each forward's norm of the drawn joint features, (B, S, S), to ``callback``.
+
+        The callback is never called for a stage without projection.
+        """
+        if self.projection is None:
+            return nullcontext()
+
+        def report(module: ProjectedConvolution, args: tuple, kwargs: dict, output: Tensor) -> None:
+            callback(drawn_norm(*module.factors(*args, **kwargs)))
+
+        return self.projection.register_forward_hook(report, with_kwargs=True)

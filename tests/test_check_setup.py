@@ -241,7 +241,7 @@ def test_a_half_prepared_split(report, data, split, code, mark):
     found, checks, _ = report(data=data)
     assert (found, checks[f'data: {split}'][0]) == (code, mark)
     assert f'only half prepared ({data / split}.partial)' in checks[f'data: {split}'][1]
-    assert 'give the same dataset/interhand.py command again' in checks[f'data: {split}'][1]
+    assert 'rerun dataset/interhand.py as before' in checks[f'data: {split}'][1]
 
 
 @pytest.mark.parametrize('split, code, mark', [('train', 2, MISSING), ('val', 0, NOTE), ('test', 0, NOTE)])

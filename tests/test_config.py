@@ -180,7 +180,6 @@ def test_a_value_of_another_type_is_refused(key, text):
     [
         ('ROOT_JOINT', '3'),
         ('MODEL.STAGES', '4'),
-        ('MODEL.BACKBONE', 'vgg16'),
         ('MODEL.INTERACTION', 'some'),
         ('MODEL.PROJECTION', 'lines'),
         ('MODEL.INIT', 'zero'),

@@ -83,7 +83,7 @@ def test_two_norms_that_the_published_code_counts_apart_come_back_apart(net, sta
     'key, value', [('MODEL.STAGES', '1'), ('MODEL.BACKBONE', 'resnet18'), ('MODEL.DENSE_HEADS', 'false')]
 )
 def test_a_network_that_the_published_code_lacks_is_refused(key, value):
-    with pytest.raises(UserError, match=f'no such network: {key} is '):
+    with pytest.raises(UserError, match=f'cannot run this network: {key} is '):
         published.whole_published({}, load_config(None, [*HANDS, key, value]))
 
 

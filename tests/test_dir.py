@@ -109,8 +109,8 @@ def test_one_training_step_reaches_every_parameter(standin, changes):
 def test_without_dense_heads_the_hands_alone_are_trained(standin):
     model = tiny_model(standin, STAGES=1, DENSE_HEADS='false').train()
     output = model(images(2))
-    assert output.segmentation.shape == output.dense.shape == (2, 3, 0, 0)
-    assert not list(model.dense_heads.parameters())
+    assert output.segmentation is None and output.dense is None
+    assert not [name for name, _ in model.named_parameters() if name.startswith('dense_heads')]
     criterion = build_criterion(tiny_config(STAGES=1), standin)
     terms = criterion(output, made_target(2))
     with_dense = criterion(tiny_model(standin, STAGES=1).train()(images(2)), made_target(2))
@@ -135,7 +135,7 @@ def test_detach_stops_the_last_stages_loss_at_its_own_input(standin, detach):
     moved = [head.weight.grad is not None and bool(head.weight.grad.any()) for head in heads]
     # The first stage's parameters stay reachable when detached: its map is drawn along its own new estimate.
     assert moved == ([False, False, True, False] if detach else [True] * 4)
-    assert model.backbone.stem[0].weight.grad.any()
+    assert model.backbone.conv1.weight.grad.any()
 
 
 @torch.no_grad()
@@ -164,7 +164,6 @@ def test_root_joint_lies_at_the_origin_of_every_estimate(standin):
         assert hands.joints[:, :, 9].abs().max() == 0 and hands.joints[:, :, 0].abs().max() > 0.05
 
 
-@torch.no_grad()
 @torch.no_grad()
 def test_hands_are_made_in_full_precision_under_autocast(standin):
     model = tiny_model(standin, STAGES=1).eval()
@@ -305,7 +304,7 @@ def test_a_local_file_of_torchvision_weights_is_loaded(standin, torchvision_stat
 
 def test_weights_are_not_looked_for_when_a_checkpoint_is_about_to_be_loaded(standin, tmp_path):
     cfg = tiny_config(STAGES=0, PRETRAINED='true', BACKBONE_WEIGHTS=tmp_path / 'missing.pth')
-    assert build_model(cfg, standin, pretrained=False).backbone.stem[0].weight.isfinite().all()
+    assert build_model(cfg, standin, pretrained=False).backbone.conv1.weight.isfinite().all()
 
 
 def write_other_network(path, state):
@@ -357,7 +356,7 @@ def test_weights_that_cannot_be_downloaded_are_a_sentence(standin, monkeypatch):
         raise OSError('Temporary failure in name resolution')
 
     monkeypatch.setattr(torchvision.models.ResNet18_Weights.DEFAULT.__class__, 'get_state_dict', offline)
-    with pytest.raises(UserError, match='ImageNet weights for resnet18 cannot be had.*MODEL.PRETRAINED false'):
+    with pytest.raises(UserError, match='ImageNet weights for resnet18 .*MODEL.PRETRAINED false'):
         tiny_model(standin, STAGES=0, PRETRAINED='true')
 
 

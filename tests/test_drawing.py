@@ -20,7 +20,7 @@ def models():
 
 @pytest.fixture(scope='module')
 def hands(models):
-    """The mean pose of both hands, half a metre before the camera, right hand 5 cm nearer: (2, 778, 3), (2, 21, 3)."""
+    """Vertices and joints of the mean pose, half a metre in front of the camera, the right hand 5 cm nearer."""
     flat = [torch.zeros(1, 2, size) for size in (3, 45, 10)]
     vertices, joints = TwoHandLayer(models)(*flat, root_joint=9)
     turn = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]])  # look at the back of the hands
@@ -43,7 +43,7 @@ def near(picture, colour, tolerance=12):
     return (np.abs(picture.astype(int) - colour) <= tolerance).all(-1)
 
 
-def test_skeleton_marks_every_joint_in_its_hands_colour_and_leaves_the_image_alone():
+def test_skeleton_marks_every_joint_in_the_colour_of_its_hand_on_a_copy():
     image = np.zeros((256, 256, 3), np.uint8)
     grid = torch.stack(torch.meshgrid(torch.arange(7), torch.arange(6), indexing='xy'), -1).reshape(2, 21, 2)
     pixels = 20.0 + 35.0 * grid
@@ -54,7 +54,7 @@ def test_skeleton_marks_every_joint_in_its_hands_colour_and_leaves_the_image_alo
             assert near(picture[v, u], colour)
 
 
-def test_skeleton_bone_has_its_fingers_colour():
+def test_bones_have_the_colour_of_their_finger():
     pixels = torch.full((2, 21, 2), torch.nan)
     pixels[1, 5], pixels[1, 6] = torch.tensor([30.0, 100.0]), torch.tensor([200.0, 100.0])
     picture = drawing.draw_skeletons(np.zeros((256, 256, 3), np.uint8), pixels)
@@ -109,22 +109,22 @@ def test_mesh_overlay_accepts_arrays_and_tensors(models, hands):
     assert (a == b).all() and (a != image).any()
 
 
-def test_segmentation_picture_keeps_each_label_apart():
+def test_segmentation_picture_has_one_colour_per_label():
     labels = np.array([[0, 1], [2, 1]])
     picture = drawing.segmentation_picture(torch.from_numpy(labels))
     assert (picture[labels == 1] == LEFT_BGR).all() and (picture[labels == 2] == RIGHT_BGR).all()
     assert (picture[labels == 0] == drawing.BACKGROUND_BGR).all()
-    with pytest.raises(ValueError, match='0, 1 and 2'):
+    with pytest.raises(ValueError, match='Labels must be .* of 0, 1 and 2'):
         drawing.segmentation_picture(np.array([[255]]))
 
 
-def test_heat_map_is_dark_at_the_least_and_bright_at_the_greatest_value_in_its_place():
+def test_heat_map_is_dark_at_the_minimum_and_bright_at_the_maximum():
     image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     values = torch.tensor([[0.2, 0.3, 0.7], [0.21, 0.2, 0.25]])  # (down, right)
     before = image.copy()
     picture = drawing.heat_map(image, values)
     assert picture.shape == (256, 256, 3) and (image == before).all()
-    # Whatever the picture below: the darkest point of the greatest cell over the brightest of a least one.
+    # On any image: the darkest point of the maximum cell is brighter than the brightest of a minimum cell.
     light = picture.astype(int).sum(-1)
     greatest, least, other = light[:128, 171:], light[:128, :85], light[128:, 86:170]
     assert greatest.min() > least.max() and greatest.min() > other.max()
@@ -137,12 +137,12 @@ def test_heat_map_of_equal_values_is_dark():
 
 
 @pytest.mark.parametrize('size', [256, 128, 384])
-def test_row_has_seven_panels_of_256_whatever_the_image(models, hands, size):
+def test_a_row_has_seven_panels_of_256_pixels_for_any_image_size(models, hands, size):
     row = drawing.prediction_row(row_inputs(models, hands, size))
     step = drawing.PANEL + drawing.GAP
     assert row.dtype == np.uint8
     assert row.shape == (drawing.PANEL + drawing.CAPTION_HEIGHT, 7 * step - drawing.GAP, 3)
-    assert (row[drawing.CAPTION_HEIGHT :, : drawing.PANEL] == 90).all()  # the input, as it is
+    assert (row[drawing.CAPTION_HEIGHT :, : drawing.PANEL] == 90).all()  # the input, unchanged
     for number in range(7):
         caption = row[: drawing.CAPTION_HEIGHT, number * step : number * step + drawing.PANEL]
         assert (caption > 180).any()

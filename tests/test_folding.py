@@ -5,7 +5,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from inference.folding import fold_batch_norms
 from models import build_model
-from models.backbone import ResNetBackbone
+from models.backbone import Backbone
 from utils.config import load_config
 
 
@@ -57,7 +57,7 @@ def test_folded_network_computes_the_same_with_fewer_norms(standin):
 def test_every_norm_of_a_bottleneck_backbone_is_folded():
     torch.manual_seed(0)
     image = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    model = with_statistics(ResNetBackbone('resnet50').double(), image)
+    model = with_statistics(Backbone('resnet50').double(), image)
     folded = fold_batch_norms(model)
     assert norms(folded) == 0 < norms(model)
     for a, b in zip(folded(image), model(image)):

@@ -27,14 +27,14 @@ def map_pixels(image_map, pixels):
     return pixels @ image_map[:2, :2].T + image_map[:2, 2]
 
 
-def test_projection_is_opencvs():
+def test_projection_matches_opencv():
     points = normal(50, 3) * 0.1 + torch.tensor([0, 0, 1.0])
     intrinsics = torch.tensor([[480.0, 0, 130], [0, 490, 120], [0, 0, 1]], dtype=torch.float64)
     expected, _ = cv2.projectPoints(points.numpy(), np.zeros(3), np.zeros(3), intrinsics.numpy(), None)
     np.testing.assert_allclose(project(points, intrinsics), expected[:, 0], atol=1e-9)
 
 
-def test_projection_takes_any_intrinsics_and_leading_axes():
+def test_projection_accepts_any_intrinsics_and_leading_axes():
     points, intrinsics = normal(2, 3, 5, 3) + torch.tensor([0, 0, 8.0]), normal(2, 3, 3, 3, seed=1)
     intrinsics[..., 2, 2] += 9
     pixels = project(points, intrinsics)
@@ -53,7 +53,7 @@ def test_uv_round_trip(size):
     torch.testing.assert_close(from_uv(uv, size), pixels)
 
 
-def test_uv_is_of_the_256_crop_unless_told_otherwise():
+def test_uv_refers_to_the_256_crop_by_default():
     assert to_uv(torch.tensor(64.0)) == -0.5 and from_uv(torch.tensor(-0.5)) == 64
 
 
@@ -69,7 +69,7 @@ def test_world_to_camera(shape):
     torch.testing.assert_close(back, points)
 
 
-def test_rotation_z_turns_right_towards_down():
+def test_rotation_z_rotates_right_to_down():
     down = rotation_z(torch.tensor(math.pi / 2, dtype=torch.float64)) @ torch.tensor([1.0, 0, 0], dtype=torch.float64)
     torch.testing.assert_close(down, torch.tensor([0.0, 1, 0], dtype=torch.float64))
     angles = normal(2, 3)
@@ -78,7 +78,7 @@ def test_rotation_z_turns_right_towards_down():
 
 
 @pytest.mark.parametrize('size', [256, 100])
-def test_similarity_is_opencvs_about_the_centre(size):
+def test_similarity_matches_opencv_about_the_centre(size):
     scale, angle, shift = normal(4).exp(), normal(4, seed=1), 20 * normal(4, 2, seed=2)
     maps = similarity_about_centre(scale, angle, shift, size)
     for i in range(4):
@@ -89,13 +89,13 @@ def test_similarity_is_opencvs_about_the_centre(size):
     torch.testing.assert_close(map_pixels(maps[0], centre), centre + shift[0])
 
 
-def test_similarity_without_change_is_exactly_the_identity():
+def test_similarity_of_no_change_is_exactly_the_identity():
     still = similarity_about_centre(torch.ones(2), torch.zeros(2), torch.zeros(2, 2))
     assert torch.equal(still, torch.eye(3).expand(2, 3, 3))
 
 
 @pytest.mark.parametrize('size', [256, 10])
-def test_mirror_takes_pixel_centres_to_pixel_centres(size):
+def test_mirror_maps_pixel_centres_to_pixel_centres(size):
     mirror = mirror_image_matrix(size)
     assert torch.equal(mirror @ mirror, torch.eye(3))
     row = torch.arange(float(size))
@@ -105,8 +105,8 @@ def test_mirror_takes_pixel_centres_to_pixel_centres(size):
 
 @pytest.mark.parametrize('seed', range(5))
 @pytest.mark.parametrize('mirrored', [False, True])
-def test_turning_the_hands_and_the_intrinsics_moves_the_pixels_by_the_image_map(seed, mirrored):
-    """conventions: X' = R_z M X with K' = A K (R_z M)^-1 projects to A applied to the old pixels, exactly."""
+def test_rotating_hands_and_intrinsics_moves_the_pixels_by_the_image_map(seed, mirrored):
+    """X' = R_z M X with K' = A K (R_z M)^-1 projects to A applied to the old pixels, exactly."""
     points = 0.1 * normal(30, 3, seed=seed) + torch.tensor([0.02, -0.03, 0.8])
     intrinsics = torch.tensor([[400.0, 3, 120], [0, 410, 130], [0, 0, 1]], dtype=torch.float64)
     scale, angle, shift = normal(seed=seed).exp(), 3 * normal(seed=seed + 10), 20 * normal(2, seed=seed + 20)
@@ -132,6 +132,7 @@ MOVE = {'flip': False, 'scale': 1.0, 'angle': 0.0, 'shift': (0.0, 0.0)}
         {'flip': True},
         {'angle': -2.5, 'scale': 0.9, 'shift': (-9.0, 4.5)},
         {'angle': 1.3, 'scale': 1.07, 'shift': (3.0, 8.0), 'flip': True},
+        {'angle': math.pi, 'flip': True},
     ],
 )
 def test_warp_matches_opencv(move, size):

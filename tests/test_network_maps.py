@@ -6,6 +6,10 @@ from evaluation.network_maps import forward_with_maps
 from models.bone_projection import draw
 
 
+def fail(*_):
+    raise ZeroDivisionError
+
+
 def hooked(model) -> list[str]:
     return [name for name, module in model.named_modules() if module._forward_hooks]
 
@@ -38,8 +42,8 @@ def test_no_hook_is_left_even_if_the_network_fails(standin):
     model.hand_head.register_forward_pre_hook(lambda *_: during.append(hooked(model)))
     forward_with_maps(model, images(1))
     assert during[0] == ['initial_regressor.attention', 'stages.0.projection'] and hooked(model) == []
-    model.dense_heads = None
-    with pytest.raises(TypeError):
+    model.dense_heads.register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
         forward_with_maps(model, images(1))
     assert len(during) == 4 and hooked(model) == []
 

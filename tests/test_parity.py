@@ -142,7 +142,7 @@ def test_the_names_and_shapes_that_are_asked_for_are_the_published_ones():
 
 def test_other_hands_than_the_files_are_noticed(weights):
     key = 'decoder.projecter_3.regressor.mano_layer_left.th_v_template'
-    with pytest.raises(UserError, match=f'trained on other hands .*{key} differs.*MANO.PATH'):
+    with pytest.raises(UserError, match=f'trained on another hand model .*{key} differs.*MANO.PATH'):
         published.load_published(
             {'net': weights | {key: weights[key] + 1e-4}}, path='DIR.pth', overrides=['MANO.PATH', str(PARITY)]
         )
@@ -546,7 +546,8 @@ def test_evaluation_figures(hand_models, root, scale):
 def test_the_road_from_file_to_estimate(network, hand_models):
     """Two samples from their files through the network, against what the published network made of them."""
     outputs = Arrays('eval_net_outputs16.npz')
-    hands = network(make_batch(hand_models, 'test', range(2)).image).stages[-1]
+    batch = make_batch(hand_models, 'test', range(2))
+    hands = network(network.preprocess.normalise(batch.image)).stages[-1]
     close(hands.vertices, outputs.hands('stage2/pd_mesh_xyz_{}')[:2], 1e-3)
     close(hands.offset * HAND_SCALE, outputs('stage2/pd_offset')[:2] * HAND_SCALE, 1e-3)
 

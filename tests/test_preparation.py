@@ -376,7 +376,7 @@ def spoil_colours(root, content, save_path):
 
 def spoil_other_hand(root, content, save_path):
     (root / 'hand_model.json').write_text('{"hand_model": "mano:1:2"}')
-    return 'made with the hand model mano:1:2', ()
+    return 'generated with the hand model mano:1:2', ()
 
 
 def spoil_foreign_folder(root, content, save_path):

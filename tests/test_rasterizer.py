@@ -19,7 +19,7 @@ def naive(vertices, faces, intrinsics, height, width):
     face = np.full((height, width), -1)
     depth = np.zeros((height, width))
     weights = np.zeros((height, width, 3))
-    margin = np.full((height, width), np.inf)  # how clear the decision was
+    margin = np.full((height, width), np.inf)  # distance of the decision from a tie
     for row in range(height):
         for column in range(width):
             ray = np.linalg.solve(intrinsics, [column + 0.5, row + 0.5, 1.0])
@@ -62,7 +62,7 @@ def test_agrees_with_a_naive_oracle(seed):
         np.testing.assert_allclose(out.barycentric[image].numpy()[clear], weights[clear], atol=5e-3)
 
 
-def test_a_point_seen_at_a_pixel_projects_onto_its_centre():
+def test_the_surface_point_of_a_pixel_projects_onto_its_centre():
     vertices, faces = soup(3)
     intrinsics = CAMERA.expand(2, 3, 3)
     out = rasterize(vertices, faces, intrinsics, (HEIGHT, WIDTH))
@@ -75,8 +75,8 @@ def test_a_point_seen_at_a_pixel_projects_onto_its_centre():
 
 
 @pytest.mark.parametrize('seed', range(3))
-def test_shared_edges_leave_no_hole_and_corners_on_pixel_centres_do_not_either(seed):
-    # A sheet of small triangles whose corners lie on, near and between pixel centres, shuffled, turned both ways.
+def test_neither_shared_edges_nor_corners_on_pixel_centres_leave_holes(seed):
+    # A sheet of small triangles with corners on, near and between pixel centres, shuffled, in both windings.
     generator = torch.Generator().manual_seed(seed)
     steps = torch.arange(-2, 34) * 0.75
     y, x = torch.meshgrid(steps, steps, indexing='ij')
@@ -93,7 +93,7 @@ def test_shared_edges_leave_no_hole_and_corners_on_pixel_centres_do_not_either(s
 
 
 def test_interpolation_is_perspective_correct():
-    # A floor that runs away from the camera: the texture coordinate must follow the ray, not the screen.
+    # A floor that recedes from the camera: the texture coordinate must follow the ray, not the screen.
     vertices = torch.tensor([[[-1.0, 0.2, 0.5], [1.0, 0.2, 0.5], [0.0, 0.2, 40.0]]])
     faces = torch.tensor([[0, 1, 2]])
     out = rasterize(vertices, faces, CAMERA[None], (HEIGHT, WIDTH))
@@ -103,7 +103,7 @@ def test_interpolation_is_perspective_correct():
     torch.testing.assert_close(z[row, column], 28 * 0.2 / (row + 0.5 - 10), rtol=2e-3, atol=0)
 
 
-def test_the_nearer_surface_hides_the_other_whatever_its_place_in_the_list():
+def test_the_nearer_surface_hides_the_other_in_any_order_of_faces():
     square = torch.tensor([[-1.0, -1.0, 1.0], [1.0, -1.0, 1.0], [1.0, 1.0, 1.0], [-1.0, 1.0, 1.0]])
     vertices = torch.cat([square, square + torch.tensor([0.0, 0.0, 1.0])])[None]
     near, far = torch.tensor([[0, 1, 2], [0, 2, 3]]), torch.tensor([[4, 5, 6], [4, 6, 7]])
@@ -113,7 +113,7 @@ def test_the_nearer_surface_hides_the_other_whatever_its_place_in_the_list():
         torch.testing.assert_close(out.depth, torch.ones_like(out.depth))
 
 
-def test_equal_depth_goes_to_the_lower_number_and_repeats_exactly():
+def test_at_equal_depth_the_lower_face_number_wins_deterministically():
     vertices, faces = soup(4)
     doubled = torch.cat([faces, faces.flip(1)])
     first = rasterize(vertices, doubled, CAMERA.expand(2, 3, 3), (HEIGHT, WIDTH))
@@ -122,7 +122,7 @@ def test_equal_depth_goes_to_the_lower_number_and_repeats_exactly():
     assert all(torch.equal(a, b) for a, b in zip(first, again))
 
 
-def test_images_of_a_batch_do_not_mix_and_small_parts_change_nothing(monkeypatch):
+def test_images_of_a_batch_are_independent_also_in_small_parts(monkeypatch):
     vertices, faces = soup(5, batch=3)
     intrinsics = CAMERA.expand(3, 3, 3)
     together = rasterize(vertices, faces, intrinsics, (HEIGHT, WIDTH))
@@ -145,7 +145,7 @@ def test_images_of_a_batch_do_not_mix_and_small_parts_change_nothing(monkeypatch
         [[0.0, 0.0, 1.0], [float('nan'), 0.0, 1.0], [0.0, 1.0, 1.0]],
     ],
 )
-def test_faces_that_cannot_be_seen_leave_the_background(corners):
+def test_invisible_faces_leave_the_background(corners):
     out = rasterize(torch.tensor([corners]), torch.tensor([[0, 1, 2]]), CAMERA[None], (HEIGHT, WIDTH))
     assert (out.face == -1).all() and not out.depth.any() and not out.barycentric.any()
 
@@ -158,7 +158,7 @@ def test_empty_batches_and_empty_meshes():
     assert (out.face == -1).all() and interpolate(out, faces[:0], vertices).shape == (2, HEIGHT, WIDTH, 3)
 
 
-def test_interpolation_passes_gradients_to_the_attributes():
+def test_interpolation_is_differentiable_in_the_attributes():
     vertices, faces = soup(7)
     out = rasterize(vertices, faces, CAMERA.expand(2, 3, 3), (HEIGHT, WIDTH))
     attributes = torch.rand(vertices.shape[1], 4, requires_grad=True)
@@ -167,7 +167,7 @@ def test_interpolation_passes_gradients_to_the_attributes():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
-def test_the_device_does_not_matter():
+def test_cpu_and_cuda_agree():
     vertices, faces = soup(9)
     here = rasterize(vertices, faces, CAMERA.expand(2, 3, 3), (HEIGHT, WIDTH))
     there = rasterize(vertices.cuda(), faces.cuda(), CAMERA.expand(2, 3, 3).cuda(), (HEIGHT, WIDTH))
@@ -182,7 +182,7 @@ def octahedron(distance):
     return (0.3 * corners + torch.tensor([0.0, 0.0, distance]))[None], faces
 
 
-def test_smooth_normals_of_a_symmetric_solid_point_away_from_its_middle():
+def test_smooth_normals_of_a_symmetric_solid_point_away_from_its_centre():
     vertices, faces = octahedron(2.0)
     outwards = (vertices - vertices.mean(1, keepdim=True)) / 0.3
     torch.testing.assert_close(smooth_normals(vertices, faces), outwards)
@@ -199,15 +199,15 @@ def test_shading_is_brightest_where_the_surface_faces_the_camera_and_never_excee
     assert picture[seen].min() >= render.AMBIENT and picture[seen].min() < 0.8 and not picture[~seen].any()
 
 
-def test_pytorch3d_missing_is_a_sentence(monkeypatch):
+def test_a_missing_pytorch3d_is_reported_in_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, 'pytorch3d', None)
     vertices, faces = soup(0)
     with pytest.raises(UserError, match='pytorch3d is not installed'):
         rasterize_pytorch3d(vertices, faces, CAMERA.expand(2, 3, 3), (HEIGHT, WIDTH))
 
 
-def test_the_pytorch3d_path_hands_over_its_documented_screen_and_reads_packed_faces(monkeypatch):
-    # A double of what pytorch3d documents: x left, y up, the shorter side [-1, 1], faces numbered through the batch.
+def test_the_pytorch3d_path_uses_its_documented_screen_space_and_packed_faces(monkeypatch):
+    # A stub of the documented behaviour: x left, y up, the shorter side [-1, 1], faces numbered through the batch.
     def rasterize_meshes(mesh, image_size, **_):
         vertices, faces = mesh
         height, width = image_size

@@ -190,7 +190,7 @@ def test_the_hand_model_record_tells_hands_apart(tmp_path):
     write_hand_model_record(tmp_path, hands)
     check_hand_model_record(tmp_path, hands)
     (tmp_path / 'hand_model.json').write_text('{"hand_model": "mano:0:1"}')
-    with pytest.raises(UserError, match='made with the hand model mano:0:1, but standin'):
+    with pytest.raises(UserError, match='hand model mano:0:1, but MANO.SOURCE and MANO.PATH select standin'):
         check_hand_model_record(tmp_path, hands)
     (tmp_path / 'hand_model.json').write_text('{"hand')
     with pytest.raises(UserError, match='hand_model.json is not valid JSON'):

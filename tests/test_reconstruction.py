@@ -64,7 +64,7 @@ class TrueNetwork(torch.nn.Module):
         self.offset = (joints[:, 1, 0] - joints[:, 0, 0]) / HAND_SCALE
 
     def forward(self, image):
-        return DIROutput([self.head(self.parameters_, self.offset)], *image.new_zeros(2, 1, 3, 0, 0))
+        return DIROutput([self.head(self.parameters_, self.offset)], segmentation=None, dense=None)
 
 
 def raw_cameras(raw, dataset):

@@ -27,7 +27,7 @@ def ids(tmp_path):
 # Filters
 
 
-def test_without_filters_the_whole_split_is_taken_and_nothing_is_said(dataset):
+def test_without_filters_the_whole_split_is_selected_without_description(dataset):
     assert choose(dataset) == ([0, 1, 2, 3, 4], None)
 
 
@@ -38,7 +38,7 @@ def test_image_and_annotation_ids(dataset, ids):
     assert by_annotation.indices == [0, 4] and 'annotation ids' in by_annotation.description
 
 
-def test_filters_add_up_and_first_comes_last(dataset, ids):
+def test_filters_combine_and_first_applies_last(dataset, ids):
     subset = choose(dataset, image_ids=ids('1000 1002 1003 1004'), captures=['0'], first=2)
     assert subset.indices == [0, 2]
     assert [word in subset.description for word in ('image ids', 'capture 0', 'first 2')] == [True] * 3
@@ -46,8 +46,9 @@ def test_filters_add_up_and_first_comes_last(dataset, ids):
     assert choose(dataset, first=99).indices == [0, 1, 2, 3, 4]
 
 
-def test_filters_that_leave_nothing_are_refused(dataset, ids):
-    with pytest.raises(UserError, match=r'test passes the filters \(image ids of .*ids.txt \(2 listed\)'):
+def test_filters_without_matches_are_rejected(dataset, ids):
+    message = r'No sample of .*test passes the filters \(image ids of .*ids.txt \(2 listed\)'
+    with pytest.raises(UserError, match=message):
         choose(dataset, image_ids=ids('1 2'))
     with pytest.raises(UserError, match='no capture 9; it has 0'):
         choose(dataset, captures=['9'])
@@ -56,18 +57,18 @@ def test_filters_that_leave_nothing_are_refused(dataset, ids):
 
 
 @pytest.mark.parametrize('text', ['1\n2\n3\n', '1 2 3', '1,2,3', '[1, 2, 3]', ' 1,\t2\n\n3', '["1", 2, 3]'])
-def test_ids_in_every_form(ids, text):
+def test_ids_in_every_supported_format(ids, text):
     assert read_ids(ids(text)) == {1, 2, 3}
 
 
 @pytest.mark.parametrize('text', ['a b', '1.5', '[1, null]', '[1, 2', '[[1]]'])
-def test_what_is_no_list_of_ids(ids, text):
+def test_invalid_id_lists_are_rejected(ids, text):
     with pytest.raises(UserError, match=r'ids.txt is not a list of ids') as refused:
         read_ids(ids(text))
     assert '\n' not in str(refused.value)
 
 
-def test_a_missing_or_binary_list(tmp_path):
+def test_missing_and_binary_id_lists_are_rejected(tmp_path):
     with pytest.raises(UserError, match='no.txt does not exist'):
         read_ids(tmp_path / 'no.txt')
     (tmp_path / 'b.txt').write_bytes(b'\xff\xfe\x00')
@@ -80,7 +81,7 @@ def test_a_missing_or_binary_list(tmp_path):
 
 @pytest.fixture(scope='module')
 def prepared(tmp_path_factory):
-    """(raw folder, content of its annotation files, prepared split) with one joint not valid."""
+    """(raw folder, content of its annotation files, prepared split) with one invalid joint."""
     root = tmp_path_factory.mktemp('annotated')
     content = make_raw_tree(root / 'raw', steps=2)
     content['joint_3d']['0']['100']['joint_valid'][3] = [False]  # right thumb, nearest to the wrist
@@ -103,7 +104,7 @@ def prepared(tmp_path_factory):
     return root / 'raw', content, InterHandDataset(root / 'data', 'train')
 
 
-def test_annotated_joints_are_the_files_in_camera_axes(prepared):
+def test_annotated_joints_are_those_of_the_files_in_camera_axes(prepared):
     raw, content, dataset = prepared
     found = AnnotatedJoints(dataset, raw)(torch.arange(len(dataset)))
     assert found.shape == (len(dataset), 2, 21, 3) and found.dtype == torch.float32 and len(dataset) > 1
@@ -120,7 +121,7 @@ def test_annotated_joints_are_the_files_in_camera_axes(prepared):
     assert found[first, 1, 1].isnan().all()
 
 
-def test_annotations_of_another_data_set_are_refused(prepared, tmp_path):
+def test_annotations_of_another_data_set_are_rejected(prepared, tmp_path):
     dataset = prepared[2]
     make_raw_tree(tmp_path, steps=1)
     joints = AnnotatedJoints(dataset, tmp_path)
@@ -131,7 +132,7 @@ def test_annotations_of_another_data_set_are_refused(prepared, tmp_path):
         AnnotatedJoints(dataset, tmp_path / 'nowhere')
 
 
-def test_samples_that_do_not_say_where_they_come_from_are_refused(dataset, tmp_path):
+def test_samples_without_their_origin_are_rejected(dataset, tmp_path):
     make_raw_tree(tmp_path, steps=1, split='test')
     with pytest.raises(UserError, match='lacks its camera'):
         AnnotatedJoints(dataset, tmp_path)(torch.tensor([0]))

@@ -382,6 +382,11 @@ def test_accumulated_parts_give_the_gradients_of_the_whole(tiny_prepared):
         torch.testing.assert_close(grads_of_parts[name], whole, rtol=1e-3, atol=1e-5)
 
 
+def test_training_without_dense_loss_keeps_the_other_terms(tiny_prepared):
+    terms, _ = one_step(tiny_prepared, 'LOSS.WEIGHT.DENSE', '0')
+    assert 'dense' not in terms and {'segmentation', 'lovasz'} <= terms.keys()
+
+
 def test_bfloat16_changes_the_loss_by_little(tiny_prepared):
     terms, grads = one_step(tiny_prepared)
     low, low_grads = one_step(tiny_prepared, 'TRAIN.PRECISION', 'bfloat16')

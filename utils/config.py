@@ -34,7 +34,7 @@ _C.DATASET.TARGETS = 'files'  # masks and dense maps: 'files' as prepared; 'rend
 _C.DATASET.COLOURS = ''  # v_color.pkl for 'render' if the data was prepared with --colours; '': colours by position
 
 _C.MODEL = CfgNode()
-_C.MODEL.BACKBONE = 'resnet50'  # torchvision: resnet18, resnet34, resnet50, resnet101 or resnet152
+_C.MODEL.BACKBONE = 'resnet50'  # a torchvision network in the table of models/backbone.py: resnet18, swin_t, ...
 _C.MODEL.PRETRAINED = True  # start the backbone from ImageNet weights
 _C.MODEL.BACKBONE_WEIGHTS = ''  # local ImageNet file (a torchvision state_dict); '': torchvision's cache or download
 _C.MODEL.IMAGE_SIZE = 256  # pixels: side of the network's input, a multiple of 32; crops on disk are always 256
@@ -107,7 +107,6 @@ _CHOICES = {
     'ROOT_JOINT': (0, 9),
     'MANO.SOURCE': ('files', 'standin'),
     'DATASET.TARGETS': ('files', 'render'),
-    'MODEL.BACKBONE': tuple(f'resnet{depth}' for depth in (18, 34, 50, 101, 152)),
     'MODEL.STAGES': (0, 1, 2, 3),
     'MODEL.INTERACTION': ('both', 'graph', 'transformer', 'none'),
     'MODEL.PROJECTION': ('bones', 'joints', 'none'),
