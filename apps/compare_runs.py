@@ -1,10 +1,10 @@
-"""Runs side by side: one table out of the metrics.json of each, in Markdown and CSV.
+"""Compare runs: one table from their metrics.json files, in Markdown and CSV.
 
     python apps/compare_runs.py RUN [RUN ...] [--out TABLE]
 
-RUN is a metrics.json or a folder with one in it or in its eval/ (`apps/eval_interhand.py --out`). The first run is what
-the others are compared with: "differs in" lists configuration keys. Figures of different protocols, frames or data
-never share a table.
+RUN is a metrics.json, or a folder that has one in it or in its eval/ (`apps/eval_interhand.py --out`). "differs in"
+lists the configuration keys in which a run differs from the first. Figures of different protocols, frames or data never
+share a table.
 """
 
 import argparse
@@ -16,9 +16,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.runs import FIGURES, Run, read_runs, row
+from evaluation.registry import compared
+from evaluation.runs import Run, read_runs, row
 from utils.errors import user_facing
 from utils.files import write_atomically
+
+COLUMNS = {column.title: column for column in compared()}
 
 
 @user_facing
@@ -40,13 +43,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def markdown_tables(runs: list[Run]) -> str:
-    """One table for each protocol and set of frames, its best figures in bold."""
+    """One table per protocol and set of frames, with the best figures in bold."""
     parts = []
     for measured_on in dict.fromkeys(run.measured_on for run in runs):
         rows = [row(run, runs[0]) for run in runs if run.measured_on == measured_on]
         best = {
-            title: (max if title == 'PCK area' else min)(values)
-            for title in FIGURES
+            title: (max if column.higher_is_better else min)(values)
+            for title, column in COLUMNS.items()
             if len(values := [r[title] for r in rows if r[title] is not None]) > 1
         }
         lines = [
@@ -66,12 +69,12 @@ def _cell(title: str, value: Any, best: float | None) -> str:
         return '–'
     if isinstance(value, str):
         return value
-    text = f'{value:.0f}' if title == 'seconds' else f'{value:.4f}' if title == 'PCK area' else f'{value:.2f}'
+    text = f'{value:.{COLUMNS[title].digits if title in COLUMNS else 0}f}'
     return f'**{text}**' if value == best else text
 
 
 def csv_table(runs: list[Run]) -> str:
-    """All runs, one row each, full precision, with what they were measured on."""
+    """One row per run in full precision, with protocol, frames and data."""
     rows = [row(run, runs[0]) | {'frames': run.metrics['frames'], 'measured on': run.measured_on} for run in runs]
     text = io.StringIO()
     table = csv.DictWriter(text, rows[0], lineterminator='\n')

@@ -1,10 +1,11 @@
-"""Errors of two-hand meshes, per sample, in the protocols that this field quotes: batched tensor code on any device.
+"""Per-sample errors of two-hand meshes in the published protocols, as batched tensor functions on any device.
 
-Joints of the prediction are regressed from its vertices (16 by the hand model's regressor, 5 tip vertices), those of
-the truth likewise or taken from the annotation files. Each hand is centred on its own root joint; scale alignment
-multiplies the predicted hand by true / predicted length of bone 0-9.
+Predicted joints are regressed from the predicted vertices (16 by the hand model's regressor, 5 tip vertices); true
+joints likewise, or read from the annotation files. Each hand is centred on its own root joint; scale alignment
+multiplies the predicted hand by true / predicted length of bone 0-9. The registry of metrics is evaluation/registry.py.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,17 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manopth import HandPair
-from models.placement import relative_roots
+from manopth.alignment import align
+from models.placement import Placement, relative_roots
 from utils.geometry import CROP_SIZE, bone_length, project
 from utils.hand import HAND_SCALE, LEFT, MANO_TO_JOINTS, NUM_CHAIN_JOINTS, NUM_FACES, RIGHT, TIP_VERTICES
 from utils.rasterizer import rasterize
 
 METRES_TO_MM = 1000.0
-VISIBILITY_SIZE = 64  # pixels: side of the picture in which hidden parts are counted
+VISIBILITY_SIZE = 64  # pixels: side of the image in which occluded parts are counted
 
 
 class Protocol(NamedTuple):
-    """The choices that every figure depends on."""
+    """The choices that every metric depends on."""
 
     root_joint: int = 0  # 0 wrist, 9 middle MCP
     scale: bool = True  # align the size of each predicted hand by bone 0-9
@@ -36,7 +38,7 @@ class Protocol(NamedTuple):
         return f'root joint {self.root_joint} ({root}), scale alignment {scale}, {truth}'
 
 
-# By the method that is quoted with it (their best published figures: docs/protocols.md).
+# By the method that reports it (their published figures: docs/protocols.md).
 PROTOCOLS = {
     'published': Protocol(0, True),
     'intaghand': Protocol(9, True),
@@ -44,39 +46,14 @@ PROTOCOLS = {
     'internet': Protocol(0, False, 'annotated'),
     'interwild': Protocol(0, False),
 }
-NEEDS_SUBSET = {'interwild': 'the human-annotated frames'}  # protocols that are defined on a part of the test set
+NEEDS_SUBSET = {'interwild': 'the human-annotated frames'}  # protocols that are defined on part of the test set
 GRID = tuple(Protocol(root, scale) for root in (0, 9) for scale in (True, False))
 
 
-class SampleErrors(NamedTuple):
-    """Errors of each sample in one protocol; the hand axis is (left, right). NaN where the truth is not annotated."""
-
-    joint_mm: Tensor  # (B, 2) mean over the joints
-    vert_mm: Tensor  # (B, 2) mean over 778 vertices
-    joint_px: Tensor  # (B, 2) pixels of the 256 crop, prediction placed at the true root
-    vert_px: Tensor  # (B, 2)
-    root_mm: Tensor  # (B,) predicted against true vector from the left root to the right one
-    joints_mm: Tensor  # (B, 2, 21) each joint
-
-
-class SampleDetails(NamedTuple):
-    """What else is measured of each sample, whatever root and scale."""
-
-    pa_joint_mm: Tensor  # (B, 2) after Procrustes alignment (rotation, translation, scale) of each hand
-    pa_vert_mm: Tensor  # (B, 2)
-    box_iou: Tensor  # (B,) of the two true hands' boxes in the picture: how much they cover each other
-    distance_mm: Tensor  # (B,) smallest distance between vertices of the two true hands
-    penetration_mm: Tensor  # (B,) how deep the predicted hands, placed by the offset, reach into each other
-    true_penetration_mm: Tensor  # (B,) the same of the true hands: annotated fits are not free of it
-    visible: Tensor  # (B, 2) share of each true hand's outline in the picture that the other hand does not hide
-    placement_mm: Tensor  # (B, 2) the root joints placed in the camera by models.placement, against the true ones
-    placement_depth_mm: Tensor  # (B, 2) how much of that is depth
-    seg_intersection: Tensor  # (B, 3) pixels of background, left, right, predicted and true
-    seg_union: Tensor  # (B, 3) predicted or true; 0 without a segmentation
-
-
 class JointRegressor(nn.Module):
-    """Vertices (B, 2, 778, 3) -> 21 joints (B, 2, 21, 3), regressed from the posed mesh: the field's evaluation."""
+    """Regress 21 joints (B, 2, 21, 3) from posed vertices (B, 2, 778, 3), as published evaluations do."""
+
+    matrices: Tensor
 
     def __init__(self, hand_models: HandPair):
         super().__init__()
@@ -100,16 +77,25 @@ def sample_errors(
     network_root: int,
     protocol: Protocol,
     annotated: Tensor | None = None,
-) -> SampleErrors:
-    """Errors of a batch.
+) -> dict[str, Tensor]:
+    """Errors of a batch in one protocol, by name.
+
+    -> joint_mm, vert_mm, joint_px, vert_px (B, 2), means over joints or vertices; root_mm (B,), of the vector from the
+    left to the right root; joints_mm (B, 2, 21). px are pixels of the 256 crop with the prediction placed at the true
+    root. NaN where the truth is not annotated.
 
     vertices (B, 2, 778, 3) m, predicted, centred on the network's own root joint ``network_root``; offset (B, 3)
     predicted (right root - left root) / HAND_SCALE; true_vertices (B, 2, 778, 3) m, camera axes; intrinsics
-    (B, 3, 3); annotated (B, 2, 21, 3) m, camera axes, NaN where invalid: the true joints where the protocol wants them.
+    (B, 3, 3); annotated (B, 2, 21, 3) m, camera axes, NaN where invalid: the true joints of
+    protocols with annotated joints.
     """
     root = protocol.root_joint
     joints, fit_joints = regressor(vertices), regressor(true_vertices)
-    true_joints = annotated if protocol.joints == 'annotated' else fit_joints
+    true_joints = fit_joints
+    if protocol.joints == 'annotated':
+        if annotated is None:
+            raise ValueError('A protocol with annotated joints needs them: pass `annotated`.')
+        true_joints = annotated
     true_root, fit_root = true_joints[:, :, root : root + 1], fit_joints[:, :, root : root + 1]
     root_error = torch.linalg.vector_norm(
         predicted_root_vector(joints, offset, network_root=network_root, root_joint=root)
@@ -126,83 +112,67 @@ def sample_errors(
 
     camera = intrinsics[:, None]
     joints_mm = METRES_TO_MM * distances(joints, true_joints)
-    return SampleErrors(
-        joint_mm=joints_mm.nanmean(-1),
-        vert_mm=METRES_TO_MM * distances(vertices, true_vertices).mean(-1),
-        joint_px=distances(project(joints, camera), project(true_joints, camera)).nanmean(-1),
-        vert_px=distances(project(vertices, camera), project(true_vertices, camera)).mean(-1),
-        root_mm=METRES_TO_MM * root_error,
-        joints_mm=joints_mm,
-    )
+    return {
+        'joint_mm': joints_mm.nanmean(-1),
+        'vert_mm': METRES_TO_MM * distances(vertices, true_vertices).mean(-1),
+        'joint_px': distances(project(joints, camera), project(true_joints, camera)).nanmean(-1),
+        'vert_px': distances(project(vertices, camera), project(true_vertices, camera)).mean(-1),
+        'root_mm': METRES_TO_MM * root_error,
+        'joints_mm': joints_mm,
+    }
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:
-    """(..., N, D) twice -> (..., N)."""
+    """Euclidean distances of corresponding points (..., N, D) -> (..., N)."""
     return torch.linalg.vector_norm(a - b, dim=-1)
 
 
 def predicted_root_vector(joints: Tensor, offset: Tensor, *, network_root: int, root_joint: int) -> Tensor:
-    """Right root minus left root, (B, 3) m: the network's offset, moved to ``root_joint`` by its unscaled joints."""
+    """Right root minus left root, (B, 3) m: the predicted offset, moved to ``root_joint`` by the unscaled joints."""
     vector = offset * HAND_SCALE
     if root_joint == network_root:
         return vector
     return vector + joints[:, RIGHT, root_joint] - joints[:, LEFT, root_joint]
 
 
-def procrustes(points: Tensor, target: Tensor) -> Tensor:
-    """``points`` moved onto ``target`` by the similarity of least squares (Umeyama 1991, eqs. 40-43).
-
-    points, target (..., N, 3) -> (..., N, 3). Points without a finite target have no say, and move along.
-    """
-    known = target.isfinite().all(-1, keepdim=True)
-    weight = known.to(points.dtype) / known.sum(-2, keepdim=True).clamp_min(1)
-    target = torch.where(known, target, 0)
-    centre, there = ((weight * x).sum(-2, keepdim=True) for x in (points, target))
-    a, b = points - centre, target - there
-    u, singular, vh = torch.linalg.svd((weight * b).transpose(-1, -2) @ a)
-    sign = torch.ones_like(singular)
-    sign[..., 2] = torch.linalg.det(u @ vh).sign()  # no reflection
-    rotation = (u * sign[..., None, :]) @ vh
-    scale = (singular * sign).sum(-1) / (weight * a * a).sum((-1, -2)).clamp_min(1e-20)
-    return scale[..., None, None] * a @ rotation.transpose(-1, -2) + there
-
-
 def procrustes_errors(
     regressor: JointRegressor, vertices: Tensor, *, true_vertices: Tensor, true_joints: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(B, 2) mm each: mean error of joints and of vertices, each aligned by themselves as the field has it."""
+    """PA errors of joints and of vertices, (B, 2) mm each: the two are aligned separately, as published ones are."""
     true_joints = regressor(true_vertices) if true_joints is None else true_joints
-    return tuple(
-        METRES_TO_MM * distances(procrustes(ours, truth), truth).nanmean(-1)
-        for ours, truth in ((regressor(vertices), true_joints), (vertices, true_vertices))
-    )
+
+    def error(points: Tensor, target: Tensor) -> Tensor:
+        aligned = align(points, target, scale=True).apply(points)
+        return METRES_TO_MM * distances(aligned, target).nanmean(-1)
+
+    return error(regressor(vertices), true_joints), error(vertices, true_vertices)
 
 
 def box_iou(pixels: Tensor) -> Tensor:
-    """Points of both hands in the picture (B, 2, V, 2) -> (B,) intersection over union of the hands' boxes."""
+    """Intersection over union of both hands' bounding boxes: image points (B, 2, V, 2) -> (B,)."""
     low, high = pixels.amin(2), pixels.amax(2)  # (B, 2, 2)
     common = (high.amin(1) - low.amax(1)).clamp_min(0).prod(-1)
     return common / ((high - low).prod(-1).sum(-1) - common)
 
 
 def hand_distance(vertices: Tensor) -> Tensor:
-    """(B, 2, V, 3) m -> (B,) m: smallest distance between a vertex of one hand and one of the other."""
-    # By way of products, torch's default, a metre from the camera touching hands would be half a millimetre apart.
+    """Smallest distance between vertices of different hands: (B, 2, V, 3) m -> (B,) m."""
+    # torch's default, by matrix products, is off by half a millimetre for touching hands a metre from the camera.
     return torch.cdist(vertices[:, LEFT], vertices[:, RIGHT], compute_mode='donot_use_mm_for_euclid_dist').amin((1, 2))
 
 
 def in_one_frame(vertices: Tensor, offset: Tensor) -> Tensor:
-    """Root-relative vertices (B, 2, V, 3) m and offset (B, 3) in HAND_SCALE -> vertices with the left root at 0."""
+    """Place root-relative hands (B, 2, V, 3) m by the offset (B, 3) in HAND_SCALE; the left root stays at 0."""
     return vertices + relative_roots(offset)[:, :, None]
 
 
 def visible_shares(vertices: Tensor, intrinsics: Tensor, faces: Tensor) -> Tensor:
-    """(B, 2) share of each hand's pixels that are seen, of those that it alone would cover; NaN out of the picture.
+    """Visible share of the pixels that each hand alone would cover, (B, 2); NaN outside the image.
 
     vertices (B, 2, 778, 3) m, camera axes; intrinsics (B, 3, 3) of the 256 crop; faces (3076, 3) of both hands as one
     mesh.
     """
-    behind = vertices.new_tensor([0.0, 0.0, -1.0])  # is not drawn
+    behind = vertices.new_tensor([0.0, 0.0, -1.0])  # behind the camera: not drawn
     shown = torch.eye(2, dtype=torch.bool, device=vertices.device)[:, None, :, None, None]
     alone = torch.where(shown, vertices, behind)  # (2, B, 2, 778, 3)
     smaller = torch.diag(intrinsics.new_tensor([VISIBILITY_SIZE / CROP_SIZE, VISIBILITY_SIZE / CROP_SIZE, 1.0]))
@@ -213,15 +183,15 @@ def visible_shares(vertices: Tensor, intrinsics: Tensor, faces: Tensor) -> Tenso
     return together / torch.stack([left_alone[:, LEFT], right_alone[:, RIGHT]], -1)
 
 
-def predicted_classes(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """logits (B, 3, s, s) -> (B, *size): 0 background, 1 left, 2 right, at the resolution of the labels."""
-    return F.interpolate(logits.float(), size, mode='bilinear', align_corners=False).argmax(1)
+def predicted_classes(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """Classes of segmentation logits (B, 3, s, s), upsampled -> (B, *size): 0 background, 1 left, 2 right."""
+    return F.interpolate(logits.float(), list(size), mode='bilinear', align_corners=False).argmax(1)
 
 
 def segmentation_overlap(logits: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """logits (B, 3, s, s), labels (B, H, W) -> (B, 3) pixels in both and in either, of the labels' resolution.
+    """Pixels of each class in the intersection and the union of prediction and labels, (B, 3) each.
 
-    Zeros for a model without segmentation (None).
+    logits (B, 3, s, s), upsampled to labels (B, H, W). Without logits (a model without dense heads) both are 0.
     """
     if logits is None:
         nothing = torch.zeros(len(labels), 3, device=labels.device)
@@ -232,6 +202,7 @@ def segmentation_overlap(logits: Tensor | None, labels: Tensor) -> tuple[Tensor,
     return both.float(), either.float()
 
 
-def concatenate(parts: list) -> NamedTuple:
-    """Batches of one kind (SampleErrors, SampleDetails) -> all samples, on the host."""
-    return type(parts[0])(*(torch.cat([values.cpu() for values in column]) for column in zip(*parts)))
+def placement_error(placement: Placement, true_roots: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance between placed and true roots (B, 2, 3) m -> (B, 2) m, and its depth component (B, 2) m."""
+    apart = placement.roots - true_roots
+    return torch.linalg.vector_norm(apart, dim=-1), apart[..., 2].abs()

@@ -1,8 +1,7 @@
-"""How deep two hands reach into each other: exact on the meshes, and cheap enough for every batch of an evaluation.
+"""Penetration depth of two hand meshes: exact, and cheap enough for every batch of an evaluation.
 
-Inside, coordinates come first and faces or points last, which is what vectorises: points (3, P), and surfaces
-(3 coordinates, 3 corners, N, F), N closed meshes of F faces. ``row`` (P,) tells the surface that each point is
-measured against.
+Coordinates come first and faces or points last, which vectorises best: points (3, P), and surfaces (3 coordinates,
+3 corners, N, F), N closed meshes of F faces. ``row`` (P,) is the surface that each point is measured against.
 """
 
 import itertools
@@ -16,20 +15,22 @@ from manopth import HandPair
 from manopth.rotations import axis_angle_to_matrix
 from utils.hand import NUM_VERTICES
 
-# rad, the frame of the work: related hands share coordinates to the bit, so rays along the usual axes would meet edges.
+# rad. Related hands share coordinates to the bit, so rays along the camera axes would meet edges: rotate both first.
 SKEW = (0.61, -0.37, 0.23)
 SLABS = [normal for normal in itertools.product((-1, 0, 1), repeat=3) if normal > (0, 0, 0)]  # 13: one of each pair +-
-ON_EDGE = 1e-9  # m: a ray this near to an edge is not relied on
-# Points that are tested at once, each against all faces of a hand: 1.6 MB per tensor fits into a CPU's cache.
+ON_EDGE = 1e-9  # m: a ray this close to an edge is not trusted
+# Points tested at once, each against all faces of a hand: 1.6 MB per tensor fits into a CPU's cache.
 POINTS_AT_ONCE = {'cpu': 128, 'cuda': 8192}
 
 
 class PenetrationDepth(nn.Module):
-    """How deep two hands reach into each other.
+    """Penetration depth between both hands.
 
     The open wrists are closed with flat faces, so that each hand bounds a volume. Where a hand overlaps itself, as a
     fist may, it is one volume with all of its skin as its surface.
     """
+
+    corners: Tensor
 
     def __init__(self, hand_models: HandPair):
         super().__init__()
@@ -64,7 +65,7 @@ def close_surface(faces: np.ndarray) -> np.ndarray:
     """Faces (F, 3) of a mesh with one hole -> (F + n - 2, 3): a fan over the n vertices of the hole's rim closes it."""
     edges = np.stack([faces, np.roll(faces, -1, 1)], -1).reshape(-1, 2)
     code, reverse = (pairs @ [faces.max() + 1, 1] for pairs in (edges, edges[:, ::-1]))
-    rim = edges[~np.isin(code, reverse)]  # no face takes them the other way: the fan has to
+    rim = edges[~np.isin(code, reverse)]  # edges without a face on the other side
     apex = rim.min()
     start, end = rim[(rim != apex).all(1)].T
     return np.concatenate([faces, np.stack([np.full_like(start, apex), end, start], 1)])
@@ -79,7 +80,7 @@ def within_slabs(points: Tensor, hull: Tensor) -> Tensor:
 
 
 def winding_number(points: Tensor, surfaces: Tensor, row: Tensor) -> Tensor:
-    """How often its surface encloses each point, (P,): 0 outside, 1 inside, more where the surface overlaps itself.
+    """Winding number of each point's surface around it, (P,): 0 outside, 1 inside, more where it overlaps itself.
 
     It is the sum of the faces' solid angles over 4 pi, and on a closed surface also the number of faces through which a
     ray from the point leaves less those through which it enters. Rays along z are counted: few faces lie over a point,
@@ -105,8 +106,8 @@ def winding_number(points: Tensor, surfaces: Tensor, row: Tensor) -> Tensor:
 def cross_faces(points: Tensor, corners: Tensor) -> tuple[Tensor, Tensor]:
     """Rays from points (3, ...) along +z against faces (3 coordinates, 3 corners, ...).
 
-    -> 1 where the ray leaves through the face, -1 where it enters, 0 where it misses (...); whether it passes too near
-    to an edge to say, bool (...).
+    -> 1 where the ray leaves through the face, -1 where it enters, 0 where it misses (...); whether it passes too close
+    to an edge to decide, bool (...).
     """
     x, y, z = corners - points[:, None]
     x_next, y_next = x.roll(-1, 0), y.roll(-1, 0)
@@ -115,7 +116,7 @@ def cross_faces(points: Tensor, corners: Tensor) -> tuple[Tensor, Tensor]:
     within, margin = side * areas, ON_EDGE * torch.hypot(x_next - x, y_next - y)
     meets = (within > margin).all(0)
     near_edge = (within >= -margin).all(0) & ~meets
-    above = (within * z.roll(1, 0)).sum(0) > 0  # an edge's area weighs the corner opposite of it
+    above = (within * z.roll(1, 0)).sum(0) > 0  # an edge's area weights the opposite corner
     return torch.where(meets & above, side, 0), near_edge
 
 
@@ -137,7 +138,7 @@ def surface_distance(points: Tensor, surfaces: Tensor, row: Tensor) -> Tensor:
     distance = points.new_full((len(row),), torch.inf)
     for part in _parts(torch.arange(len(row), device=row.device)):
         to_centre = _length(centres.index_select(1, row[part]) - points[:, part, None])
-        # A face's centre is on the surface: no face whose sphere stays farther than the nearest centre is the nearest.
+        # Centres are on the surface: faces whose bounding sphere is farther away than the nearest centre are out.
         near = to_centre - radii.index_select(0, row[part]) <= to_centre.amin(1, keepdim=True)
         point, corners = _pairs(near, part, surfaces, row)
         distance.scatter_reduce_(0, point, triangle_distance(points.index_select(1, point), corners), 'amin')
@@ -145,7 +146,7 @@ def surface_distance(points: Tensor, surfaces: Tensor, row: Tensor) -> Tensor:
 
 
 def triangle_distance(points: Tensor, corners: Tensor) -> Tensor:
-    """Distances (...) from points (3, ...) to triangles (3 coordinates, 3 corners, ...), with or without an area.
+    """Distances (...) from points (3, ...) to triangles (3 coordinates, 3 corners, ...), degenerate ones included.
 
     To the plane where the point lies over the triangle, to the nearest edge elsewhere (Ericson, Real-Time Collision
     Detection, 2005, 5.1.5 and 5.1.2).
@@ -164,7 +165,7 @@ def _parts(numbers: Tensor) -> tuple[Tensor, ...]:
 
 
 def _pairs(chosen: Tensor, part: Tensor, surfaces: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-    """Faces chosen (p, F) for the points ``part`` (p,) -> point number of each pair (K,), its face's corners (3, 3, K).
+    """Pairs of points ``part`` (p,) and chosen faces (p, F): point number (K,) and corners of the face (3, 3, K).
 
     Indices in one flat axis and index_select: ten times as fast on a CPU as an index per axis.
     """

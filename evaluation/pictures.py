@@ -1,4 +1,4 @@
-"""From a network and a data set to picture sheets: predictions beside truth, stages, maps inside the network."""
+"""Sheets of figures of a network on some samples: predictions beside truth, stages, internal maps."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,7 +30,7 @@ from utils.hand import SIDES
 
 
 class Seen(NamedTuple):
-    """Some samples and what a network makes of them."""
+    """Some samples with a network's predictions."""
 
     titles: list[str]
     crops: np.ndarray  # (B, 256, 256, 3) uint8 BGR, as in the files
@@ -42,14 +42,14 @@ class Seen(NamedTuple):
 
 
 def spread_over(length: int, count: int) -> list[int]:
-    """At most ``count`` sample numbers, evenly over a split: neighbours are often the same hands."""
+    """At most ``count`` sample numbers, evenly spaced over a split: neighbours often show the same hands."""
     return [i * length // min(count, length) for i in range(min(count, length))]
 
 
 def draw_samples(
     model: DIR, dataset: PreparedSplit, indices: Iterable[int], batch_maker: BatchMaker, *, path: str | Path
 ) -> None:
-    """Run ``model`` on some samples and write their sheet of predictions beside truth to ``path``."""
+    """Run ``model`` on some samples and write the sheet of predictions beside truth to ``path``."""
     seen = look(model, dataset, indices, batch_maker)
     write_image(path, prediction_sheet(seen, predicted_meshes(seen, -1), true_meshes(seen)))
 
@@ -97,7 +97,7 @@ def look(model: DIR, dataset: PreparedSplit, indices: Iterable[int], batch_maker
 
 
 def predicted_meshes(seen: Seen, stage: int) -> list[np.ndarray]:
-    """A stage's meshes over each crop: root-relative, put at the true roots, as the field does for pixel errors."""
+    """A stage's meshes over each crop, placed at the true roots as for the pixel errors."""
     root = seen.batch.target.joints[:, :, seen.root_joint, None]
     return _meshes(seen, seen.output.stages[stage].vertices + root)
 
@@ -115,7 +115,7 @@ def _meshes(seen: Seen, vertices: Tensor) -> list[np.ndarray]:
 
 
 def prediction_sheet(seen: Seen, predicted: list[np.ndarray], true: list[np.ndarray]) -> np.ndarray:
-    """Input, skeletons, meshes and masks, the last stage's beside the true ones; the meshes are already drawn."""
+    """Input, skeletons, meshes and masks: the last stage's beside the true ones, from meshes already drawn."""
     output, target = seen.output, seen.batch.target
     pixels, true_pixels = (from_uv(uv, CROP_SIZE) for uv in (output.stages[-1].joints_uv, target.joints_uv))
     # A model without dense heads has no mask to show.
@@ -126,7 +126,7 @@ def prediction_sheet(seen: Seen, predicted: list[np.ndarray], true: list[np.ndar
 
 
 def stage_sheet(seen: Seen, stages: list[list[np.ndarray]], true: list[np.ndarray]) -> np.ndarray:
-    """What the network sees, the meshes of every stage, the true ones; the meshes are already drawn."""
+    """The network input, the meshes of every stage and the true ones, already drawn."""
     captions = [
         _input_caption(seen),
         'stage 0, the first estimate',
@@ -137,17 +137,17 @@ def stage_sheet(seen: Seen, stages: list[list[np.ndarray]], true: list[np.ndarra
 
 
 def attention_sheet(seen: Seen) -> np.ndarray:
-    """What the network sees, and where each hand's first estimate looks."""
+    """The network input and the attention of each hand's first estimate."""
     return _heat_sheet(seen, {f'{side} hand': seen.maps.attention[:, hand] for hand, side in enumerate(SIDES)})
 
 
 def bone_feature_sheet(seen: Seen) -> np.ndarray:
-    """What the network sees, and what each stage draws along its new bones."""
+    """The network input and the features that each stage draws along its predicted bones."""
     return _heat_sheet(seen, {f'stage {stage}': norm for stage, norm in enumerate(seen.maps.bone_features, 1)})
 
 
 def segmentation_sheet(seen: Seen) -> np.ndarray:
-    """What the network sees, the classes predicted for its pixels, as they are judged, and the true ones."""
+    """The network input, the predicted classes as evaluated, and the true ones."""
     true = seen.batch.target.segmentation
     predicted = predicted_classes(seen.output.segmentation, true.shape[-2:])
     captions = [_input_caption(seen), 'predicted classes', 'true classes']
@@ -159,7 +159,7 @@ def segmentation_sheet(seen: Seen) -> np.ndarray:
 
 
 def _heat_sheet(seen: Seen, maps: dict[str, Tensor]) -> np.ndarray:
-    """Beside what the network sees, maps (B, h, w) over the crops, each with its name and range."""
+    """Maps (B, h, w) over the crops beside the network input, each with its name and range."""
     rows = []
     for crop, image, *values in zip(seen.crops, _inputs(seen), *maps.values()):
         captions = [_input_caption(seen), *(f'{name}: {range_text(one)}' for name, one in zip(maps, values))]
@@ -168,7 +168,7 @@ def _heat_sheet(seen: Seen, maps: dict[str, Tensor]) -> np.ndarray:
 
 
 def _inputs(seen: Seen) -> np.ndarray:
-    """(B, s, s, 3) uint8 BGR what the network sees."""
+    """The network input as images, (B, s, s, 3) uint8 BGR."""
     return seen.batch.image.permute(0, 2, 3, 1).round().clamp(0, 255).byte().cpu().numpy()
 
 

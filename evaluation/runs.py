@@ -1,13 +1,14 @@
-"""Evaluated runs: finding and reading their metrics.json, what they can be compared by, and in what they differ."""
+"""Evaluated runs: find and read their metrics.json, compare figures, list differing configuration keys."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from evaluation.registry import compared
 from utils.errors import UserError
 from utils.files import read_json
 
-METRICS_VERSION = 1  # of metrics.json; raised when a figure changes its meaning
-# Where things lie and how they are run: no part of what is compared.
+METRICS_VERSION = 1  # of metrics.json; increased when a figure changes its meaning
+# Paths and settings of the run that do not change what is compared.
 NOT_COMPARED = (
     'OUTPUT_DIR',
     'DEVICE',
@@ -22,16 +23,7 @@ NOT_COMPARED = (
     'TRAIN.PICTURES',
     'TRAIN.VALIDATE_EVERY',
 )
-FIGURES = {
-    'joint mm': ('joint_mm', 'all'),
-    'vert mm': ('vert_mm', 'all'),
-    'joint px': ('joint_px', 'all'),
-    'vert px': ('vert_px', 'all'),
-    'root mm': ('root_mm',),
-    'PA joint mm': ('pa_joint_mm', 'all'),
-    'PA vert mm': ('pa_vert_mm', 'all'),
-    'PCK area': ('pck', 'auc', 'all'),
-}
+FIGURES = {column.title: column.keys for column in compared()}  # title -> path in metrics.json
 
 
 class Run(NamedTuple):
@@ -43,7 +35,7 @@ class Run(NamedTuple):
 
     @property
     def measured_on(self) -> str:
-        """What figures must share to be comparable."""
+        """Protocol, frames and data: figures are comparable only if they share them."""
         protocol, subset = self.metrics['protocol'], self.metrics.get('subset')
         part = f', {subset["description"]}' if subset else ''
         return (
@@ -53,31 +45,31 @@ class Run(NamedTuple):
 
 
 def read_runs(paths: list[str]) -> list[Run]:
-    """Raises UserError for a run without metrics, or with metrics of another version."""
+    """Read the metrics.json of every run; raises UserError if one is missing or has another version."""
     runs = []
     for given in paths:
         places = [Path(given), Path(given) / 'metrics.json', Path(given) / 'eval' / 'metrics.json']
         path = next((place for place in places if place.is_file()), None)
         if path is None:
             raise UserError(
-                f'{given} holds no metrics.json, nor does {given}/eval: evaluate it first (python '
-                f'apps/eval_interhand.py --model {given} --out {given}/eval --data_path ...).'
+                f'There is no metrics.json in {given} or {given}/eval. Evaluate the run first: python '
+                f'apps/eval_interhand.py --model {given} --out {given}/eval --data_path ...'
             )
         metrics = read_json(path)
         if not isinstance(metrics, dict) or metrics.get('version') != METRICS_VERSION:
             raise UserError(
-                f'{path} is not a metrics.json of version {METRICS_VERSION}: evaluate the run again with '
+                f'{path} is not a metrics.json of version {METRICS_VERSION}. Evaluate the run again with '
                 'apps/eval_interhand.py.'
             )
         folder = path.parent.parent if path.parent.name == 'eval' else path.parent
         runs.append(Run(folder.name, metrics, path))
-    if len({run.name for run in runs}) < len(runs):  # the same last folder: show what was typed
+    if len({run.name for run in runs}) < len(runs):  # equal folder names: show the paths as typed
         runs = [run._replace(name=given) for run, given in zip(runs, paths)]
     return runs
 
 
 def differences(run: Run, first: Run) -> str:
-    """'MODEL.STAGES 1, ...': configuration keys of ``run`` that are not as in ``first``."""
+    """Configuration keys of ``run`` that differ from ``first``, with their values: 'MODEL.STAGES 1, ...'."""
     config, base = run.metrics.get('config') or {}, first.metrics.get('config') or {}
     return ', '.join(
         f'{key} {value}' for key, value in config.items() if key not in NOT_COMPARED and base.get(key) != value
@@ -85,14 +77,15 @@ def differences(run: Run, first: Run) -> str:
 
 
 def figure(metrics: dict[str, Any], keys: tuple[str, ...]) -> Any:
-    """The value that ``keys`` lead to, one inside the other; None where there is none."""
+    """The value at a path of nested keys; None if it is missing."""
+    value: Any = metrics
     for key in keys:
-        metrics = metrics.get(key) if isinstance(metrics, dict) else None
-    return metrics
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def row(run: Run, first: Run) -> dict[str, Any]:
-    """Column -> value; None where a run has no such figure."""
+    """A row of the table of runs: column -> value, None if the run lacks the figure."""
     figures = {title: figure(run.metrics, keys) for title, keys in FIGURES.items()}
     return {
         'run': run.name,

@@ -1,11 +1,13 @@
-"""The worst, median and best samples of an evaluation, with pictures and meshes: samples.npz, for the report."""
+"""Per-sample files of an evaluation: per_sample.csv, and samples.npz with the worst, median and best samples."""
 
+import csv
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dataset.batch import BatchMaker
 from dataset.prepared import PreparedSplit
@@ -19,15 +21,15 @@ OF_EACH_KIND = 4
 
 
 def choose_samples(error: Tensor, of_each: int = OF_EACH_KIND) -> list[tuple[str, int]]:
-    """error (N,) -> ('worst', 'median' or 'best', row), each kind in falling order of its error; no row comes twice.
+    """Choose rows by error (N,): ('worst', 'median' or 'best', row), each kind by descending error, no row twice.
 
-    Few samples give fewer of each kind; rows without an error (NaN) do not take part.
+    Few samples yield fewer of each kind; NaN errors are skipped.
     """
-    order = error.argsort(descending=True, stable=True)
-    order = order[error[order].isfinite()].tolist()
+    descending = error.argsort(descending=True, stable=True)
+    order = descending[error[descending].isfinite()].tolist()
     each = min(of_each, -(-len(order) // 3))
     middle = max((len(order) - each) // 2, 0)
-    chosen = {}
+    chosen: dict[int, str] = {}
     for kind, rows in zip(KINDS, (order[:each], order[middle : middle + each], order[-each:] if each else [])):
         for row in rows:
             chosen.setdefault(row, kind)
@@ -36,20 +38,23 @@ def choose_samples(error: Tensor, of_each: int = OF_EACH_KIND) -> list[tuple[str
 
 @torch.inference_mode()
 def write_chosen_samples(
-    path: str | Path, model: nn.Module, dataset: PreparedSplit, batch_maker: BatchMaker, result: Evaluation
+    path: str | Path, model: Any, dataset: PreparedSplit, batch_maker: BatchMaker, result: Evaluation
 ) -> None:
-    """Predict the chosen samples again and write what docs/formats.md says of samples.npz."""
+    """Predict the chosen samples again and write samples.npz (docs/formats.md).
+
+    model: a network with ``hand_head.root_joint`` and ``preprocess``.
+    """
     errors = result.stages[-1]
-    chosen = choose_samples(errors.joint_mm.nanmean(1))
+    chosen = choose_samples(errors['joint_mm'].nanmean(1))
     if not chosen:
         return
-    kinds, rows = zip(*chosen)
-    index = result.index[list(rows)].tolist()
+    kinds, rows = [kind for kind, _ in chosen], [row for _, row in chosen]
+    index = result.indices[rows].tolist()
     samples = dataset.__getitems__(index)
     batch = batch_maker(samples)
     stages = model.eval()(model.preprocess.normalise(batch.image)).stages
     root = model.hand_head.root_joint
-    content = {
+    content: dict[str, Any] = {
         'version': SAMPLES_VERSION,
         'kind': np.array(kinds),
         'index': np.array(index),
@@ -61,15 +66,31 @@ def write_chosen_samples(
         'true_roots': batch.target.joints[:, :, root],
         'intrinsics': batch.intrinsics,
         'faces': batch_maker.hands.faces.astype(np.int32),
-        'joint_mm': errors.joint_mm[list(rows)],
-        'root_mm': errors.root_mm[list(rows)],
+        'joint_mm': errors['joint_mm'][rows],
+        'root_mm': errors['root_mm'][rows],
     }
     file = io.BytesIO()
-    np.savez_compressed(
-        file,
-        **{
-            name: value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
-            for name, value in content.items()
-        },
-    )
+    arrays: dict[str, Any] = {
+        name: value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value) for name, value in content.items()
+    }
+    np.savez_compressed(file, **arrays)
     write_atomically(path, file.getvalue())
+
+
+def per_sample_csv(result: Evaluation, dataset: PreparedSplit) -> str:
+    """per_sample.csv: one row per sample, its number, file and metrics; empty where the truth is not annotated.
+
+    Raises ValueError if the details were not evaluated.
+    """
+    if result.details is None:
+        raise ValueError('per_sample.csv needs all metrics: evaluate with details=True.')
+    columns: dict[str, Tensor] = {}
+    for metric in result.metrics:
+        if metric.measure and metric.in_csv:
+            columns |= metric.csv_columns(result.details)
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(['index', 'file', *columns])
+    for index, *values in zip(result.indices.tolist(), *(column.tolist() for column in columns.values())):
+        table.writerow([index, dataset.name(index), *('' if v != v else f'{v:.6f}' for v in values)])
+    return text.getvalue()

@@ -8,8 +8,9 @@ from yacs.config import CfgNode
 from dataset import PreparedSplit
 from dataset.batch import BatchMaker
 from dataset.loader import evaluation_loader
+from evaluation.aggregation import Samples
 from evaluation.evaluate import Evaluation, evaluate
-from evaluation.metrics import Protocol, SampleErrors
+from evaluation.metrics import Protocol
 from evaluation.pictures import draw_sheets, spread_over
 from models import DIR
 from utils.drawing import write_image
@@ -64,11 +65,9 @@ def _log_figures(log: RunLog, result: Evaluation, *, epoch: int, step: int) -> N
             log.board.add_histogram(f'val_stage{stage}/{name}_samples', values, step)
 
 
-def _errors_of_samples(errors: SampleErrors) -> dict[str, Tensor]:
+def _errors_of_samples(errors: Samples) -> dict[str, Tensor]:
     """{name: (N,) mm} for the histograms."""
     hands = {
-        f'{name}_{side}': getattr(errors, name)[:, hand]
-        for name in ('joint_mm', 'vert_mm')
-        for hand, side in enumerate(SIDES)
+        f'{name}_{side}': errors[name][:, hand] for name in ('joint_mm', 'vert_mm') for hand, side in enumerate(SIDES)
     }
-    return hands | {'root_mm': errors.root_mm}
+    return hands | {'root_mm': errors['root_mm']}

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from manopth.alignment import align
 from manopth.assets import HandModel
 from manopth.errors import ManoError
 from manopth.lbs import forward_kinematics
@@ -224,7 +225,8 @@ def initial_hands(model: PointModel, joints: Tensor, valid: Tensor, betas: Tenso
     points = LinearisedPoints(model, flat).points
     palm = joints.new_full((21,), 0.02)  # resolves the ambiguity if the valid palm joints are collinear
     palm[list(PALM_JOINTS)] = 1
-    root, trans = rigid_alignment(points, target, seen * palm[_CHAIN_ORDER])
+    palm_alignment = align(points, target, weight=seen * palm[_CHAIN_ORDER])
+    root, trans = palm_alignment.rotation, palm_alignment.translation
     # The model rotates about the wrist, so trans is relative to its rest position, not to the origin.
     wrist = points[:, :, 0]
     trans = trans + (root @ wrist[..., None]).squeeze(-1) - wrist
@@ -245,22 +247,6 @@ def initial_hands(model: PointModel, joints: Tensor, valid: Tensor, betas: Tenso
         )
         pose[:, :, here] = torch.where(both[:, :, here, None], matrix_to_axis_angle(swing @ mean), pose[:, :, here])
     return HandParameters(root, pose, betas, trans)
-
-
-def rigid_alignment(source: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted rigid alignment (Kabsch 1976): R (..., 3, 3), t (..., 3) that bring R source + t closest to target.
-
-    source, target (..., N, 3), weight (..., N) >= 0. If all weights are 0, R is still a rotation, not NaN.
-    """
-    weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-12)
-    target = torch.where(weight[..., None] > 0, target, 0)
-    centre_source, centre_target = ((weight[..., None] * points).sum(-2) for points in (source, target))
-    around = target - centre_target[..., None, :]
-    covariance = (around * weight[..., None]).mT @ (source - centre_source[..., None, :])
-    left, _, right = torch.linalg.svd(covariance)
-    sign = torch.linalg.det(left @ right)
-    rotation = torch.cat([left[..., :2], left[..., 2:] * sign[..., None, None]], -1) @ right
-    return rotation, centre_target - (rotation @ centre_source[..., None]).squeeze(-1)
 
 
 def shortest_rotation(source: Tensor, target: Tensor) -> Tensor:

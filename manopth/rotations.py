@@ -111,19 +111,27 @@ def nearest_rotation(matrix: Tensor) -> Tensor:
     The gradient is computed in closed form, because that of the SVD is undefined where singular values coincide, as
     they do for every rotation. There is no second derivative.
     """
-    left, scale, right = torch.linalg.svd(matrix.detach())
-    sign = torch.ones_like(scale)
-    sign[..., 2] = torch.linalg.det(left @ right).sign()
-    rotation = (left * sign[..., None, :]) @ right
+    rotation, scale, right = polar_decomposition(matrix.detach())
     # With M = R S, a change dM turns R by the vector w = (tr(S) I - S)^-1 vee(R^T dM - dM^T R).
-    symmetric = right.mT @ ((sign * scale)[..., None] * right)
+    symmetric = right.mT @ (scale[..., None] * right)
     identity = torch.eye(3, dtype=matrix.dtype, device=matrix.device)
-    inertia = (sign * scale).sum(-1)[..., None, None] * identity - symmetric
+    inertia = scale.sum(-1)[..., None, None] * identity - symmetric
     local = rotation.mT @ (matrix - matrix.detach())  # zero; carries the gradient
     skew = local - local.mT
     vee = torch.stack([skew[..., 2, 1], skew[..., 0, 2], skew[..., 1, 0]], -1)
     turn = (torch.linalg.pinv(inertia, hermitian=True) @ vee[..., None]).squeeze(-1)
     return rotation + rotation @ cross_product_matrix(turn)
+
+
+def polar_decomposition(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Decompose matrices M (..., 3, 3) as R V^T diag(s) V with a rotation R.
+
+    -> R (..., 3, 3), s (..., 3), V (..., 3, 3). s are the singular values, the last one negative if det M < 0.
+    """
+    left, singular, right = torch.linalg.svd(matrix)
+    sign = torch.ones_like(singular)
+    sign[..., 2] = torch.linalg.det(left @ right).sign()
+    return (left * sign[..., None, :]) @ right, singular * sign, right
 
 
 def _unit(vector: Tensor) -> Tensor:

@@ -116,9 +116,3 @@ def _bounded_step(jacobian: Tensor, wanted: Tensor, depth: Tensor) -> Tensor:
     forward = new - depth
     beside = torch.linalg.solve_ex(matrix[:, :2, :2], right_side[:, :2] - matrix[:, :2, 2:] * forward[..., None])[0]
     return torch.cat([beside.squeeze(-1).nan_to_num(0), forward], -1)
-
-
-def placement_error(placement: Placement, true_roots: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance of predicted from true roots (B, 2, 3) m, and its part along the depth axis: (B, 2) m each."""
-    apart = placement.roots - true_roots
-    return torch.linalg.vector_norm(apart, dim=-1), apart[..., 2].abs()

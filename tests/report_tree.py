@@ -1,6 +1,6 @@
-"""Evaluated runs as apps/eval_interhand.py --out and train.py leave them, with made errors and stand-in hands.
+"""Evaluated runs as apps/eval_interhand.py --out and train.py write them, with synthetic errors and stand-in hands.
 
-python tests/report_tree.py FOLDER [FRAMES]     # a run folder for a look at the report, or for timing it
+python tests/report_tree.py FOLDER [FRAMES]     # a run folder, to look at the report or to time it
 """
 
 import csv
@@ -14,25 +14,27 @@ import cv2
 import numpy as np
 import torch
 
-from evaluation.metrics import PROTOCOLS, SampleErrors
-from evaluation.runs import METRICS_VERSION
-from evaluation.summary import (
+from evaluation.aggregation import (
     BOX_IOU_EDGES,
     DISTANCE_EDGES,
+    Samples,
     binned,
     by_joint,
     intervals,
     pck,
     penetration,
     sides,
-    summarise,
 )
+from evaluation.metrics import PROTOCOLS
+from evaluation.registry import headline
+from evaluation.runs import METRICS_VERSION
+from evaluation.summary import summarise
 from manopth import Hands, TwoHandLayer
 from manopth.rotations import axis_angle_to_matrix
 from models.hands import load_hands
 from utils.config import flatten, load_config
 from utils.drawing import mesh_overlay
-from utils.hand import NUM_JOINTS, SIDES
+from utils.hand import NUM_JOINTS
 
 STAGES = 3
 INTRINSICS = torch.tensor([[560.0, 0.0, 128.0], [0.0, 560.0, 128.0], [0.0, 0.0, 1.0]])
@@ -50,7 +52,7 @@ def write_run(
     name: str = 'published',
     **more,
 ) -> Path:
-    """A run folder with eval/ (metrics.json, per_sample.csv, samples.npz) and log.jsonl; ``more`` goes over metrics."""
+    """A run folder with eval/ (metrics.json, per_sample.csv, samples.npz) and log.jsonl; ``more`` overrides metrics."""
     random, protocol = np.random.default_rng(seed), PROTOCOLS[name]
     distance = random.gamma(1.2, 14, frames)  # mm
     stages = [
@@ -59,17 +61,17 @@ def write_run(
     errors, folder = stages[-1], Path(folder)
     iou, depth = np.exp(-distance / 20) * random.uniform(0.2, 0.9, frames), random.gamma(0.4, 6, frames)
     depth[distance > 8] = 0
-    joints, fingers = by_joint(errors.joints_mm)
+    joints, fingers = by_joint(errors['joints_mm'])
     metrics = {
         'version': METRICS_VERSION,
         'model': str(folder),
         'data': 'data/interhand2.6m/test',
         **summarise(errors, protocol),
         'subset': None,
-        'interval_95': intervals(errors, resamples=100),
+        'interval_95': intervals(errors, [metric.key for metric in headline()], resamples=100),
         'pa_joint_mm': sides(0.45 * error, 0.43 * error),
         'pa_vert_mm': sides(0.44 * error, 0.42 * error),
-        'pck': pck(errors.joints_mm),
+        'pck': pck(errors['joints_mm']),
         'per_joint_mm': joints,
         'per_finger_mm': fingers,
         'by_box_iou': binned(errors, torch.from_numpy(iou), BOX_IOU_EDGES),
@@ -105,24 +107,28 @@ def file_name(index: int) -> str:
     return f'Capture{index % 2}/ROM0{index % 9}_Interlocked_Fingers/cam4002{index % 80:02d}/image{index:05d}.jpg'
 
 
-def make_errors(random: np.random.Generator, distance: np.ndarray, error: float, root_joint: int) -> SampleErrors:
-    """Errors with a tail, larger towards the fingertips and where the hands are close."""
+def make_errors(random: np.random.Generator, distance: np.ndarray, error: float, root_joint: int) -> Samples:
+    """Long-tailed errors, larger towards the fingertips and where the hands are close."""
     frames = len(distance)
     outwards = np.array([0.3, *5 * (0.7, 0.9, 1.1, 1.4)])
     hard = random.gamma(5, 0.2, (frames, 2, 1)) * (0.8 + 0.8 * np.exp(-distance / 12))[:, None, None]
     joints = torch.from_numpy(error * hard * outwards * random.gamma(6, 1 / 6, (frames, 2, NUM_JOINTS)))
     joints[:, :, root_joint] = 0
     mean = joints.mean(-1)
-    return SampleErrors(mean, 0.97 * mean, 0.6 * mean, 0.59 * mean, 2.5 * mean.mean(-1) + 8, joints)
-
-
-def write_per_sample(path: Path, errors: SampleErrors, more: dict[str, np.ndarray]) -> None:
-    columns = {
-        f'{name}_{side}': getattr(errors, name)[:, hand].numpy()
-        for name in ('joint_mm', 'vert_mm', 'joint_px', 'vert_px')
-        for hand, side in enumerate(SIDES)
+    return {
+        'joint_mm': mean,
+        'vert_mm': 0.97 * mean,
+        'joint_px': 0.6 * mean,
+        'vert_px': 0.59 * mean,
+        'root_mm': 2.5 * mean.mean(-1) + 8,
+        'joints_mm': joints,
     }
-    columns |= {'root_mm': errors.root_mm.numpy(), **more}
+
+
+def write_per_sample(path: Path, errors: Samples, more: dict[str, np.ndarray]) -> None:
+    columns = {
+        name: values.numpy() for metric in headline() for name, values in metric.csv_columns(errors).items()
+    } | more
     with open(path, 'w', newline='') as file:
         table = csv.writer(file)
         table.writerow(['index', 'file', *columns])
@@ -130,9 +136,9 @@ def write_per_sample(path: Path, errors: SampleErrors, more: dict[str, np.ndarra
             table.writerow([index, file_name(index), *(f'{value:.6f}' for value in values)])
 
 
-def make_samples(errors: SampleErrors, count: int, *, seed: int) -> dict[str, np.ndarray]:
-    """The arrays of samples.npz: meshes whose joint errors are those of ``errors``, before a made picture."""
-    order = errors.joint_mm.mean(1).argsort(descending=True).tolist()
+def make_samples(errors: Samples, count: int, *, seed: int) -> dict[str, np.ndarray]:
+    """The arrays of samples.npz: meshes whose joint errors are those of ``errors``, in front of a synthetic image."""
+    order = errors['joint_mm'].mean(1).argsort(descending=True).tolist()
     third = count // 3
     middle = (len(order) - third) // 2
     chosen = [('worst', i) for i in order[: count - 2 * third]] + [
@@ -145,7 +151,7 @@ def make_samples(errors: SampleErrors, count: int, *, seed: int) -> dict[str, np
     layer, true_pose, wrong_pose = TwoHandLayer(models), random_pose(generator, count), random_pose(generator, count)
     truth = posed(layer, true_pose)
     stages = [
-        hands_with_error(layer, true_pose, wrong_pose, more * errors.joint_mm[index].float() / 1000)
+        hands_with_error(layer, true_pose, wrong_pose, more * errors['joint_mm'][index].float() / 1000)
         for more in torch.linspace(1.8, 1.0, STAGES)
     ]
     vertices = torch.stack([stage.vertices for stage in stages], 1)
@@ -175,8 +181,8 @@ def make_samples(errors: SampleErrors, count: int, *, seed: int) -> dict[str, np
         'true_roots': roots.numpy(),
         'intrinsics': INTRINSICS.expand(count, 3, 3).numpy(),
         'faces': np.stack([model.faces for model in models]).astype(np.int32),
-        'joint_mm': errors.joint_mm[index].numpy(),
-        'root_mm': errors.root_mm[index].numpy(),
+        'joint_mm': errors['joint_mm'][index].numpy(),
+        'root_mm': errors['root_mm'][index].numpy(),
     }
 
 
@@ -187,7 +193,7 @@ def random_pose(generator: torch.Generator, count: int) -> torch.Tensor:
 
 
 def posed(layer: TwoHandLayer, numbers: torch.Tensor) -> Hands:
-    """Both hands seen from their backs, fingers up and towards each other, each centred on its wrist."""
+    """Both hands seen from the back, fingers pointing up and inwards, each centred on its wrist."""
     # The rest hands point along -x (right) and +x (left), palms down: fingers to -y, palms away from the camera.
     upright = torch.tensor([[[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]], [[0.0, 0, -1], [1, 0, 0], [0, -1, 0]]])
     lean = torch.tensor([[0.2, 0.0, 0.35], [0.2, 0.0, -0.35]])
@@ -198,7 +204,7 @@ def posed(layer: TwoHandLayer, numbers: torch.Tensor) -> Hands:
 def hands_with_error(
     layer: TwoHandLayer, true_pose: torch.Tensor, wrong_pose: torch.Tensor, wanted: torch.Tensor
 ) -> Hands:
-    """Hands on the way from the true to a wrong pose whose mean joint errors are ``wanted`` (K, 2) m."""
+    """Hands between the true and a wrong pose with the mean joint errors ``wanted`` (K, 2) m."""
     true_joints, share = posed(layer, true_pose).joints, torch.ones_like(wanted)
     for _ in range(6):
         hands = posed(layer, true_pose + share[..., None] * (wrong_pose - true_pose))

@@ -108,7 +108,7 @@ def test_missing_figures_show_as_a_dash(tmp_path, capsys):
 @pytest.mark.parametrize(
     'content, said',
     [
-        (None, 'holds no metrics.json'),
+        (None, 'There is no metrics.json in'),
         ('{"version": 0}', 'not a metrics.json of version'),
         ('[1]', 'not a metrics.json'),
         ('{"version"', 'not valid JSON'),

@@ -19,7 +19,7 @@ from utils.errors import UserError
 from utils.hand import INTERHAND_TO_JOINTS, LEFT, RIGHT, SIDES
 
 ROOT = Path(__file__).resolve().parents[1]
-SAMPLE = Path(os.environ.get('INTERHAND_SAMPLE', ROOT.parent / 'shared' / 'interhand_sample'))
+SAMPLE = Path(os.environ.get('DIR_INTERHAND_SAMPLE', ROOT.parent / 'shared' / 'interhand_sample'))
 
 
 @pytest.fixture(scope='module')
@@ -275,7 +275,7 @@ def test_no_time_steps(models):
     assert fit.pose.shape == (0, 2, 48)
 
 
-@pytest.mark.skipif(not SAMPLE.is_dir(), reason=f'{SAMPLE} (real frames, set INTERHAND_SAMPLE) is not there')
+@pytest.mark.skipif(not SAMPLE.is_dir(), reason=f'{SAMPLE} (real frames, set DIR_INTERHAND_SAMPLE) is not there')
 def test_real_interacting_frames(tmp_path):
     root = tmp_path / 'sample'
     shutil.copytree(SAMPLE, root, copy_function=shutil.copyfile)

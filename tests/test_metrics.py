@@ -2,17 +2,15 @@ import numpy as np
 import pytest
 import torch
 
+from evaluation.aggregation import concatenate
 from evaluation.metrics import (
     GRID,
     JointRegressor,
     Protocol,
-    SampleErrors,
     box_iou,
-    concatenate,
     hand_distance,
     in_one_frame,
     predicted_root_vector,
-    procrustes,
     procrustes_errors,
     sample_errors,
     segmentation_overlap,
@@ -20,13 +18,14 @@ from evaluation.metrics import (
 )
 from evaluation.summary import summarise
 from manopth import TwoHandLayer
+from manopth.alignment import align
 from utils.hand import HAND_SCALE, MANO_TO_JOINTS, TIP_VERTICES
 
 FIGURES = ('joint_mm', 'vert_mm', 'joint_px', 'vert_px')
 
 
 @pytest.fixture(scope='module')
-def made(standin):
+def predictions(standin):
     """Regressor and a batch of five noisy predictions, centred on the network's wrist."""
     g = torch.Generator().manual_seed(0)
     regressor = JointRegressor(standin).double()
@@ -41,8 +40,8 @@ def made(standin):
     return regressor, predicted, offset, true, intrinsics
 
 
-def errors_of(made, protocol, *, network_root: int = 0, **changes) -> SampleErrors:
-    regressor, predicted, offset, true, intrinsics = made
+def errors_of(predictions, protocol, *, network_root: int = 0, **changes) -> dict[str, torch.Tensor]:
+    regressor, predicted, offset, true, intrinsics = predictions
     inputs = {'vertices': predicted, 'offset': offset, 'true_vertices': true, 'intrinsics': intrinsics} | changes
     return sample_errors(
         regressor, inputs.pop('vertices'), inputs.pop('offset'), **inputs, network_root=network_root, protocol=protocol
@@ -58,9 +57,9 @@ def naive_pixels(points, camera):
     return np.array([[(camera[0] @ p) / (camera[2] @ p), (camera[1] @ p) / (camera[2] @ p)] for p in points])
 
 
-def naive_errors(made, standin, protocol: Protocol, sample: int) -> dict[str, list[float]]:
+def naive_errors(predictions, standin, protocol: Protocol, sample: int) -> dict[str, list[float]]:
     """One sample, one hand at a time, in NumPy."""
-    _, predicted, offset, true, intrinsics = (x if i == 0 else x[sample].numpy() for i, x in enumerate(made))
+    _, predicted, offset, true, intrinsics = (x if i == 0 else x[sample].numpy() for i, x in enumerate(predictions))
     root, result, roots, own = protocol.root_joint, {name: [] for name in (*FIGURES, 'joints_mm')}, [], []
     for hand, model in enumerate(standin):
         joints, true_joints = naive_joints(predicted[hand], model), naive_joints(true[hand], model)
@@ -83,79 +82,77 @@ def naive_errors(made, standin, protocol: Protocol, sample: int) -> dict[str, li
 
 
 @pytest.mark.parametrize('protocol', GRID)
-def test_all_figures_equal_a_loop_in_numpy(made, standin, protocol):
-    errors = errors_of(made, protocol)
+def test_all_figures_equal_a_loop_in_numpy(predictions, standin, protocol):
+    errors = errors_of(predictions, protocol)
     for sample in range(5):
-        expected = naive_errors(made, standin, protocol, sample)
-        for name in SampleErrors._fields:
-            np.testing.assert_allclose(
-                getattr(errors, name)[sample].numpy(), expected[name], rtol=1e-5, atol=1e-9, err_msg=name
-            )
+        expected = naive_errors(predictions, standin, protocol, sample)
+        for name in errors:
+            np.testing.assert_allclose(errors[name][sample].numpy(), expected[name], rtol=1e-5, atol=1e-9, err_msg=name)
             assert name == 'joints_mm' or np.min(expected[name]) > 0.1  # a root's error is 0
 
 
 @pytest.mark.parametrize('protocol', GRID)
 @pytest.mark.parametrize('network_root', [0, 9])
-def test_the_truth_has_no_error(made, protocol, network_root):
-    regressor, _, _, true, _ = made
+def test_the_truth_has_no_error(predictions, protocol, network_root):
+    regressor, _, _, true, _ = predictions
     joints = regressor(true)
     roots = joints[:, :, network_root : network_root + 1]
     offset = (roots[:, 1, 0] - roots[:, 0, 0]) / HAND_SCALE
-    errors = errors_of(made, protocol, vertices=true - roots, offset=offset, network_root=network_root)
-    for name, values in errors._asdict().items():
+    errors = errors_of(predictions, protocol, vertices=true - roots, offset=offset, network_root=network_root)
+    for name, values in errors.items():
         assert values.abs().max() < 1e-6, name
 
 
 @pytest.mark.parametrize('protocol', GRID)
-def test_a_prediction_may_lie_anywhere(made, protocol):
-    moved = made[1] + torch.randn(5, 2, 1, 3, dtype=torch.float64)
+def test_errors_ignore_the_position_of_a_prediction(predictions, protocol):
+    moved = predictions[1] + torch.randn(5, 2, 1, 3, dtype=torch.float64)
     for name in FIGURES:
         torch.testing.assert_close(
-            getattr(errors_of(made, protocol, vertices=moved), name), getattr(errors_of(made, protocol), name)
+            errors_of(predictions, protocol, vertices=moved)[name], errors_of(predictions, protocol)[name]
         )
 
 
 @pytest.mark.parametrize('root', [0, 9])
-def test_size_is_forgiven_with_scale_alignment_only(made, root):
-    grown = 1.7 * made[1]
+def test_only_scale_alignment_ignores_hand_size(predictions, root):
+    grown = 1.7 * predictions[1]
     on, off = Protocol(root, True), Protocol(root, False)
-    usual, forgiven = errors_of(made, on), errors_of(made, on, vertices=grown)
-    smaller, larger = errors_of(made, off), errors_of(made, off, vertices=grown)
+    usual, forgiven = errors_of(predictions, on), errors_of(predictions, on, vertices=grown)
+    smaller, larger = errors_of(predictions, off), errors_of(predictions, off, vertices=grown)
     for name in FIGURES:
-        torch.testing.assert_close(getattr(forgiven, name), getattr(usual, name))
-        assert (getattr(larger, name) > getattr(smaller, name)).all()
+        torch.testing.assert_close(forgiven[name], usual[name])
+        assert (larger[name] > smaller[name]).all()
 
 
-def test_scale_alignment_does_not_change_the_root_error(made):
+def test_scale_alignment_does_not_change_the_root_error(predictions):
     for root in (0, 9):
-        on, off = (errors_of(made, Protocol(root, scale)).root_mm for scale in (True, False))
+        on, off = (errors_of(predictions, Protocol(root, scale))['root_mm'] for scale in (True, False))
         assert torch.equal(on, off)
 
 
-def test_each_hand_has_its_own_error(made):
+def test_each_hand_has_its_own_error(predictions):
     protocol = Protocol(0, True)
-    worse = made[1].clone()
+    worse = predictions[1].clone()
     worse[:, 1] += 0.05 * torch.randn(5, 778, 3, dtype=torch.float64)
-    before, after = errors_of(made, protocol), errors_of(made, protocol, vertices=worse)
+    before, after = errors_of(predictions, protocol), errors_of(predictions, protocol, vertices=worse)
     for name in FIGURES:
-        assert torch.equal(getattr(before, name)[:, 0], getattr(after, name)[:, 0])
-        assert (getattr(before, name)[:, 1] < getattr(after, name)[:, 1]).all()
+        assert torch.equal(before[name][:, 0], after[name][:, 0])
+        assert (before[name][:, 1] < after[name][:, 1]).all()
 
 
-def test_root_vector_goes_along_the_networks_own_joints_to_another_root():
+def test_root_vector_at_another_root_joint_follows_the_predicted_joints():
     joints, offset = torch.randn(3, 2, 21, 3), torch.randn(3, 3)
     joints = joints - joints[:, :, :1]
     same = predicted_root_vector(joints, offset, network_root=0, root_joint=0)
     assert torch.equal(same, offset * HAND_SCALE)
-    # Hands put where the offset says, then measured.
+    # Hands placed by the offset, then measured.
     left, right = joints[:, 0], joints[:, 1] + (offset * HAND_SCALE)[:, None]
     torch.testing.assert_close(
         predicted_root_vector(joints, offset, network_root=0, root_joint=9), right[:, 9] - left[:, 9]
     )
 
 
-def test_joint_regressor_is_the_models_regressor_and_tips(made, standin):
-    regressor, predicted, *_ = made
+def test_joint_regressor_is_the_models_regressor_and_tips(predictions, standin):
+    regressor, predicted, *_ = predictions
     for hand, model in enumerate(standin):
         expected = naive_joints(predicted[2, hand].numpy(), model)
         np.testing.assert_allclose(regressor(predicted)[2, hand].numpy(), expected, atol=1e-7)
@@ -163,15 +160,16 @@ def test_joint_regressor_is_the_models_regressor_and_tips(made, standin):
 
 
 @pytest.mark.parametrize('split', [[5], [1, 4], [2, 2, 1], [1] * 5])
-def test_batches_of_any_size_merge_to_the_same_figures(made, split):
-    _, predicted, offset, true, intrinsics = made
+def test_batches_of_any_size_merge_to_the_same_figures(predictions, split):
+    _, predicted, offset, true, intrinsics = predictions
     protocol = Protocol(9, True)
     parts = [
-        errors_of(made, protocol, vertices=p, offset=o, true_vertices=t, intrinsics=k)
+        errors_of(predictions, protocol, vertices=p, offset=o, true_vertices=t, intrinsics=k)
         for p, o, t, k in zip(*(x.split(split) for x in (predicted, offset, true, intrinsics)))
     ]
-    merged, whole = concatenate(parts), concatenate([errors_of(made, protocol)])
-    for a, b in zip(merged, whole):
+    merged, whole = concatenate(parts), concatenate([errors_of(predictions, protocol)])
+    assert merged.keys() == whole.keys()
+    for a, b in zip(merged.values(), whole.values()):
         assert a.dtype == torch.float64
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
     ours, theirs = summarise(merged, protocol), summarise(whole, protocol)
@@ -181,40 +179,47 @@ def test_batches_of_any_size_merge_to_the_same_figures(made, split):
 # Annotated joints
 
 
-def test_annotated_joints_are_the_truth_of_the_joint_figures_only(made):
-    regressor, _, _, true, _ = made
+def test_annotated_joints_affect_joint_metrics_only(predictions):
+    regressor, _, _, true, _ = predictions
     marked = regressor(true) + 0.002 * torch.randn(5, 2, 21, 3, dtype=torch.float64)
-    fits = errors_of(made, Protocol(0, False))
-    people = errors_of(made, Protocol(0, False, 'annotated'), annotated=marked)
+    fits = errors_of(predictions, Protocol(0, False))
+    people = errors_of(predictions, Protocol(0, False, 'annotated'), annotated=marked)
     for name in ('vert_mm', 'vert_px'):
-        torch.testing.assert_close(getattr(people, name), getattr(fits, name))
+        torch.testing.assert_close(people[name], fits[name])
     centred = marked - marked[:, :, :1]
-    predicted = regressor(made[1]) - regressor(made[1])[:, :, :1]
-    torch.testing.assert_close(people.joints_mm, 1000 * (predicted - centred).norm(dim=-1))
+    predicted = regressor(predictions[1]) - regressor(predictions[1])[:, :, :1]
+    torch.testing.assert_close(people['joints_mm'], 1000 * (predicted - centred).norm(dim=-1))
     vector = marked[:, 1, 0] - marked[:, 0, 0]
-    torch.testing.assert_close(people.root_mm, 1000 * (made[2] * HAND_SCALE - vector).norm(dim=-1))
+    torch.testing.assert_close(people['root_mm'], 1000 * (predictions[2] * HAND_SCALE - vector).norm(dim=-1))
 
 
-def test_joints_without_annotation_do_not_count(made):
-    regressor, _, _, true, _ = made
+def test_joints_without_annotation_are_left_out(predictions):
+    regressor, _, _, true, _ = predictions
     protocol, whole = Protocol(0, False, 'annotated'), regressor(true)
     marked = whole.clone()
     marked[0, 0, 5] = marked[1, 1, 0] = torch.nan  # a joint; a root: that hand cannot be placed
-    errors, complete = errors_of(made, protocol, annotated=marked), errors_of(made, protocol, annotated=whole)
-    assert errors.joints_mm[0, 0, 5].isnan() and errors.joints_mm[1, 1].isnan().all()
-    assert errors.root_mm.isnan().tolist() == [False, True, False, False, False]
+    errors, complete = (
+        errors_of(predictions, protocol, annotated=marked),
+        errors_of(predictions, protocol, annotated=whole),
+    )
+    assert errors['joints_mm'][0, 0, 5].isnan() and errors['joints_mm'][1, 1].isnan().all()
+    assert errors['root_mm'].isnan().tolist() == [False, True, False, False, False]
     others = [joint for joint in range(21) if joint != 5]
-    torch.testing.assert_close(errors.joint_mm[0, 0], complete.joints_mm[0, 0, others].mean())
+    torch.testing.assert_close(errors['joint_mm'][0, 0], complete['joints_mm'][0, 0, others].mean())
     # The mean over joints of each joint's mean, as InterNet's.
     figures = summarise(errors, protocol)
-    left = complete.joints_mm[:, 0].clone()
+    left = complete['joints_mm'][:, 0].clone()
     left[0, 5] = torch.nan
     assert figures['joint_mm']['left'] == pytest.approx(left.nanmean(0).mean().item())
-    assert figures['joint_mm']['right'] == pytest.approx(complete.joints_mm[[0, 2, 3, 4], 1].mean().item())
-    assert figures['root_mm'] == pytest.approx(complete.root_mm[[0, 2, 3, 4]].mean().item())
+    assert figures['joint_mm']['right'] == pytest.approx(complete['joints_mm'][[0, 2, 3, 4], 1].mean().item())
+    assert figures['root_mm'] == pytest.approx(complete['root_mm'][[0, 2, 3, 4]].mean().item())
 
 
 # Alignment
+
+
+def procrustes(points: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return align(points, target, scale=True).apply(points)
 
 
 def similarity(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -227,7 +232,7 @@ def similarity(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     )
 
 
-def test_procrustes_undoes_any_similarity_and_no_reflection():
+def test_procrustes_removes_any_similarity_but_no_reflection():
     points = torch.randn(4, 2, 21, 3, dtype=torch.float64)
     rotation, scale, shift = similarity(0)
     torch.testing.assert_close(procrustes(scale * points @ rotation.T + shift, points), points)
@@ -255,14 +260,14 @@ def test_procrustes_ignores_points_without_a_target():
     assert procrustes(points, partly).isfinite().all()
 
 
-def test_procrustes_errors_forgive_what_they_should(made):
-    regressor, predicted, _, true, _ = made
+def test_procrustes_errors_ignore_similarities(predictions):
+    regressor, predicted, _, true, _ = predictions
     joint, vert = procrustes_errors(regressor, predicted, true_vertices=true)
     rotation, scale, shift = similarity(3)
     again = procrustes_errors(regressor, scale * predicted @ rotation.T + shift, true_vertices=true)
     torch.testing.assert_close((joint, vert), again)
-    usual = errors_of(made, Protocol(0, True))
-    assert (vert < usual.vert_mm).all() and (vert > 1).all()
+    usual = errors_of(predictions, Protocol(0, True))
+    assert (vert < usual['vert_mm']).all() and (vert > 1).all()
     for values in procrustes_errors(regressor, predicted, true_vertices=predicted):
         assert values.max() < 1e-6
 
@@ -279,15 +284,15 @@ def test_box_iou_of_known_boxes():
     assert box_iou(inside).item() == pytest.approx(0.25)
 
 
-def test_hand_distance_is_the_smallest_of_all_pairs(made):
-    true = made[3]
+def test_hand_distance_is_the_smallest_of_all_pairs(predictions):
+    true = predictions[3]
     expected = [min(np.linalg.norm(sample[1].numpy() - a.numpy(), axis=1).min() for a in sample[0]) for sample in true]
     np.testing.assert_allclose(hand_distance(true).numpy(), expected, atol=1e-6)
     np.testing.assert_allclose(hand_distance(true.float()).numpy(), expected, atol=1e-6)  # of hands 0.7 m away
 
 
-def test_the_offset_places_the_right_hand(made):
-    _, predicted, offset, *_ = made
+def test_the_offset_places_the_right_hand(predictions):
+    _, predicted, offset, *_ = predictions
     placed = in_one_frame(predicted, offset)
     assert torch.equal(placed[:, 0], predicted[:, 0])
     torch.testing.assert_close(placed[:, 1] - predicted[:, 1], (offset * HAND_SCALE)[:, None].expand(-1, 778, -1))
@@ -309,16 +314,16 @@ def test_segmentation_overlap_counts_pixels():
 # Visibility
 
 
-def test_a_hand_is_seen_where_nothing_is_before_it(standin):
+def test_a_hand_is_visible_where_nothing_occludes_it(standin):
     hands = TwoHandLayer(standin)(torch.zeros(4, 2, 3), torch.zeros(4, 2, 45), torch.zeros(4, 2, 10), root_joint=9)
     place = torch.tensor(
         [
             [[-0.15, 0, 0.8], [0.15, 0, 0.8]],  # beside each other
-            [[0, 0, 0.8], [0, 0, 0.6]],  # the right hand before the left
+            [[0, 0, 0.8], [0, 0, 0.6]],  # the right hand in front of the left
             [[0, 0, 0.6], [0, 0, 0.8]],
             [[0, 0, 0.8], [5.0, 0, 0.8]],
         ]
-    )  # the right hand out of the picture
+    )  # the right hand outside the image
     intrinsics = torch.tensor([[400.0, 0, 128], [0, 400, 128], [0, 0, 1]]).expand(4, 3, 3)
     visible = visible_shares(hands.vertices + place[:, :, None], intrinsics, torch.from_numpy(standin.mesh_faces))
     assert visible[0].tolist() == [1, 1]

@@ -562,7 +562,7 @@ def test_the_published_file_gives_the_published_figures_in_every_protocol(weight
                 str(PARITY / 'data' / 'interhand2.6m'),
                 '--model',
                 str(tmp_path / 'DIR.pth'),
-                '--all_protocols',
+                '--all-protocols',
                 '--out',
                 str(tmp_path),
                 'MANO.PATH',

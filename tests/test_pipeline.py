@@ -178,7 +178,7 @@ def test_every_metric_is_reported_with_its_number_of_frames(demo):
 
 
 def test_all_protocols_at_once_equal_each_alone(demo, tmp_path, capsys):
-    assert evaluate(demo, '--all_protocols', '--out', str(tmp_path / 'grid')) == 0
+    assert evaluate(demo, '--all-protocols', '--out', str(tmp_path / 'grid')) == 0
     assert 'scale off' in capsys.readouterr().out
     grid = json.loads((tmp_path / 'grid' / 'metrics.json').read_text())['protocols']
     assert [(s['protocol']['root_joint'], s['protocol']['scale']) for s in grid] == [
@@ -258,11 +258,11 @@ def test_a_subset_is_recorded_with_its_number_of_frames(demo, tmp_path, capsys):
 
     ids = tmp_path / 'ids.txt'
     ids.write_text('-1')
-    for arguments in (['--image_ids', str(ids)], ['--capture', 'none'], ['--first', '0']):
+    for arguments in (['--image-ids', str(ids)], ['--capture', 'none'], ['--first', '0']):
         assert evaluate(demo, *arguments) == 2
         assert capsys.readouterr().err.count('\n') == 1
     assert evaluate(demo, '--protocol', 'interwild') == 2
-    assert '--annotation_ids' in capsys.readouterr().err
+    assert '--annotation-ids' in capsys.readouterr().err
 
 
 def test_batch_size_does_not_change_the_figures(demo, tmp_path):

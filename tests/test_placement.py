@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from evaluation.metrics import placement_error
 from manopth import TwoHandLayer
-from models.placement import FARTHEST, NEAREST, nearest_camera, place_hands, placement_error
+from models.placement import FARTHEST, NEAREST, nearest_camera, place_hands
 from utils.geometry import CROP_SIZE, project, to_uv
 from utils.hand import HAND_SCALE
 

@@ -2,56 +2,58 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.metrics import GRID, Protocol, SampleDetails, SampleErrors, concatenate
-from evaluation.summary import (
+from evaluation.aggregation import (
     BOX_IOU_EDGES,
     DISTANCE_EDGES,
+    Samples,
     binned,
-    breakdown,
     by_joint,
     by_visibility,
-    format_breakdown,
-    format_grid,
-    format_summary,
     intervals,
     pck,
     penetration,
     segmentation_iou,
-    summarise,
 )
+from evaluation.metrics import GRID, Protocol
+from evaluation.summary import breakdown, format_breakdown, format_grid, format_summary, summarise
 from utils.hand import FINGERS, JOINT_NAMES
 
+HEADLINE = ('joint_mm', 'vert_mm', 'joint_px', 'vert_px', 'root_mm')
 
-def make(frames: int = 40, seed: int = 0) -> tuple[SampleErrors, SampleDetails]:
+
+def synthetic_samples(frames: int = 40, seed: int = 0) -> Samples:
+    """Every column of an evaluation."""
     g = torch.Generator().manual_seed(seed)
 
     def errors(*shape, mean=10.0):
         return mean * (0.5 + torch.rand(frames, *shape, generator=g, dtype=torch.float64))
 
     joints = errors(2, 21)
-    return (
-        SampleErrors(joints.mean(-1), errors(2), errors(2), errors(2), errors(mean=30), joints),
-        SampleDetails(
-            errors(2),
-            errors(2),
-            errors(mean=0.3),
-            errors(mean=8),
-            errors(mean=2).sub(2).clamp_min(0),
-            errors(mean=1),
-            errors(2, mean=0.6).clamp_max(1),
-            errors(2, mean=60),
-            errors(2, mean=50),
-            errors(3, mean=50),
-            errors(3, mean=50) + 60,
-        ),
-    )
+    return {
+        'joint_mm': joints.mean(-1),
+        'vert_mm': errors(2),
+        'joint_px': errors(2),
+        'vert_px': errors(2),
+        'root_mm': errors(mean=30),
+        'joints_mm': joints,
+        'pa_joint_mm': errors(2),
+        'pa_vert_mm': errors(2),
+        'box_iou': errors(mean=0.3),
+        'distance_mm': errors(mean=8),
+        'penetration_mm': errors(mean=2).sub(2).clamp_min(0),
+        'true_penetration_mm': errors(mean=1),
+        'visible': errors(2, mean=0.6).clamp_max(1),
+        'placement_mm': errors(2, mean=60),
+        'placement_depth_mm': errors(2, mean=50),
+        'seg_intersection': errors(3, mean=50),
+        'seg_union': errors(3, mean=50) + 60,
+    }
 
 
 def test_summary_is_means_over_samples_and_all_is_the_mean_of_the_hands():
     means = torch.tensor([[1.0, 2.0], [3.0, 8.0]])
-    errors = SampleErrors(
-        *(means * k for k in (1, 10, 100, 1000)), torch.tensor([7.0, 9.0]), means[..., None].expand(-1, -1, 21)
-    )
+    errors = {name: means * k for name, k in zip(HEADLINE, (1, 10, 100, 1000))}
+    errors |= {'root_mm': torch.tensor([7.0, 9.0]), 'joints_mm': means[..., None].expand(-1, -1, 21)}
     summary = summarise(errors, Protocol(9, False))
     assert summary['joint_mm'] == {'left': 2, 'right': 5, 'all': 3.5}
     assert summary['vert_px'] == {'left': 2000, 'right': 5000, 'all': 3500}
@@ -64,16 +66,16 @@ def test_summary_is_means_over_samples_and_all_is_the_mean_of_the_hands():
     }
 
 
-def test_summary_prints_the_fields_lines_in_their_order():
-    errors = SampleErrors(
-        torch.DoubleTensor([[10.732769, 9.722339]]),
-        torch.DoubleTensor([[10.47924, 9.521340]]),
-        torch.DoubleTensor([[6.329594, 5.843324]]),
-        torch.DoubleTensor([[6.235760, 5.768412]]),
-        torch.DoubleTensor([29.26052]),
-        torch.full((1, 2, 21), 10.0),
-    )
-    summary = summarise(concatenate([errors]), Protocol())
+def test_summary_prints_published_lines_in_order():
+    errors = {
+        'joint_mm': torch.DoubleTensor([[10.732769, 9.722339]]),
+        'vert_mm': torch.DoubleTensor([[10.47924, 9.521340]]),
+        'joint_px': torch.DoubleTensor([[6.329594, 5.843324]]),
+        'vert_px': torch.DoubleTensor([[6.235760, 5.768412]]),
+        'root_mm': torch.DoubleTensor([29.26052]),
+        'joints_mm': torch.full((1, 2, 21), 10.0),
+    }
+    summary = summarise(errors, Protocol())
     assert (
         format_summary(summary)
         == """\
@@ -96,11 +98,11 @@ root error: 29.260520 mm"""
 # Intervals
 
 
-def test_an_interval_surrounds_its_mean_and_narrows_with_frames():
+def test_an_interval_contains_its_mean_and_narrows_with_frames():
     protocol = Protocol()
     for frames, half in ((25, 0.5), (400, 0.125)):
-        errors, _ = make(frames)
-        interval, mean = intervals(errors), summarise(errors, protocol)
+        errors = synthetic_samples(frames)
+        interval, mean = intervals(errors, HEADLINE), summarise(errors, protocol)
         for name in ('joint_mm', 'vert_mm', 'joint_px', 'vert_px'):
             for side in ('left', 'right', 'all'):
                 low, high = interval[name][side]
@@ -112,29 +114,27 @@ def test_an_interval_surrounds_its_mean_and_narrows_with_frames():
         assert (interval['vert_mm']['left'][1] - interval['vert_mm']['left'][0]) < 10 * half
 
 
-def test_intervals_are_reproducible_and_pass_over_what_is_not_annotated():
-    errors, _ = make()
-    assert intervals(errors) == intervals(errors)
-    gaps = errors._replace(
-        root_mm=torch.cat([errors.root_mm, torch.full((40,), torch.nan)]),
-        **{name: torch.cat([getattr(errors, name)] * 2) for name in errors._fields[:4]},
-    )
-    low, high = intervals(gaps)['root_mm']
-    assert low < errors.root_mm.mean() < high
+def test_intervals_are_reproducible_and_skip_missing_annotations():
+    errors = synthetic_samples()
+    assert intervals(errors, HEADLINE) == intervals(errors, HEADLINE)
+    gaps = {name: torch.cat([errors[name]] * 2) for name in HEADLINE}
+    gaps['root_mm'] = torch.cat([errors['root_mm'], torch.full((40,), torch.nan)])
+    low, high = intervals(gaps, HEADLINE)['root_mm']
+    assert low < errors['root_mm'].mean() < high
 
 
-def test_one_frame_has_an_interval_of_no_width():
-    errors, _ = make(1)
-    low, high = intervals(errors)['root_mm']
-    assert low == pytest.approx(high) == pytest.approx(errors.root_mm.item())
+def test_the_interval_of_one_frame_has_no_width():
+    errors = synthetic_samples(1)
+    low, high = intervals(errors, HEADLINE)['root_mm']
+    assert low == pytest.approx(high) == pytest.approx(errors['root_mm'].item())
 
 
 # Curves and breakdowns
 
 
 def test_pck_counts_joints_within_each_threshold():
-    errors, _ = make()
-    joints = errors.joints_mm * 4
+    errors = synthetic_samples()
+    joints = errors['joints_mm'] * 4
     curve = pck(joints)
     for hand, side in enumerate(('left', 'right')):
         flat = joints[:, hand].flatten().numpy()
@@ -145,7 +145,7 @@ def test_pck_counts_joints_within_each_threshold():
     assert pck(torch.full((3, 2, 21), 60.0))['auc']['all'] == 0
 
 
-def test_pck_passes_over_what_is_not_annotated():
+def test_pck_skips_missing_annotations():
     joints = torch.full((2, 2, 21), 10.0)
     joints[0] = torch.nan
     assert pck(joints)['left'][9:11] == [0, 1]
@@ -162,41 +162,39 @@ def test_joints_and_fingers_are_split_by_name():
 
 @pytest.mark.parametrize('edges, by', [(BOX_IOU_EDGES, [0.0, 0.05, 0.1, 1.0]), (DISTANCE_EDGES, [0.0, 1.0, 4.9, 1e4])])
 def test_every_frame_falls_into_exactly_one_bin(edges, by):
-    errors, _ = make(4)
+    errors = synthetic_samples(4)
     rows = binned(errors, torch.tensor(by), edges)
     assert [(row['from'], row['to']) for row in rows[:2]] == [(edges[0], edges[1]), (edges[1], edges[2])]
     assert [row['frames'] for row in rows] == [1, 2, *[0] * (len(edges) - 4), 1]
-    assert rows[1]['joint_mm'] == pytest.approx(errors.joint_mm[1:3].mean().item())
-    assert rows[-1]['root_mm'] == pytest.approx(errors.root_mm[3].item())
+    assert rows[1]['joint_mm'] == pytest.approx(errors['joint_mm'][1:3].mean().item())
+    assert rows[-1]['root_mm'] == pytest.approx(errors['root_mm'][3].item())
     assert 'joint_mm' not in rows[2] or rows[2]['frames']
 
 
-def test_penetration_is_over_the_frames_that_have_it():
+def test_penetration_depth_is_averaged_over_intersecting_frames():
     assert penetration(torch.tensor([0.0, 2, 0, 4])) == {'share': 0.5, 'mean_mm': 3, 'worst_mm': 4}
     assert penetration(torch.zeros(3)) == {'share': 0, 'mean_mm': 0, 'worst_mm': 0}
 
 
 def test_segmentation_iou_is_over_all_pixels():
-    _, details = make(2)
-    details = details._replace(
-        seg_intersection=torch.tensor([[90.0, 10, 0], [10, 20, 0]]),
-        seg_union=torch.tensor([[100.0, 20, 5], [100, 40, 5]]),
+    intersection = torch.tensor([[90.0, 10, 0], [10, 20, 0]])
+    union = torch.tensor([[100.0, 20, 5], [100, 40, 5]])
+    assert segmentation_iou(intersection, union) == pytest.approx(
+        {'background': 0.5, 'left': 0.5, 'right': 0, 'hands': 0.25}
     )
-    assert segmentation_iou(details) == pytest.approx({'background': 0.5, 'left': 0.5, 'right': 0, 'hands': 0.25})
-    assert segmentation_iou(details._replace(seg_union=torch.zeros(2, 3))) is None
+    assert segmentation_iou(intersection, torch.zeros(2, 3)) is None
 
 
 # Text
 
 
-def whole(frames: int = 40) -> dict:
-    errors, details = make(frames)
-    protocol = Protocol(9, False)
-    return summarise(errors, protocol) | breakdown(errors, details) | {'stages': [summarise(errors, protocol)] * 3}
+def whole_summary(frames: int = 40) -> dict:
+    samples, protocol = synthetic_samples(frames), Protocol(9, False)
+    return summarise(samples, protocol) | breakdown(samples) | {'stages': [summarise(samples, protocol)] * 3}
 
 
-def test_the_breakdown_prints_every_part_with_its_number_of_frames():
-    summary = whole()
+def test_the_breakdown_prints_every_metric_with_its_number_of_frames():
+    summary = whole_summary()
     printed = format_breakdown(summary)
     assert 'bootstrap over 40 frames' in printed
     assert f'Procrustes-aligned: joint {summary["pa_joint_mm"]["all"]:.3f} mm' in printed
@@ -218,18 +216,18 @@ def test_the_breakdown_prints_every_part_with_its_number_of_frames():
 
 
 def test_the_grid_has_a_column_for_each_protocol():
-    errors, _ = make()
+    errors = synthetic_samples()
     lines = format_grid([summarise(errors, protocol) for protocol in GRID]).splitlines()
     assert lines[0].split()[2:] == ['root', '0', 'root', '0', 'root', '9', 'root', '9']
     assert lines[1].split() == ['scale', 'on', 'scale', 'off', 'scale', 'on', 'scale', 'off']
     assert len(lines) == 2 + 12 + 1 and len({len(line) for line in lines}) == 1
-    assert lines[-1].split()[-1] == f'{errors.root_mm.mean():.3f}'
+    assert lines[-1].split()[-1] == f'{errors["root_mm"].mean():.3f}'
 
 
-def test_visibility_counts_hands_and_leaves_out_those_not_in_the_picture():
-    errors, _ = make(4)
+def test_visibility_counts_hands_inside_the_image():
+    errors = synthetic_samples(4)
     visible = torch.tensor([[0.1, 1.0], [0.96, 0.8], [torch.nan, 0.5], [0.2, 0.95]])
     rows = by_visibility(errors, visible)
     assert [row['hands'] for row in rows] == [2, 0, 1, 1, 3]
-    assert rows[0]['joint_mm'] == pytest.approx(errors.joint_mm[[0, 3], [0, 0]].mean().item())
+    assert rows[0]['joint_mm'] == pytest.approx(errors['joint_mm'][[0, 3], [0, 0]].mean().item())
     assert 'joint_mm' not in rows[1] and (rows[-1]['from'], rows[-1]['to']) == (0.95, 1.0)

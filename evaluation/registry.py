@@ -1,0 +1,306 @@
+"""The registry of metrics: one entry drives metrics.json, per_sample.csv, the console and the table of runs.
+
+To add a metric, add an entry to ``METRICS`` and its definition to docs/protocols.md. The order of the entries is the
+order everywhere.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from evaluation.aggregation import (
+    BOX_IOU_EDGES,
+    DISTANCE_EDGES,
+    Samples,
+    binned,
+    by_joint,
+    by_visibility,
+    mean,
+    mean_joint_error,
+    pck,
+    penetration,
+    placement,
+    segmentation_iou,
+)
+from evaluation.comparison import Comparison
+from utils.hand import SIDES
+
+
+class TableColumn(NamedTuple):
+    """How the table of runs shows a metric."""
+
+    title: str
+    keys: tuple[str, ...]  # the path to the value in metrics.json
+    digits: int = 2
+    higher_is_better: bool = False
+
+
+class Metric(NamedTuple):
+    """How one metric is measured, aggregated and shown. Every part is optional but the key."""
+
+    key: str  # in metrics.json
+    title: str = ''  # on the console
+    unit: str = ''
+    measure: Callable[[Comparison], Tensor] | None = (
+        None  # values of a batch: (B,), (B, 2) or (B, 2, ...); NaN: missing
+    )
+    column: str = ''  # of the measured values, if it is not the key
+    per_hand: bool = False  # the values are (B, 2), the figure is {'left', 'right', 'all'}
+    headline: bool = False  # depends on the protocol: measured for every stage and every protocol, and printed first
+    in_csv: bool = True  # per_sample.csv has the measured values
+    in_json: bool = True  # metrics.json has the figure
+    aggregate: Callable[[Samples], Any] | None = None  # samples -> figure; by default the mean over frames
+    lines: Callable[[dict[str, Any]], list[str]] | None = None  # metrics.json -> console lines; by default the figure
+    table: TableColumn | None = None  # None: not in the table of runs
+
+    @property
+    def name(self) -> str:
+        """The column of the measured values."""
+        return self.column or self.key
+
+    def figure(self, samples: Samples) -> Any:
+        """The value in metrics.json."""
+        return self.aggregate(samples) if self.aggregate else mean(samples[self.name])
+
+    def csv_columns(self, samples: Samples) -> dict[str, Tensor]:
+        """Columns of per_sample.csv: header -> (N,)."""
+        values = samples[self.name]
+        if not self.per_hand:
+            return {self.name: values}
+        return {f'{self.name}_{side}': values[:, hand] for hand, side in enumerate(SIDES)}
+
+    def console_lines(self, summary: dict[str, Any]) -> list[str]:
+        """The lines below the headline that print the figure."""
+        if self.lines:
+            return self.lines(summary)
+        value = summary[self.key]
+        figures = [f'{side} {value[side]:.3f}' for side in value] if isinstance(value, dict) else [f'{value:.3f}']
+        return [f'{self.title + ":":24}' + ', '.join(f'{figure} {self.unit}'.rstrip() for figure in figures)]
+
+
+def hidden(key: str, measure: Callable[[Comparison], Tensor], *, headline: bool = False) -> Metric:
+    """Measured values that only serve to aggregate other metrics."""
+    return Metric(key, measure=measure, headline=headline, in_csv=False, in_json=False, lines=_no_lines)
+
+
+def covariate(key: str, measure: Callable[[Comparison], Tensor], *, per_hand: bool = False) -> Metric:
+    """A property of each frame or hand that is in per_sample.csv but has no mean of its own."""
+    return Metric(key, measure=measure, per_hand=per_hand, in_json=False, lines=_no_lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Console lines
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _no_lines(summary: dict[str, Any]) -> list[str]:
+    return []
+
+
+def _procrustes_lines(summary: dict[str, Any]) -> list[str]:
+    joint, vert = summary['pa_joint_mm']['all'], summary['pa_vert_mm']['all']
+    return [f'Procrustes-aligned: joint {joint:.3f} mm, vert {vert:.3f} mm']
+
+
+def _pck_lines(summary: dict[str, Any]) -> list[str]:
+    areas = ', '.join(f'{side} {area:.4f}' for side, area in summary['pck']['auc'].items())
+    return [f'PCK area, 0 to 50 mm: {areas}']
+
+
+def _finger_lines(summary: dict[str, Any]) -> list[str]:
+    fingers = ', '.join(f'{name} {value["all"]:.2f}' for name, value in summary['per_finger_mm'].items())
+    return [f'{"by finger (mm):":24}{fingers}']
+
+
+def _stage_lines(summary: dict[str, Any]) -> list[str]:
+    stages = [
+        {key: value for key, value in stage.items() if key not in ('frames', 'protocol')} for stage in summary['stages']
+    ]
+    lines = [f'{"by stage:":22}' + ''.join(f'{key.replace("_", " "):>10}' for key in stages[0])]
+    for number, stage in enumerate(stages):
+        values = (value['all'] if isinstance(value, dict) else value for value in stage.values())
+        lines.append(f'    {number:<20}' + ''.join(f'{value:10.3f}' for value in values))
+    return lines
+
+
+def _bin_lines(title: str, key: str) -> Callable[[dict[str, Any]], list[str]]:
+    def lines(summary: dict[str, Any]) -> list[str]:
+        printed = [f'by {title}:']
+        for row in summary[key]:
+            upper = 'inf' if row['to'] is None else f'{row["to"]:g}'
+            figures = ', '.join(
+                f'{name} {row[f"{name}_mm"]:.3f} mm' for name in ('joint', 'vert', 'root') if f'{name}_mm' in row
+            )
+            counted = f'{row["frames"]:>9,} frames: ' if 'frames' in row else f'{row["hands"]:>9,} hands:  '
+            printed.append(f'    {row["from"]:>5g} to {upper:5}{counted}{figures or "-"}')
+        return printed
+
+    return lines
+
+
+def _placement_lines(summary: dict[str, Any]) -> list[str]:
+    place = summary['placement_mm']
+    hands = ', '.join(f'{side} {place[side]:.1f} mm' for side in (*SIDES, 'all'))
+    return [f'{"place in the camera:":24}{hands}, of which depth {place["depth"]:.1f} mm']
+
+
+def _penetration_lines(title: str, key: str) -> Callable[[dict[str, Any]], list[str]]:
+    def lines(summary: dict[str, Any]) -> list[str]:
+        value = summary[key]
+        return [
+            f'{title + ":":24}{100 * value["share"]:.1f} % of frames, {value["mean_mm"]:.2f} mm deep on average, '
+            f'{value["worst_mm"]:.2f} mm at worst'
+        ]
+
+    return lines
+
+
+def _segmentation_lines(summary: dict[str, Any]) -> list[str]:
+    if not summary['segmentation_iou']:
+        return []
+    classes = ', '.join(f'{name} {value:.4f}' for name, value in summary['segmentation_iou'].items())
+    return [f'{"segmentation IoU:":24}{classes}']
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The registry
+# ---------------------------------------------------------------------------------------------------------------------
+
+METRICS: tuple[Metric, ...] = (
+    Metric(
+        'joint_mm',
+        'joint mean error',
+        'mm',
+        measure=lambda comparison: comparison.errors['joint_mm'],
+        per_hand=True,
+        headline=True,
+        aggregate=mean_joint_error,
+        table=TableColumn('joint mm', ('joint_mm', 'all')),
+    ),
+    Metric(
+        'vert_mm',
+        'vert mean error',
+        'mm',
+        measure=lambda comparison: comparison.errors['vert_mm'],
+        per_hand=True,
+        headline=True,
+        table=TableColumn('vert mm', ('vert_mm', 'all')),
+    ),
+    Metric(
+        'joint_px',
+        'pixel joint mean error',
+        'px',
+        measure=lambda comparison: comparison.errors['joint_px'],
+        per_hand=True,
+        headline=True,
+        table=TableColumn('joint px', ('joint_px', 'all')),
+    ),
+    Metric(
+        'vert_px',
+        'pixel vert mean error',
+        'px',
+        measure=lambda comparison: comparison.errors['vert_px'],
+        per_hand=True,
+        headline=True,
+        table=TableColumn('vert px', ('vert_px', 'all')),
+    ),
+    Metric(
+        'root_mm',
+        'root error',
+        'mm',
+        measure=lambda comparison: comparison.errors['root_mm'],
+        headline=True,
+        table=TableColumn('root mm', ('root_mm',)),
+    ),
+    hidden('joints_mm', lambda comparison: comparison.errors['joints_mm'], headline=True),
+    Metric(
+        'pa_joint_mm',
+        'Procrustes-aligned joint error',
+        'mm',
+        measure=lambda comparison: comparison.procrustes[0],
+        per_hand=True,
+        lines=_procrustes_lines,
+        table=TableColumn('PA joint mm', ('pa_joint_mm', 'all')),
+    ),
+    Metric(
+        'pa_vert_mm',
+        'Procrustes-aligned vert error',
+        'mm',
+        measure=lambda comparison: comparison.procrustes[1],
+        per_hand=True,
+        lines=_no_lines,  # printed with the joints
+        table=TableColumn('PA vert mm', ('pa_vert_mm', 'all')),
+    ),
+    Metric(
+        'pck',
+        aggregate=lambda samples: pck(samples['joints_mm']),
+        lines=_pck_lines,
+        table=TableColumn('PCK area', ('pck', 'auc', 'all'), digits=4, higher_is_better=True),
+    ),
+    Metric('per_joint_mm', aggregate=lambda samples: by_joint(samples['joints_mm'])[0], lines=_no_lines),
+    Metric('per_finger_mm', aggregate=lambda samples: by_joint(samples['joints_mm'])[1], lines=_finger_lines),
+    Metric('stages', in_json=False, lines=_stage_lines),  # the figures are those of the headline, stage by stage
+    Metric(
+        'by_box_iou',
+        aggregate=lambda samples: binned(samples, samples['box_iou'], BOX_IOU_EDGES),
+        lines=_bin_lines('box IoU', 'by_box_iou'),
+    ),
+    Metric(
+        'by_distance_mm',
+        aggregate=lambda samples: binned(samples, samples['distance_mm'], DISTANCE_EDGES),
+        lines=_bin_lines('distance between the hands, mm', 'by_distance_mm'),
+    ),
+    Metric(
+        'by_visibility',
+        aggregate=lambda samples: by_visibility(samples, samples['visible']),
+        lines=_bin_lines('visible share of a hand', 'by_visibility'),
+    ),
+    Metric(
+        'placement_mm',
+        measure=lambda comparison: comparison.placement_mm[0],
+        per_hand=True,
+        aggregate=lambda samples: placement(samples['placement_mm'], samples['placement_depth_mm']),
+        lines=_placement_lines,
+    ),
+    hidden('placement_depth_mm', lambda comparison: comparison.placement_mm[1]),
+    covariate('visible', lambda comparison: comparison.visible, per_hand=True),
+    covariate('box_iou', lambda comparison: comparison.box_iou),
+    covariate('distance_mm', lambda comparison: comparison.distance_mm),
+    Metric(
+        'penetration',
+        measure=lambda comparison: comparison.penetration_mm[0],
+        column='penetration_mm',
+        aggregate=lambda samples: penetration(samples['penetration_mm']),
+        lines=_penetration_lines('penetration, predicted', 'penetration'),
+    ),
+    Metric(
+        'true_penetration',
+        measure=lambda comparison: comparison.penetration_mm[1],
+        column='true_penetration_mm',
+        aggregate=lambda samples: penetration(samples['true_penetration_mm']),
+        lines=_penetration_lines('penetration, true', 'true_penetration'),
+    ),
+    Metric(
+        'segmentation_iou',
+        aggregate=lambda samples: segmentation_iou(samples['seg_intersection'], samples['seg_union']),
+        lines=_segmentation_lines,
+    ),
+    hidden('seg_intersection', lambda comparison: comparison.segmentation[0]),
+    hidden('seg_union', lambda comparison: comparison.segmentation[1]),
+)
+
+
+def measured(metrics: tuple[Metric, ...], comparison: Comparison) -> Samples:
+    """The values of a batch: column -> (B, ...)."""
+    return {metric.name: metric.measure(comparison) for metric in metrics if metric.measure}
+
+
+def headline(metrics: tuple[Metric, ...] = METRICS) -> tuple[Metric, ...]:
+    """The metrics that are measured for every stage and protocol and have a figure."""
+    return tuple(metric for metric in metrics if metric.headline and metric.in_json)
+
+
+def compared(metrics: tuple[Metric, ...] = METRICS) -> list[TableColumn]:
+    """Columns of the table of runs."""
+    return [metric.table for metric in metrics if metric.table]

@@ -1,0 +1,145 @@
+"""One evaluation as the commands run it: arguments, protocol, split, printed figures and files."""
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from yacs.config import CfgNode
+
+from dataset.batch import BatchMaker, build_batch_maker
+from dataset.hand_model_record import check_hand_model_record
+from dataset.loader import evaluation_loader, evaluation_split
+from dataset.prepared import PreparedSplit
+from dataset.subsets import AnnotatedJoints, Subset, choose
+from evaluation.evaluate import Evaluation, evaluate
+from evaluation.metrics import GRID, NEEDS_SUBSET, PROTOCOLS, Protocol
+from evaluation.runs import METRICS_VERSION
+from evaluation.samples import per_sample_csv, write_chosen_samples
+from evaluation.summary import format_breakdown, format_grid, format_summary
+from models.checkpoint import to_device
+from models.hands import load_hands
+from utils import distributed
+from utils.errors import UserError
+from utils.files import write_atomically, write_json
+
+
+class Measured(NamedTuple):
+    """An evaluation with its data and model."""
+
+    result: Evaluation
+    protocol_name: str
+    dataset: PreparedSplit
+    subset: Subset
+    model: torch.nn.Module
+    batch_maker: BatchMaker
+
+
+def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of every evaluation: protocol, split and subset, output, configuration keys."""
+
+    def add_flag(name: str, **options: Any) -> None:
+        # The spelling with an underscore, of earlier versions, still works.
+        parser.add_argument(name, **options)
+        hidden = {'dest': name.strip('-').replace('-', '_'), 'help': argparse.SUPPRESS, 'default': argparse.SUPPRESS}
+        parser.add_argument('--' + hidden['dest'], **options | hidden)
+
+    parser.add_argument('--protocol', choices=PROTOCOLS, default='published', help='default: %(default)s')
+    parser.add_argument('--root_joint', type=int, choices=(0, 9), help='0 wrist, 9 middle MCP; overrides --protocol')
+    parser.add_argument(
+        '--no-scale', action='store_true', help='without scale alignment by bone 0-9; overrides --protocol'
+    )
+    add_flag('--all-protocols', action='store_true', help='also root {0, 9} x scale {on, off}')
+    parser.add_argument(
+        '--annotations',
+        metavar='INTERHAND',
+        help='folder with the downloaded annotations/, for protocols with annotated joints (internet)',
+    )
+    parser.add_argument('--split', default='test', choices=('train', 'val', 'test'))
+    add_flag('--image-ids', metavar='FILE', help='only these image ids of data.json: a text file or a JSON list')
+    add_flag(
+        '--annotation-ids',
+        metavar='FILE',
+        help='only these annotation ids, e.g. the human-annotated frames (aid_human_annot_test.txt)',
+    )
+    parser.add_argument('--capture', action='append', default=[], metavar='ID', help='only this capture (repeatable)')
+    parser.add_argument('--first', type=int, metavar='N', help='only the first N of the remaining samples')
+    parser.add_argument('--out', metavar='DIR', help='write metrics.json, per_sample.csv and samples.npz there')
+    parser.add_argument('opts', nargs='*', metavar='KEY VALUE', help='configuration keys, e.g. DEVICE cpu')
+
+
+def chosen_protocol(args: argparse.Namespace) -> tuple[str, Protocol]:
+    """Name and protocol of the arguments. Raises UserError if the protocol's data is missing."""
+    named = protocol = PROTOCOLS[args.protocol]
+    if args.root_joint is not None:
+        protocol = protocol._replace(root_joint=args.root_joint)
+    if args.no_scale:
+        protocol = protocol._replace(scale=False)
+    if protocol.joints == 'annotated' and not args.annotations:
+        raise UserError(
+            f'--protocol {args.protocol} compares with annotated joints, which a prepared data set lacks. '
+            'Pass --annotations INTERHAND, the folder with the downloaded annotations/.'
+        )
+    if protocol == named:
+        if args.protocol in NEEDS_SUBSET and not (args.image_ids or args.annotation_ids):
+            raise UserError(
+                f'--protocol {args.protocol} is defined on {NEEDS_SUBSET[args.protocol]} only. Pass their list '
+                'with --annotation-ids FILE or --image-ids FILE.'
+            )
+        return args.protocol, protocol
+    same = (name for name, other in PROTOCOLS.items() if other == protocol and name not in NEEDS_SUBSET)
+    return next(same, 'custom'), protocol
+
+
+def evaluate_split(model: torch.nn.Module, cfg: CfgNode, args: argparse.Namespace) -> Measured:
+    """Evaluate ``model`` as ``args`` specify, distributed over the processes of ``torchrun``."""
+    name, protocol = chosen_protocol(args)
+    device = distributed.start(cfg.DEVICE)
+    hand_models = load_hands(cfg.MANO.SOURCE, cfg.MANO.PATH)
+    check_hand_model_record(cfg.DATASET.PATH, hand_models)
+    batch_maker = build_batch_maker(cfg, hand_models).to(device)
+    dataset = evaluation_split(cfg, args.split)
+    subset = choose(
+        dataset, image_ids=args.image_ids, annotation_ids=args.annotation_ids, captures=args.capture, first=args.first
+    )
+    result = evaluate(
+        to_device(model, device),
+        evaluation_loader(dataset, cfg, subset.indices),
+        batch_maker,
+        precision=cfg.EVAL.PRECISION,
+        network_root=cfg.ROOT_JOINT,
+        protocol=protocol,
+        grid=GRID if args.all_protocols else (),
+        details=True,
+        annotated=AnnotatedJoints(dataset, args.annotations) if protocol.joints == 'annotated' else None,
+    )
+    return Measured(result, name, dataset, subset, model, batch_maker)
+
+
+def report(measured: Measured, *, title: str, out: str | None, more: dict[str, Any]) -> dict[str, Any]:
+    """Print the last stage's figures with their protocol; with ``out``, write the files that the report reads.
+
+    more: further keys of metrics.json. Returns the figures.
+    """
+    result, name, dataset, subset, model, batch_maker = measured
+    summary = result.report()
+    summary['protocol'] |= {'name': name, 'split': dataset.folder.name}
+    summary['subset'] = subset.description and {
+        'description': subset.description,
+        'frames': len(subset.indices),
+        'of': len(dataset),
+    }
+    part = f' ({subset.description}; the split has {len(dataset)})' if subset.description else ''
+    frames = f'{summary["frames"]} frames of {dataset.folder}{part}'
+    print(f'{title}\nprotocol {name}: {result.protocol.describe()}; {frames}')
+    print(format_summary(summary))
+    print(f'\n{format_breakdown(summary)}')
+    if result.grid:
+        print(f'\n{format_grid(summary["protocols"])}')
+    if out:
+        source = {'version': METRICS_VERSION, 'model': title, 'data': str(dataset.folder)}
+        write_json(Path(out) / 'metrics.json', source | summary | more)
+        write_atomically(Path(out) / 'per_sample.csv', per_sample_csv(result, dataset).encode())
+        write_chosen_samples(Path(out) / 'samples.npz', model, dataset, batch_maker, result)
+        print(f'written to {out}: metrics.json, per_sample.csv, samples.npz; python apps/report.py {out} shows them')
+    return summary
