@@ -10,7 +10,8 @@ from models.hand_head import HandHead
 from models.initial_regressor import InitialRegressor
 from models.initialisation import initialise
 from models.preprocessing import Preprocessing
-from models.refinement import RefinementStage
+from models.refinement import STAGE_VARIANTS
+from utils.errors import UserError
 from utils.hand import LEFT, TIP_VERTICES
 
 __all__ = ['DIR', 'DIRCriterion', 'build_criterion', 'build_model']
@@ -20,15 +21,17 @@ def build_model(cfg: CfgNode, hand_models: HandPair, *, pretrained: bool | None 
     """Build DIR from ``cfg`` with newly initialised weights.
 
     pretrained: overrides MODEL.PRETRAINED; False where a checkpoint will be loaded anyway.
-    Raises UserError for an unknown MODEL.BACKBONE, and if the ImageNet weights cannot be loaded.
+    Raises UserError for an unknown MODEL.BACKBONE or MODEL.STAGE_VARIANT, and if the ImageNet weights cannot be loaded.
     """
     m = cfg.MODEL
     backbone = Backbone(m.BACKBONE)
     tips = [list(TIP_VERTICES), list(TIP_VERTICES)]
     tips[LEFT][2] = m.LEFT_MIDDLE_TIP
     c1, c2, c3, c4 = backbone.channels
+    if m.STAGE_VARIANT not in STAGE_VARIANTS:
+        raise UserError(f'MODEL.STAGE_VARIANT is {m.STAGE_VARIANT!r}; it must be one of {", ".join(STAGE_VARIANTS)}.')
     stages = [
-        RefinementStage(
+        STAGE_VARIANTS[m.STAGE_VARIANT](
             c4 if index == 0 else m.MAP_CHANNELS,
             skip,
             channels=m.MAP_CHANNELS,

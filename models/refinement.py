@@ -20,7 +20,8 @@ JOINT_FEATURES = 64
 class RefinementStage(nn.Module):
     """The previous map and estimate, and the backbone's map of twice the resolution -> the next map and estimate.
 
-    Maps are (B, C, S, S), tokens (B, 2, 21, C).
+    Maps are (B, C, S, S), tokens (B, 2, 21, C). A variant (``STAGE_VARIANTS``) shares constructor, ``forward`` and
+    ``start_at_previous``, ``drop_projection`` and ``watch_bone_features``.
     """
 
     def __init__(
@@ -115,3 +116,7 @@ class RefinementStage(nn.Module):
             callback(drawn_norm(*module.factors(*args, **kwargs)))
 
         return self.projection.register_forward_hook(report, with_kwargs=True)
+
+
+# MODEL.STAGE_VARIANT -> the class of the refinement stages.
+STAGE_VARIANTS: dict[str, type[RefinementStage]] = {'dir': RefinementStage}

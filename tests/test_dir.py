@@ -6,7 +6,7 @@ import torchvision
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models import build_criterion, build_model, hand_head
+from models import build_criterion, build_model, hand_head, refinement
 from models.bone_projection import ProjectedConvolution
 from models.joint_interaction import CrossHandTransformer, SkeletonGraphLayer
 from models.layers import PerHandLinear
@@ -396,3 +396,20 @@ def test_forward_and_losses_never_wait_for_the_device(standin, monkeypatch):
             _ = image[host]
     with pytest.raises(RuntimeError):
         bool(image.sum())
+
+
+def test_a_stage_variant_is_selected_by_name(standin, monkeypatch):
+    class Silent(refinement.RefinementStage):
+        """Returns the previous estimate."""
+
+        def forward(self, x, skip, previous, hand_head):
+            return self.merge(x, skip), previous
+
+    monkeypatch.setitem(refinement.STAGE_VARIANTS, 'silent', Silent)
+    stages = tiny_model(standin, STAGE_VARIANT='silent').eval()(torch.zeros(1, 3, 64, 64)).stages
+    assert len(stages) > 1 and all(torch.equal(hands.vertices, stages[0].vertices) for hands in stages)
+
+
+def test_an_unknown_stage_variant_lists_the_known_ones(standin):
+    with pytest.raises(UserError, match=r"MODEL.STAGE_VARIANT is 'raft'; it must be one of dir\."):
+        tiny_model(standin, STAGE_VARIANT='raft')

@@ -39,6 +39,7 @@ _C.MODEL.PRETRAINED = True  # start the backbone from ImageNet weights
 _C.MODEL.BACKBONE_WEIGHTS = ''  # local ImageNet file (a torchvision state_dict); '': torchvision's cache or download
 _C.MODEL.IMAGE_SIZE = 256  # pixels: side of the network's input, a multiple of 32; crops on disk are always 256
 _C.MODEL.MAP_CHANNELS = 256  # channels of the refined feature maps and of the dense heads
+_C.MODEL.STAGE_VARIANT = 'dir'  # kind of refinement stage: a name in STAGE_VARIANTS of models/refinement.py
 _C.MODEL.STAGES = 2  # refinement stages, 0 to 3: the first takes c3, the second c2, the third c1
 _C.MODEL.BONE_RADIUS = [1.0, 2.0, 4.0]  # feature-map cells: half width of a projected bone, stage by stage
 _C.MODEL.INTERACTION = 'both'  # joint interaction: 'both', 'graph' (within a hand), 'transformer' (across), 'none'
