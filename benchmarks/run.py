@@ -45,7 +45,6 @@ from torch import Tensor, nn
 from torchvision import __version__ as torchvision_version
 from yacs.config import CfgNode
 
-from apps import export
 from dataset import open_split
 from dataset import packed as pack
 from dataset.batch import build_batch_maker, parts_of
@@ -54,6 +53,7 @@ from dataset.prepare import pack as pack_command
 from dataset.prepare import split as preparation
 from dataset.synthetic import synthesize
 from dataset.vertex_colours import canonical_colours
+from inference import export
 from inference.files import reduced, write_picture_files
 from inference.folding import fold_batch_norms, for_inference
 from inference.reconstruct import Reconstructor, cut_crop

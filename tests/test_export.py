@@ -11,7 +11,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from apps import export
+from apps import export as command
+from inference import export
 from inference.folding import for_inference
 from models import build_model
 from models.checkpoint import load_model, save_checkpoint
@@ -85,7 +86,7 @@ def exported(checkpoint, tmp_path_factory) -> Exported:
             patch.setitem(export.FORMATS, name, kind._replace(load=keep(name, kind.load)))
         formats = ['torch_export'] if MISSING else ['onnx', 'torch_export']
         arguments = ['--model', str(checkpoint), '--out', str(folder), '--format', *formats, 'MANO.SOURCE', 'standin']
-        assert export.main(arguments) == 0
+        assert command.main(arguments) == 0
     return Exported(folder, kept, kept.pop('program'))
 
 
@@ -155,7 +156,7 @@ def test_what_was_written_is_described_and_nothing_else_is_there(exported, stand
     assert [output['name'] for output in said['outputs']] == list(export.OUTPUTS)
     assert said['hand_model'] == standin.identity and 'may not be passed on' in said['licence']
     for name, output in export.OUTPUTS.items():  # the head of the script says the same
-        assert re.search(rf'^    {name} +\({", ".join(map(str, output.shape))}\) ', export.__doc__, re.M), name
+        assert re.search(rf'^    {name} +\({", ".join(map(str, output.shape))}\) ', command.__doc__, re.M), name
     here = str(Path(export.__file__).parents[1]).encode()
     assert [name for name in names if here in (exported.folder / name).read_bytes()] == []
 
@@ -173,7 +174,7 @@ def test_what_only_training_needs_stays_behind(standin):
 
 def test_a_missing_package_is_one_sentence(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'onnxscript', None)
-    assert export.main(['--model', str(checkpoint), '--out', str(tmp_path / 'out'), '--format', 'onnx']) == 2
+    assert command.main(['--model', str(checkpoint), '--out', str(tmp_path / 'out'), '--format', 'onnx']) == 2
     error = capsys.readouterr().err
     assert error.count('\n') == 1 and 'onnxscript' in error and 'pip install -r requirements-export.txt' in error
     assert not list(tmp_path.iterdir())
@@ -188,7 +189,7 @@ def test_a_file_that_differs_is_removed(batch, wrong, checkpoint, network, quick
         return tuple(hands)
 
     quick(run)
-    assert export.main(['--model', str(checkpoint), '--out', str(tmp_path), '--format', 'torch_export']) == 2
+    assert command.main(['--model', str(checkpoint), '--out', str(tmp_path), '--format', 'torch_export']) == 2
     error = capsys.readouterr().err
     assert error.count('\n') == 1 and 'dir.pt2 was removed: its vertices differ' in error and '0.001 mm' in error
     assert not list(tmp_path.iterdir())
@@ -198,7 +199,7 @@ def test_what_an_earlier_run_wrote_outlives_a_run_that_fails(checkpoint, network
     quick(lambda image: tuple(network(image).stages[-1]))
     monkeypatch.setitem(export.LIMITS, 'mm', 0)
     (tmp_path / 'dir.pt2').write_bytes(b'of an earlier run')
-    assert export.main(['--model', str(checkpoint), '--out', str(tmp_path), '--format', 'torch_export']) == 2
+    assert command.main(['--model', str(checkpoint), '--out', str(tmp_path), '--format', 'torch_export']) == 2
     assert 'was removed' in capsys.readouterr().err
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b'of an earlier run']
 
@@ -220,7 +221,7 @@ def test_a_failing_exporter_is_heard_and_leaves_no_half_file(checkpoint, quick, 
         raise ValueError('no such operator')
 
     quick(None, convert)
-    assert export.main(['--model', str(checkpoint), '--out', str(tmp_path), '--format', 'torch_export']) == 2
+    assert command.main(['--model', str(checkpoint), '--out', str(tmp_path), '--format', 'torch_export']) == 2
     said = capsys.readouterr()
     assert 'chatter' in said.err and 'no such operator' in said.err and 'chatter' not in said.out
     assert said.err.splitlines()[-1].startswith('error: torch_export of torch ')
@@ -239,11 +240,11 @@ def test_wrong_arguments_are_one_sentence(checkpoint, tmp_path, capsys):
     for arguments, part in (
         (['--model', str(tmp_path / 'text.pth'), '--format', 'torch_export'], 'text.pth cannot be read'),
         (['--model', str(tmp_path / 'no.pth'), '--format', 'torch_export'], 'no.pth does not exist'),
-        (['--model', str(checkpoint), '--format', 'tensorrt'], 'it was given tensorrt'),
-        (['--model', str(checkpoint), '--format', 'ROOT_JOINT', '9'], 'it was given none'),
+        (['--model', str(checkpoint), '--format', 'tensorrt'], 'not tensorrt'),
+        (['--model', str(checkpoint), '--format', 'ROOT_JOINT', '9'], 'not none'),
         (['--model', str(checkpoint), '--format', 'torch_export', 'ROOT_JOINT', '9'], 'trained with ROOT_JOINT 0'),
     ):
-        assert export.main([*arguments, '--out', str(tmp_path / 'out')]) == 2
+        assert command.main([*arguments, '--out', str(tmp_path / 'out')]) == 2
         error = capsys.readouterr().err
         assert error.count('\n') == 1 and part in error
     assert not (tmp_path / 'out').exists()
