@@ -1,0 +1,12 @@
+"""Hands from images and videos with a trained network.
+
+from inference import load_reconstructor
+
+reconstruct = load_reconstructor('checkpoint/xxx', device='auto')
+hands = reconstruct(images_bgr, boxes)          # lists: (H, W, 3) uint8 and (x, y, width, height) in pixels
+hands.vertices                                  # (N, 2, 778, 3) m: left hand, right hand; camera axes
+"""
+
+from inference.reconstruct import Reconstruction, Reconstructor, load_reconstructor
+
+__all__ = ['Reconstruction', 'Reconstructor', 'load_reconstructor']

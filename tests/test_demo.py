@@ -15,6 +15,7 @@ from test_dir import tiny_config, tiny_model
 from test_media import write_frames
 
 from apps import demo
+from inference import boxes, job
 from inference.detector import HandDetector
 from models.checkpoint import save_checkpoint
 from utils.hand import NUM_FACES, NUM_VERTICES
@@ -65,7 +66,7 @@ def test_a_folder_gives_every_file_for_every_picture(run, pictures, tmp_path, ca
     assert cv2.imread(str(tmp_path / 'out' / 'a' / 'overlay.jpg')).shape == (120, 160, 3)
     assert cv2.imread(str(tmp_path / 'out' / 'a' / 'crop.jpg')).shape == (256, 256, 3)
     printed = capsys.readouterr().out
-    assert 'left out, neither picture nor video: notes.txt' in printed and '3 done' in printed
+    assert 'left out, neither image nor video: notes.txt' in printed and '3 done' in printed
     assert outcome(tmp_path)['failed'] == []
 
 
@@ -153,12 +154,12 @@ def test_given_again_only_what_is_new_is_done(run, pictures, tmp_path):
 
 
 def test_small_hands_in_a_whole_picture_are_warned_of(run, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, 'SMALL_HANDS', 1e9)
+    monkeypatch.setattr(job, 'SMALL_HANDS', 1e9)
     assert run(pictures) == 0
     assert len(outcome(tmp_path)['warnings']) == 3 and '--box' in outcome(tmp_path)['warnings'][0]['warning']
     assert run(pictures, '--box', 20, 10, 60, 70) == 0
     assert 'is the box around both hands' in outcome(tmp_path)['warnings'][0]['warning']
-    monkeypatch.setattr(demo, 'SMALL_HANDS', 0)
+    monkeypatch.setattr(job, 'SMALL_HANDS', 0)
     assert run(pictures, '--focal', 100) == 0 and outcome(tmp_path)['warnings'] == []
 
 
@@ -199,7 +200,7 @@ def test_a_video_that_ends_early_says_so(run, tmp_path):
 
 def test_a_stop_keeps_what_is_done_and_the_next_run_does_it_again(run, tmp_path, monkeypatch):
     write_frames(tmp_path / 'clip.mp4', 8)
-    draw, drawn = demo.draw_overlay, []
+    draw, drawn = job.draw_overlay, []
 
     def interrupt(*arguments):
         drawn.append(None)
@@ -207,7 +208,7 @@ def test_a_stop_keeps_what_is_done_and_the_next_run_does_it_again(run, tmp_path,
             os.kill(os.getpid(), signal.SIGINT)
         return draw(*arguments)
 
-    monkeypatch.setattr(demo, 'draw_overlay', interrupt)
+    monkeypatch.setattr(job, 'draw_overlay', interrupt)
     assert run(tmp_path / 'clip.mp4', '--batch', 2) == 130
     record = json.loads((tmp_path / 'out' / 'clip' / 'video.json').read_text())
     assert record['frames'] == 4 and not record['complete']
@@ -222,7 +223,7 @@ def test_a_stop_keeps_what_is_done_and_the_next_run_does_it_again(run, tmp_path,
 @pytest.mark.parametrize(
     'arguments, words',
     [
-        ([], 'nothing to look at'),
+        ([], 'No input: name images'),
         (['none.jpg'], 'no file or folder none.jpg'),
         (['*.none'], 'fits the pattern'),
         (['tests', '--focal', '-1'], '--focal is -1'),
@@ -267,10 +268,10 @@ def test_detected_hands_are_cropped_and_their_lack_is_a_failure(run, pictures, t
 
 
 def test_a_videos_box_follows_the_detector_smoothly():
-    assert demo.smoothed(None, (0, 0, 10, 10)) == (0, 0, 10, 10)
-    assert demo.smoothed((0, 0, 10, 10), (10, 20, 20, 10)) == (5, 10, 15, 10)
-    assert demo.smoothed((1, 2, 3, 4), None) == (1, 2, 3, 4)
-    assert demo.smoothed(None, None) is None
+    assert boxes.smoothed(None, (0, 0, 10, 10)) == (0, 0, 10, 10)
+    assert boxes.smoothed((0, 0, 10, 10), (10, 20, 20, 10)) == (5, 10, 15, 10)
+    assert boxes.smoothed((1, 2, 3, 4), None) == (1, 2, 3, 4)
+    assert boxes.smoothed(None, None) is None
 
 
 def test_pictures_are_the_same_alone_and_in_a_batch(run, pictures, tmp_path):
