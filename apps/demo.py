@@ -6,13 +6,13 @@
 
 INPUT: images, folders, patterns ('shots/*.png') or videos. The network expects both hands in the centre of its crop, so
 pass a box around both hands in pixels (x and y of the upper left corner, width, height): one for all inputs (--box),
-one for each (--boxes, {"name.jpg": [x, y, w, h], ...}; several boxes yield several pairs of hands), or let a detector find
-them (--detect). Without any of these, the whole image is used.
+one for each (--boxes, {"name.jpg": [x, y, w, h], ...}; several boxes yield several pairs of hands), or let a detector
+find them (--detect). Without any of these, the whole image is used.
 
 Each image gets a folder DIR/NAME with overlay.jpg, side.jpg, above.jpg, crop.jpg, left.obj, right.obj, hands.glb
 (camera axes, metres) and hands.json (MANO parameters, camera, offset, joints); a video gets overlay.mp4, joints.csv,
-hands.jsonl and video.json. docs/formats.md describes them. The focal length is --focal (pixels of the whole image), or the EXIF
-value, or else assumed to be the longer side; distances are proportional to it. A rerun skips finished inputs.
+hands.jsonl and video.json. docs/formats.md describes them. The focal length is --focal (pixels of the whole image), or
+the EXIF value, or else assumed to be the longer side; distances are proportional to it. A rerun skips finished inputs.
 """
 
 import argparse

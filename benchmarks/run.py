@@ -54,7 +54,7 @@ from dataset.prepare import split as preparation
 from dataset.synthetic import synthesize
 from dataset.vertex_colours import canonical_colours
 from inference import export
-from inference.files import reduced, write_picture_files
+from inference.files import reduced, write_image_files
 from inference.folding import fold_batch_norms, for_inference
 from inference.reconstruct import Reconstructor, cut_crop
 from models import build_criterion, build_model
@@ -211,7 +211,7 @@ def latency(setting: Setting) -> Table:
     reconstruct = Reconstructor(model, device=setting.device)
 
     def all_files():
-        write_picture_files(
+        write_image_files(
             setting.work / 'picture',
             reduced(picture),
             cut_crop(picture).image,

@@ -1,4 +1,4 @@
-"""Where both hands are in a picture, by MediaPipe's hand landmarker: optional, for apps/demo.py --detect."""
+"""Locate both hands in an image with MediaPipe's hand landmarker (optional dependency: requirements-demo.txt)."""
 
 from pathlib import Path
 
@@ -8,30 +8,30 @@ import numpy as np
 from utils.errors import UserError
 
 MODEL = 'misc/hand_landmarker.task'
-WHERE_TO_GET = (
-    'download hand_landmarker.task from https://ai.google.dev/edge/mediapipe/solutions/vision/'
-    f'hand_landmarker#models and put it at {MODEL}, or name it with --detector'
+DOWNLOAD = (
+    'Download hand_landmarker.task from https://ai.google.dev/edge/mediapipe/solutions/vision/'
+    f'hand_landmarker#models and save it as {MODEL}, or pass its path with --detector.'
 )
-MARGIN = 0.1  # of the box's longer side, each way: landmarks lie inside of the hands
+MARGIN = 0.1  # of the box's longer side, on each side: landmarks lie inside the outline of a hand
 
 
 class HandDetector:
-    """Picture (H, W, 3) uint8 BGR -> the box (x, y, width, height) of all hands in it, at most two, or None.
+    """Callable: image (H, W, 3) uint8 BGR -> box (x, y, width, height) around all hands, at most two; None if none.
 
-    Raises UserError where MediaPipe or its model file is missing.
+    Raises UserError if MediaPipe or its model file is missing or unusable.
     """
 
     def __init__(self, model: str | Path = MODEL):
         try:
             import mediapipe
             from mediapipe.tasks.python import BaseOptions, vision
-        except (ImportError, OSError):  # OSError: a shared library that it needs is missing
+        except (ImportError, OSError):  # OSError: a shared library that MediaPipe loads is missing
             raise UserError(
-                '--detect needs MediaPipe: pip install -r requirements-demo.txt, or give the box of the '
-                'hands with --box or --boxes.'
+                '--detect needs MediaPipe, which cannot be imported. Run pip install -r requirements-demo.txt, or '
+                'give the box of the hands with --box or --boxes.'
             ) from None
         if not Path(model).is_file():
-            raise UserError(f'{model} is missing: {WHERE_TO_GET}.')
+            raise UserError(f'The hand detector {model} does not exist. {DOWNLOAD}')
         self.mediapipe = mediapipe
         options = vision.HandLandmarkerOptions(
             base_options=BaseOptions(model_asset_path=str(model)), num_hands=2, min_hand_detection_confidence=0.3
@@ -40,17 +40,17 @@ class HandDetector:
             self.landmarker = vision.HandLandmarker.create_from_options(options)
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f'{model} is not a model that MediaPipe reads ({str(error).splitlines()[0][:120]}): {WHERE_TO_GET}.'
+                f'MediaPipe cannot load the hand detector {model} ({str(error).splitlines()[0][:120]}). {DOWNLOAD}'
             ) from None
 
-    def __call__(self, picture: np.ndarray) -> tuple[float, float, float, float] | None:
-        image = self.mediapipe.Image(
-            image_format=self.mediapipe.ImageFormat.SRGB, data=cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
-        )
-        hands = self.landmarker.detect(image).hand_landmarks
+    def __call__(self, image: np.ndarray) -> tuple[float, float, float, float] | None:
+        rgb = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+        hands = self.landmarker.detect(
+            self.mediapipe.Image(image_format=self.mediapipe.ImageFormat.SRGB, data=rgb)
+        ).hand_landmarks
         if not hands:
             return None
-        height, width = picture.shape[:2]
+        height, width = image.shape[:2]
         return box_around(np.array([[mark.x * width, mark.y * height] for hand in hands for mark in hand]))
 
     def close(self) -> None:
@@ -58,7 +58,8 @@ class HandDetector:
 
 
 def box_around(pixels: np.ndarray) -> tuple[float, float, float, float]:
-    """(N, 2) pixels -> x, y, width, height of their box with a margin."""
+    """Bounding box (x, y, width, height) of pixels (N, 2), enlarged by the margin."""
     low, high = pixels.min(0), pixels.max(0)
     margin = MARGIN * (high - low).max()
-    return *(low - margin).tolist(), *(high - low + 2 * margin).tolist()
+    (left, top), (width, height) = (low - margin).tolist(), (high - low + 2 * margin).tolist()
+    return left, top, width, height

@@ -1,4 +1,4 @@
-"""What is kept of a reconstruction: overlays, views from the side and from above, meshes, numbers (docs/formats.md).
+"""Files of a reconstruction: overlays, views from the side and from above, meshes and numbers (docs/formats.md).
 
 Reconstructions and tensors are on the CPU here (``Reconstruction.cpu``).
 """
@@ -20,12 +20,12 @@ from utils.files import write_atomically, write_json
 from utils.hand import JOINT_NAMES, SIDES
 
 FORMAT = 'dir-hands-1'  # of hands.json; raised when a value changes its meaning
-LONGEST_SIDE = 1920  # pixels: larger pictures are reduced for their overlay
+LONGEST_SIDE = 1920  # pixels: larger images are reduced for their overlay
 VIEW_SIDE = 384  # pixels: side of the views from the side and from above
 VIEW_BACKGROUND_BGR = (245, 245, 245)
-VIEW_FILL = 0.8  # share of a view that the hands take
+VIEW_FILL = 0.8  # share of a view that the hands span
 SCALE_BAR = 0.05  # m
-# Turns of the camera axes (x right, y down, z forward) after which one looks along z again.
+# Rotations of the camera axes (x right, y down, z forward) after which the view is along z again.
 VIEWS = {
     'side': np.array([[0, 0, 1], [0, 1, 0], [-1, 0, 0]], np.float32),  # from the right: away from the camera is right
     'above': np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], np.float32),  # away from the camera is up
@@ -33,20 +33,20 @@ VIEWS = {
 
 
 class Shown(NamedTuple):
-    """A picture as its overlay shows it."""
+    """An image as its overlay shows it."""
 
     image: np.ndarray  # (h, w, 3) uint8 BGR, at most 1920 pixels a side
-    to_image: np.ndarray  # (3, 3) pixels of the whole picture -> pixels of ``image``
+    to_image: np.ndarray  # (3, 3) pixels of the whole image -> pixels of ``image``
 
 
-def reduced(picture: np.ndarray) -> Shown:
-    """The picture itself, or a smaller one of it."""
-    height, width = picture.shape[:2]
+def reduced(image: np.ndarray) -> Shown:
+    """The image itself, or a reduced copy of a large one."""
+    height, width = image.shape[:2]
     shrink = min(1.0, LONGEST_SIDE / max(height, width))
     if shrink == 1:
-        return Shown(picture, np.eye(3))
+        return Shown(image, np.eye(3))
     size = max(1, round(width * shrink)), max(1, round(height * shrink))
-    smaller = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+    smaller = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     return Shown(smaller, np.diag([size[0] / width, size[1] / height, 1.0]))
 
 
@@ -80,13 +80,13 @@ def view(vertices: Tensor, turn: np.ndarray, models: HandPair) -> np.ndarray:
 
 
 def draw_overlay(shown: Shown, hands: Reconstruction, models: HandPair) -> np.ndarray:
-    """The placed meshes of one reconstruction (no leading axis) over its picture."""
+    """Draw the placed meshes of one reconstruction (no leading axis) over its image."""
     intrinsics = torch.from_numpy(shown.to_image).float() @ hands.intrinsics
     return mesh_overlay(shown.image, hands.vertices, intrinsics, models.mesh_faces)
 
 
 def meshes(vertices: Tensor, models: HandPair) -> dict[str, trimesh.Trimesh]:
-    """vertices (2, 778, 3) m, camera axes -> {'left', 'right'}, coloured as in the pictures."""
+    """vertices (2, 778, 3) m, camera axes -> {'left', 'right'}, coloured as in the overlays."""
     return {
         side: trimesh.Trimesh(
             points.numpy(),
@@ -150,14 +150,14 @@ def as_numbers(hands: Reconstruction) -> dict[str, Any]:
 
 
 def header(models: HandPair, **more: Any) -> dict[str, Any]:
-    """What stands above the numbers: format, hand model, joint names and whatever else the caller knows."""
+    """The header of a JSON file: format, hand model, joint names and ``more``."""
     return {'format': FORMAT, 'hand_model': models.identity, 'joint_names': list(JOINT_NAMES), **more}
 
 
-def write_picture_files(
+def write_image_files(
     folder: Path, shown: Shown, crop: np.ndarray, hands: Reconstruction, models: HandPair, **more: Any
 ) -> None:
-    """All files of one picture into ``folder``; hands.json comes last, so where it is, all are.
+    """Write all files of one image into ``folder``; hands.json comes last, so its presence means that all exist.
 
     crop (256, 256, 3) uint8 BGR; hands: one reconstruction, without the leading axis; more: see ``header``.
     """

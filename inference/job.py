@@ -19,10 +19,10 @@ from inference.files import (
     joint_row,
     json_line,
     reduced,
-    write_picture_files,
+    write_image_files,
 )
 from inference.live_view import LiveView
-from inference.media import Inputs, Video, read_picture, video_writer
+from inference.media import Inputs, Video, read_image, video_writer
 from inference.reconstruct import SMALL_HANDS, Box, Crop, Reconstruction, Reconstructor, assumed_intrinsics, cut_crop
 from utils.errors import UserError
 from utils.files import read_json, write_json, written_aside
@@ -125,8 +125,8 @@ class Job(NamedTuple):
     def run(self, inputs: Inputs, camera: int | None = None) -> None:
         """Process all images, then all videos, then the camera."""
         out = self.settings.out
-        folders = output_folders(out, [*inputs.pictures, *inputs.videos])
-        self.run_images(inputs.pictures, folders)
+        folders = output_folders(out, [*inputs.images, *inputs.videos])
+        self.run_images(inputs.images, folders)
         for video in inputs.videos:
             if not self.stop.requested:
                 self.run_video(video, folders[video])
@@ -139,7 +139,7 @@ class Job(NamedTuple):
         items = self.image_items(tqdm(paths, unit='image', disable=not paths), folders)
         for item, hands in self.reconstructed(items):
             models = self.reconstruct.hand_models
-            write_picture_files(item.folder, item.shown, item.crop.image, hands, models, **item.about)
+            write_image_files(item.folder, item.shown, item.crop.image, hands, models, **item.about)
             self.outcome.done.append(str(item.folder))
             self.warn_of_small_hands(item, hands)
 
@@ -177,7 +177,7 @@ class Job(NamedTuple):
         if already_done(folder / 'hands.json', asked):
             self.outcome.earlier.append(str(folder))
             return []
-        image, focal = read_picture(path)
+        image, focal = read_image(path)
         boxes, intrinsics, shown = self.boxes(path, image), self.settings.intrinsics(image, focal), reduced(image)
         if self.settings.detect and list(boxes) == [None]:
             raise UserError('The detector finds no hands in it; pass --box or --boxes.')

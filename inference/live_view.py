@@ -1,4 +1,4 @@
-"""Pictures as they are made, in a browser on this machine: OpenCV without windows installs everywhere."""
+"""Show frames in a local browser: unlike OpenCV's windows, this also works with headless builds of OpenCV."""
 
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,39 +12,38 @@ PAGE = (
     b'<!doctype html><title>hands</title><style>body{margin:0;background:#1e1e1e;display:grid;place-items:center;'
     b'min-height:100vh}img{max-width:100%;max-height:100vh}</style><img src="/stream" alt="overlay of both hands">'
 )
-BOUNDARY = b'next-picture'
-ANSWERS_WITHIN = 1.0  # s: how long a connection waits for a picture before it looks whether the view is closed
+BOUNDARY = b'next-frame'
+POLL_INTERVAL = 1.0  # s: how long a connection waits for a frame before it checks whether the view was closed
 
 
 class LiveView:
-    """http://localhost:PORT shows what ``show`` was given last; other machines cannot see it. Port 0 takes a free one.
+    """Serves the frame last passed to ``show`` at http://localhost:PORT, to this machine only.
 
-    Raises UserError if the port is taken.
+    Port 0 selects a free port. Raises UserError if the port cannot be used.
     """
 
     def __init__(self, port: int):
         self.jpeg, self.number, self.open, self.changed = b'', 0, True, threading.Condition()
         try:
-            self.server = ThreadingHTTPServer(('127.0.0.1', port), _Handler)
+            self.server = _Server(port, self)
         except (OSError, OverflowError) as error:
-            raise UserError(f'--serve {port}: the port cannot be used ({error}); choose another one.') from None
-        self.server.view, self.server.daemon_threads = self, True
+            raise UserError(f'Port {port} cannot be used ({error}). Choose another one with --serve.') from None
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     @property
     def address(self) -> str:
-        return f'http://localhost:{self.server.server_address[1]}'
+        return f'http://localhost:{self.server.server_port}'
 
-    def show(self, picture: np.ndarray) -> None:
-        """(H, W, 3) uint8 BGR."""
+    def show(self, image: np.ndarray) -> None:
+        """Replace the frame on display by ``image`` (H, W, 3) uint8 BGR."""
         with self.changed:
-            self.jpeg, self.number = cv2.imencode('.jpg', picture)[1].tobytes(), self.number + 1
+            self.jpeg, self.number = cv2.imencode('.jpg', image)[1].tobytes(), self.number + 1
             self.changed.notify_all()
 
     def next_after(self, number: int) -> tuple[int, bytes]:
-        """The newest picture, waiting a while for one that is newer than ``number``."""
+        """(number, JPEG) of the latest frame; waits up to POLL_INTERVAL for one newer than ``number``."""
         with self.changed:
-            self.changed.wait_for(lambda: self.number > number or not self.open, ANSWERS_WITHIN)
+            self.changed.wait_for(lambda: self.number > number or not self.open, POLL_INTERVAL)
             return self.number, self.jpeg
 
     def close(self) -> None:
@@ -55,7 +54,17 @@ class LiveView:
         self.server.server_close()
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, port: int, view: LiveView):
+        super().__init__(('127.0.0.1', port), _Handler)
+        self.view = view
+
+
 class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+
     def do_GET(self) -> None:
         if self.path == '/stream':
             self._head(b'multipart/x-mixed-replace; boundary=' + BOUNDARY)
@@ -83,7 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
                         % (BOUNDARY, len(jpeg), jpeg)
                     )
         except (BrokenPipeError, ConnectionResetError):
-            pass  # the page was closed
+            pass  # the browser closed the page
 
     def log_message(self, *_) -> None:
-        """No line for every request among the progress bars."""
+        """Log nothing: request lines would break the progress bars."""

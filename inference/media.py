@@ -1,4 +1,4 @@
-"""Other people's pictures and videos: finding, reading and writing them. Everything is BGR uint8."""
+"""Find, read and write image and video files. Every image is uint8 BGR."""
 
 import glob
 import io
@@ -19,8 +19,8 @@ from PIL import ExifTags, Image
 from utils.errors import UserError
 from utils.files import decode_image
 
-PICTURES = frozenset(
-    (
+IMAGE_SUFFIXES = frozenset(
+    [
         '.jpg',
         '.jpeg',
         '.jpe',
@@ -36,78 +36,82 @@ PICTURES = frozenset(
         '.ppm',
         '.pnm',
         '.avif',
-    )
+    ]
 )
-VIDEOS = frozenset(
-    ('.mp4', '.m4v', '.mov', '.avi', '.mkv', '.webm', '.mpg', '.mpeg', '.wmv', '.flv', '.gif', '.ts', '.mts')
+VIDEO_SUFFIXES = frozenset(
+    ['.mp4', '.m4v', '.mov', '.avi', '.mkv', '.webm', '.mpg', '.mpeg', '.wmv', '.flv', '.gif', '.ts', '.mts']
 )
-DIAGONAL_35MM = math.hypot(36, 24)  # mm: of a frame of 35 mm film
-DEFAULT_RATE = 30.0  # frames/s, where a video or a camera does not say
+DIAGONAL_35MM = math.hypot(36, 24)  # mm: of a 35 mm film frame
+DEFAULT_RATE = 30.0  # frames/s, for videos and cameras that do not report a rate
 
 
 class Inputs(NamedTuple):
-    """What was found under the names that were given."""
+    """The files matched by the command line's inputs."""
 
-    pictures: list[Path]
+    images: list[Path]
     videos: list[Path]
-    others: list[Path]  # in folders: files of other kinds
+    others: list[Path]  # files in folders that are neither
 
 
-def find_inputs(words: list[str]) -> Inputs:
-    """Files, folders (not those in them) and patterns -> files, each once, folders in the order of their names.
+def find_inputs(patterns: list[str]) -> Inputs:
+    """Expand files, folders (without subfolders) and glob patterns; each file appears once, folders are sorted by name.
 
-    Raises UserError for a name that is not there, a folder without pictures or videos, a pattern that fits nothing.
+    Raises UserError for a missing path, a folder without images or videos, and a pattern that matches nothing.
     """
-    pictures, videos, others = {}, {}, {}
-    for word in words:
-        path = Path(word)
+    images: dict[Path, None] = {}  # dictionaries as ordered sets
+    videos: dict[Path, None] = {}
+    others: dict[Path, None] = {}
+    for pattern in patterns:
+        path = Path(pattern)
         if path.is_dir():
             files = sorted(child for child in path.iterdir() if child.is_file())
-            if not any(file.suffix.lower() in PICTURES | VIDEOS for file in files):
-                raise UserError(f'the folder {path} holds no picture or video (of {len(files)} files).')
+            if not any(file.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES for file in files):
+                raise UserError(f'The folder {path} contains no image or video (of {len(files)} files).')
         elif path.exists():
             files = [path]
         else:
-            files = sorted(Path(name) for name in glob.glob(word, recursive=True) if Path(name).is_file())
+            files = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
             if not files:
-                what = 'no file fits the pattern' if glob.has_magic(word) else 'there is no file or folder'
-                raise UserError(f'{what} {word}.')
+                what = 'No file matches the pattern' if glob.has_magic(pattern) else 'There is no file or folder'
+                raise UserError(f'{what} {pattern}.')
         for file in files:
-            kind = file.suffix.lower()
-            # A file that was named is tried, whatever it is called; of a folder's only those that look like pictures.
-            table = videos if kind in VIDEOS else pictures if kind in PICTURES or not path.is_dir() else others
+            suffix = file.suffix.lower()
+            # A file named explicitly is tried as an image whatever its suffix; in folders the suffix decides.
+            is_image = suffix in IMAGE_SUFFIXES or not path.is_dir()
+            table = videos if suffix in VIDEO_SUFFIXES else images if is_image else others
             table[file] = None
-    return Inputs(list(pictures), list(videos), list(others))
+    return Inputs(list(images), list(videos), list(others))
 
 
-class Picture(NamedTuple):
-    """A picture file."""
+class ImageFile(NamedTuple):
+    """The content of an image file."""
 
     image: np.ndarray  # (H, W, 3) uint8 BGR
-    focal: float | None  # pixels, where its EXIF says the 35 mm equivalent
+    focal: float | None  # pixels, from the 35 mm equivalent in the EXIF data, if any
 
 
-def read_picture(path: Path) -> Picture:
-    """Turned as its EXIF says, 16 bits reduced to 8, grey as three channels, alpha over white.
+def read_image(path: Path) -> ImageFile:
+    """Read an image as 8-bit BGR: rotated according to EXIF, 16 bits reduced to 8, alpha composited over white.
 
-    Raises UserError for what is no picture, cut short, or too large for memory, and OSError where it cannot be read.
+    Raises UserError for a file that is not an image, truncated, or too large for memory, and OSError if the file
+    cannot be read.
     """
     content = path.read_bytes()
     try:
-        picture = decode_image(content)
+        image = decode_image(content)
     except cv2.error:  # above 2^30 pixels, or out of memory
-        raise UserError('the picture is too large to be read; reduce it first.') from None
-    if picture is None:
-        raise UserError('this is not a picture that OpenCV reads, or it is cut short; convert it to JPEG or PNG.')
+        raise UserError('The image is too large to be read. Reduce it first.') from None
+    if image is None:
+        raise UserError('The file is not an image that OpenCV can read, or is truncated. Convert it to JPEG or PNG.')
     if content[:2] != b'\xff\xd8':
-        picture = _over_white(content, picture)
-    return Picture(picture, _exif_focal(content, *picture.shape[:2]))
+        image = _over_white(content, image)
+    return ImageFile(image, _exif_focal(content, *image.shape[:2]))
 
 
 def _exif_focal(content: bytes, height: int, width: int) -> float | None:
-    """From the 35 mm equivalent, which compares the diagonals of the fields of view (CIPA DCG-001)."""
+    """Focal length in pixels from the 35 mm equivalent, defined by the diagonal field of view (CIPA DCG-001)."""
     try:
-        with warnings.catch_warnings(action='ignore'):  # large pictures: only the head is read here
+        with warnings.catch_warnings(action='ignore'):  # Pillow warns of large images, but only the header is read here
             equivalent = (
                 Image.open(io.BytesIO(content))
                 .getexif()
@@ -115,26 +119,27 @@ def _exif_focal(content: bytes, height: int, width: int) -> float | None:
                 .get(ExifTags.Base.FocalLengthIn35mmFilm)
             )
     except (OSError, ValueError, SyntaxError, TypeError, struct.error, Image.DecompressionBombError):
-        return None  # no picture that Pillow knows, or damaged EXIF: then it is as if there were none
-    known = isinstance(equivalent, int) and equivalent > 0  # 0: unknown
-    return equivalent * math.hypot(width, height) / DIAGONAL_35MM if known else None
+        return None  # unknown to Pillow, or damaged EXIF: treated like missing EXIF
+    if not isinstance(equivalent, int) or equivalent <= 0:  # 0: unknown
+        return None
+    return equivalent * math.hypot(width, height) / DIAGONAL_35MM
 
 
-def _over_white(content: bytes, picture: np.ndarray) -> np.ndarray:
-    """Where a picture is transparent its colours mean nothing: white, as most programs show it."""
-    whole = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
-    if whole is None or whole.ndim != 3 or whole.shape[2] != 4 or whole.shape[:2] != picture.shape[:2]:
-        return picture
-    largest = np.iinfo(whole.dtype).max if whole.dtype.kind == 'u' else 1.0
-    alpha = cv2.convertScaleAbs(whole[..., 3], alpha=255 / largest)[..., None].astype(np.uint16)
-    return 255 - ((255 - picture) * alpha // 255).astype(np.uint8)
+def _over_white(content: bytes, image: np.ndarray) -> np.ndarray:
+    """Composite an image with alpha over white, as most viewers do: colours of transparent pixels are arbitrary."""
+    with_alpha = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    if with_alpha is None or with_alpha.shape != (*image.shape[:2], 4):
+        return image
+    largest = {'uint8': 255, 'uint16': 65535}.get(with_alpha.dtype.name, 1.0)
+    alpha = cv2.convertScaleAbs(with_alpha[..., 3], alpha=255 / largest)[..., None].astype(np.uint16)
+    return 255 - ((255 - image) * alpha // 255).astype(np.uint8)
 
 
 class Video:
-    """Frames of a file or, for a number, of a camera. Iterates over (H, W, 3) pictures, one in memory at a time.
+    """Iterates over the frames (H, W, 3) uint8 BGR of a video file, or of a camera given by number.
 
-    Raises UserError where it cannot be opened or holds no frame. ``announced`` is how many frames a file says that it
-    has, None if it does not.
+    ``announced`` is the frame count in the file's header, None if absent; ``read`` counts the frames read so far.
+    Raises UserError if the source cannot be opened or contains no frame.
     """
 
     def __init__(self, source: Path | int):
@@ -144,9 +149,9 @@ class Video:
         if not ok:
             self.capture.release()
             raise UserError(
-                'there is no camera of this number, or it is in use.'
+                'There is no camera with this number, or it is in use.'
                 if isinstance(source, int)
-                else 'this is not a video that OpenCV reads, or it holds no frame.'
+                else 'The file is not a video that OpenCV can read, or contains no frame.'
             )
         rate, count = (self.capture.get(key) for key in (cv2.CAP_PROP_FPS, cv2.CAP_PROP_FRAME_COUNT))
         self.rate = rate if math.isfinite(rate) and 0 < rate <= 1000 else DEFAULT_RATE
@@ -165,16 +170,18 @@ class Video:
 
 @contextmanager
 def video_writer(path: Path, *, rate: float, width: int, height: int) -> Iterator[cv2.VideoWriter]:
-    """An MPEG-4 file that takes its name once the block ends well; on failure nothing is left behind."""
+    """Write an MPEG-4 video atomically: it is renamed to ``path`` when the block succeeds, and removed if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f'.{path.stem}.{secrets.token_hex(8)}.partial{path.suffix}')
-    writer = cv2.VideoWriter(str(aside), cv2.VideoWriter.fourcc(*'mp4v'), rate, (width, height))
+    temporary = path.with_name(f'.{path.stem}.{secrets.token_hex(8)}.partial{path.suffix}')
+    writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter.fourcc(*'mp4v'), rate, (width, height))
     try:
         if not writer.isOpened():
-            raise UserError(f'{path} cannot be written: is its folder writable, and OpenCV built with FFmpeg?')
+            raise UserError(
+                f'{path} cannot be written. Check that its folder is writable and that OpenCV was built with FFmpeg.'
+            )
         yield writer
         writer.release()
-        os.replace(aside, path)
+        os.replace(temporary, path)
     finally:
         writer.release()
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""From pictures to hands in metres before their camera: what apps/demo.py runs, and what other programs call.
+"""Reconstruct hands in camera coordinates, in metres, from images; the interface for apps/demo.py and other programs.
 
-from inference.reconstruct import load_reconstructor
+from inference import load_reconstructor
 
 reconstruct = load_reconstructor('checkpoint/xxx', device='auto')
 hands = reconstruct(images_bgr, boxes)          # lists: (H, W, 3) uint8 and (x, y, width, height) in pixels
@@ -31,38 +31,40 @@ from utils.hand import HAND_SCALE
 from utils.training import autocast, set_float32_precision
 
 Box = tuple[float, float, float, float]  # x, y of the upper left corner, width, height; pixels
-SMALLEST_SIDE = 8  # pixels: of a box, or a picture, in which hands can be looked for
+SMALLEST_SIDE = 8  # pixels: of a box or image in which hands can be found
 SMALL_HANDS = 0.4  # of the crop's side; the network was trained on hands that take 0.8 of it
 
 
 class Crop(NamedTuple):
-    """What the network sees of a picture."""
+    """The part of an image that the network sees."""
 
     image: np.ndarray  # (256, 256, 3) uint8 BGR
-    matrix: np.ndarray  # (3, 3) pixels of the picture -> pixels of the crop
-    intrinsics: np.ndarray  # (3, 3) of the picture
+    matrix: np.ndarray  # (3, 3) image pixels -> crop pixels
+    intrinsics: np.ndarray  # (3, 3) of the image
 
 
 class Reconstruction(NamedTuple):
-    """Both hands in each of N crops. Hand axis: left, right. Camera axes of the whole picture: x right, y down, z
+    """Both hands in each of N crops. Hand axis: left, right. Camera axes of the whole image: x right, y down, z
     forward. Tensors float32, on the network's device."""
 
     vertices: Tensor  # (N, 2, 778, 3) m
     joints: Tensor  # (N, 2, 21, 3) m: wrist, then thumb to little finger, each from base to tip
-    roots: Tensor  # (N, 2, 3) m: where the root joints are
-    joints_px: Tensor  # (N, 2, 21, 2) pixels of the picture: where the network sees the joints
+    roots: Tensor  # (N, 2, 3) m: root joints
+    joints_px: Tensor  # (N, 2, 21, 2) image pixels: predicted 2D joints
     root_rotation: Tensor  # (N, 2, 3, 3) of the hand model's root, in camera axes
     pose: Tensor  # (N, 2, 45) MANO's PCA coefficients
     shape: Tensor  # (N, 2, 10) MANO's betas
     camera: Tensor  # (N, 2, 3) weak perspective: scale, shift right, shift down; in [-1, 1] of the crop, per m
-    offset: Tensor  # (N, 3) m: right root - left root, as the network says
-    intrinsics: Tensor  # (N, 3, 3) of the picture, pixels: as given, or assumed
-    to_crop: Tensor  # (N, 3, 3) pixels of the picture -> pixels of the 256 crop
-    residual_px: Tensor  # (N,) pixels of the crop, RMS: projected joints against joints_px; large if they contradict
-    size_in_crop: Tensor  # (N,) extent of both hands in the crop, as a share of its side: small hands come out badly
+    offset: Tensor  # (N, 3) m: predicted right root - left root
+    intrinsics: Tensor  # (N, 3, 3) of the image, pixels: as passed, or assumed
+    to_crop: Tensor  # (N, 3, 3) image pixels -> pixels of the 256 crop
+    residual_px: Tensor  # (N,) crop pixels, RMS: projected joints against joints_px; large if 3D and 2D contradict
+    size_in_crop: (
+        Tensor  # (N,) extent of both hands in the crop, as a share of its side; small ones are predicted badly
+    )
 
     def one(self, number: int) -> 'Reconstruction':
-        """That of one crop, without the leading axis."""
+        """The result of one crop, without the leading axis."""
         return Reconstruction(*(values[number] for values in self))
 
     def cpu(self) -> 'Reconstruction':
@@ -70,24 +72,26 @@ class Reconstruction(NamedTuple):
 
 
 def assumed_intrinsics(width: int, height: int, focal: float | None = None) -> np.ndarray:
-    """(3, 3): the principal point in the picture's middle; ``focal`` pixels, by default the longer side, which is a
-    field of view of 53 degrees along it. Distances grow in proportion to the focal length that is assumed."""
+    """(3, 3) with the principal point in the image centre. ``focal`` is in pixels and defaults to the longer side, a
+    field of view of 53 degrees. Distances are proportional to it."""
     focal = max(width, height) if focal is None else focal
     return np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1.0]])
 
 
 def cut_crop(image: np.ndarray, box: Box | None = None, intrinsics: np.ndarray | None = None) -> Crop:
-    """The square about ``box``, of which the box's longer side takes 0.8; without a box the square about the picture.
+    """Cut the square around ``box``, of which the box's longer side spans 0.8; without a box, around the whole image.
 
-    image (H, W, 3) uint8 BGR; intrinsics (3, 3) of it. What lies outside of the picture is black. Raises UserError
-    where picture or box cannot be used.
+    image (H, W, 3) uint8 BGR; intrinsics (3, 3) of it. Outside of the image it is black. Raises UserError if
+    image or box cannot be used.
     """
     if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
         what = f'{image.dtype} {image.shape}' if isinstance(image, np.ndarray) else type(image).__name__
-        raise UserError(f'a picture is a uint8 array of shape (height, width, 3), BGR; this is {what}.')
+        raise UserError(f'An image must be a uint8 array of shape (height, width, 3), BGR, not {what}.')
     height, width = image.shape[:2]
     if min(height, width) < SMALLEST_SIDE:
-        raise UserError(f'the picture is {width} x {height} pixels; hands need at least {SMALLEST_SIDE} each way.')
+        raise UserError(
+            f'The image is {width} x {height} pixels; hands need at least {SMALLEST_SIDE} x {SMALLEST_SIDE}.'
+        )
     if box is None:
         matrix = crop_matrix(np.array([[0.0, 0.0], [width, height]]), share=1)
     else:
@@ -99,22 +103,22 @@ def cut_crop(image: np.ndarray, box: Box | None = None, intrinsics: np.ndarray |
 
 
 def check_box(box: Sequence[float], width: int, height: int) -> np.ndarray:
-    """(4,) x, y, width, height. Raises UserError unless it is a box that shows some of a width x height picture."""
+    """(4,) x, y, width, height. Raises UserError unless the box overlaps a width x height image."""
     try:
         numbers = np.asarray(box, np.float64)
     except (TypeError, ValueError):
         numbers = np.empty(0)
     if numbers.shape != (4,) or not np.isfinite(numbers).all():
-        raise UserError(f'a box is four numbers, x y width height in pixels; this is {box!r}.')
+        raise UserError(f'A box must be four numbers, x y width height in pixels, not {box!r}.')
     left, top, across, down = numbers
     if min(across, down) < SMALLEST_SIDE:
         raise UserError(
-            f'the box {_words(numbers)} (x y width height) is {across:g} x {down:g} pixels; hands need at '
-            f'least {SMALLEST_SIDE} each way.'
+            f'The box {_words(numbers)} (x y width height) is {across:g} x {down:g} pixels; hands need at '
+            f'least {SMALLEST_SIDE} x {SMALLEST_SIDE}.'
         )
     if left >= width or top >= height or left + across <= 0 or top + down <= 0:
         raise UserError(
-            f'the box {_words(numbers)} (x y width height) lies outside of the picture, which is {width} x '
+            f'The box {_words(numbers)} (x y width height) lies outside of the image, which is {width} x '
             f'{height} pixels.'
         )
     return numbers
@@ -125,7 +129,7 @@ def _words(numbers: np.ndarray) -> str:
 
 
 def _warp(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """The 256 crop. Only the part that it shows is touched, and where many pixels become one they are averaged."""
+    """The 256 crop, from the visible part of the image only; pixels are averaged where it shrinks."""
     scale = matrix[0, 0]
     low = np.floor(-matrix[:2, 2] / scale).astype(int) - 1
     high = np.ceil((CROP_SIZE - matrix[:2, 2]) / scale).astype(int) + 2
@@ -137,14 +141,14 @@ def _warp(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
         size = np.maximum(np.array(part.shape[1::-1]) * 2 * scale, 1).round().astype(int)
         shrink = size / part.shape[1::-1]
         part = cv2.resize(part, size.tolist(), interpolation=cv2.INTER_AREA)
-    # Pixel centres lie at integers: u of the part = (u of the picture - left + 1/2) shrink - 1/2.
+    # Pixel centres lie at integers: u of the part = (u of the image - left + 1/2) shrink - 1/2.
     to_part = np.diag([*shrink, 1.0])
     to_part[:2, 2] = (0.5 - np.array([left, top])) * shrink - 0.5
     return cv2.warpAffine(part, (matrix @ np.linalg.inv(to_part))[:2], (CROP_SIZE, CROP_SIZE))
 
 
 class Reconstructor:
-    """A trained network, made ready for pictures."""
+    """A trained network, prepared for inference on images."""
 
     def __init__(
         self, model: DIR, *, precision: str = 'float32', device: str | torch.device = 'cpu', batch_size: int = 16
@@ -162,11 +166,11 @@ class Reconstructor:
         *,
         intrinsics: Sequence[np.ndarray | None] | np.ndarray | None = None,
     ) -> Reconstruction:
-        """Pictures (H, W, 3) uint8 BGR, of any sizes, with the box of both hands in each -> Reconstruction.
+        """Images (H, W, 3) uint8 BGR of any size, with a box around both hands in each -> Reconstruction.
 
-        boxes: (x, y, width, height) pixels, or None for the whole picture; a picture with two people is given twice.
+        boxes: (x, y, width, height) pixels, or None for the whole image; pass an image with two people twice.
         intrinsics: (3, 3) pixels, one for all or one each; None assumes them (``assumed_intrinsics``). Raises
-        UserError for what is no picture, a box outside of it, and numbers of boxes or intrinsics that do not fit.
+        UserError for anything but an image, a box outside of it, and a wrong number of boxes or intrinsics.
         """
         count = len(images_bgr)
         boxes = [None] * count if boxes is None else boxes
@@ -174,16 +178,16 @@ class Reconstructor:
             intrinsics = [intrinsics] * count
         if not len(boxes) == len(intrinsics) == count:
             raise UserError(
-                f'{count} pictures with {len(boxes)} boxes and {len(intrinsics)} intrinsics: each picture needs one.'
+                f'There are {count} images, {len(boxes)} boxes and {len(intrinsics)} intrinsics; each image needs one.'
             )
         return self.from_crops([cut_crop(*each) for each in zip(images_bgr, boxes, intrinsics)])
 
     @torch.inference_mode()
     def from_crops(self, crops: Sequence[Crop]) -> Reconstruction:
-        """What ``cut_crop`` gave -> Reconstruction, ``batch_size`` crops at a time. Raises UserError for a network
-        whose predictions are not finite."""
+        """Crops (``cut_crop``) -> Reconstruction, ``batch_size`` at a time. Raises UserError if predictions are not
+        finite."""
         if not crops:
-            raise UserError('there are no pictures to reconstruct hands from.')
+            raise UserError('There are no images to reconstruct hands from.')
         set_float32_precision(self.precision)
         parts = [self._part(crops[begin : begin + self.batch_size]) for begin in range(0, len(crops), self.batch_size)]
         return Reconstruction(*map(torch.cat, zip(*parts)))
@@ -193,12 +197,14 @@ class Reconstructor:
         with autocast(self.precision, self.device):
             hands = self.network(self.network.preprocess(images)).stages[-1]
         if not bool(hands.vertices.isfinite().all() & hands.offset.isfinite().all()):
-            raise UserError('the network predicts NaN or infinity: the checkpoint is damaged or its training diverged.')
-        return placed_in_picture(hands, crops)
+            raise UserError(
+                'The network predicts NaN or infinity: the checkpoint is damaged, or its training diverged.'
+            )
+        return placed_in_image(hands, crops)
 
 
-def placed_in_picture(hands: HandPrediction, crops: Sequence[Crop]) -> Reconstruction:
-    """A network's last estimate for each crop -> the hands before the whole picture's camera."""
+def placed_in_image(hands: HandPrediction, crops: Sequence[Crop]) -> Reconstruction:
+    """The network's last estimate for each crop -> hands in the camera coordinates of the whole image."""
     to_crop, intrinsics = (
         torch.from_numpy(np.stack(matrices)).to(hands.joints.device)
         for matrices in zip(*((crop.matrix, crop.intrinsics) for crop in crops))
@@ -225,10 +231,10 @@ def placed_in_picture(hands: HandPrediction, crops: Sequence[Crop]) -> Reconstru
 
 
 def load_reconstructor(checkpoint: str | Path, *, device: str = 'auto', overrides: Sequence[str] = ()) -> Reconstructor:
-    """A checkpoint (ours or the published one, a file or a run folder) -> a callable, see ``Reconstructor``.
+    """A checkpoint (ours or the published one, a file or a run folder) -> a ``Reconstructor``.
 
     device: 'auto' (CUDA if there is one), 'cpu', 'cuda' or 'cuda:N'. overrides: KEY VALUE ..., for instance MANO.PATH
-    and where the hand model's files are. Raises UserError where the checkpoint, hand model or device cannot be had.
+    and the folder of the hand model's files. Raises UserError if checkpoint, hand model or device cannot be used.
     """
     model, cfg, _ = load_model(checkpoint, [*overrides, 'DEVICE', device])
     return Reconstructor(model, precision=cfg.EVAL.PRECISION, device=choose_device(cfg.DEVICE))

@@ -127,9 +127,9 @@ def test_bad_files_are_listed_and_the_rest_goes_on(run, pictures, tmp_path, caps
     assert run(pictures, '--box', 130, 10, 60, 70) == 1
     failed = {os.path.basename(each['input']): each['reason'] for each in outcome(tmp_path)['failed']}
     assert set(failed) == {'text.jpg', 'dot.png', 'clip.mp4', 'b.png', 'c.jpg'}
-    assert 'not a picture' in failed['text.jpg'] and 'not a video' in failed['clip.mp4']
+    assert 'not an image' in failed['text.jpg'] and 'not a video' in failed['clip.mp4']
     assert '1 x 1' in failed['dot.png']
-    assert 'outside of the picture, which is 120 x 160' in failed['b.png']
+    assert 'outside of the image, which is 120 x 160' in failed['b.png']
     assert all('\n' not in reason for reason in failed.values())
     assert len(outcome(tmp_path)['done']) == 1
     assert '1 done, 5 failed' in capsys.readouterr().out
@@ -225,10 +225,10 @@ def test_a_stop_keeps_what_is_done_and_the_next_run_does_it_again(run, tmp_path,
     [
         ([], 'No input: name images'),
         (['none.jpg'], 'no file or folder none.jpg'),
-        (['*.none'], 'fits the pattern'),
+        (['*.none'], 'No file matches the pattern'),
         (['tests', '--focal', '-1'], '--focal is -1'),
         (['tests', '--batch', '0'], '--batch is 0'),
-        (['tests'], 'holds no picture or video'),
+        (['tests'], 'contains no image or video'),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence(run, capsys, arguments, words):

@@ -10,7 +10,7 @@ from utils.errors import UserError
 
 
 def next_picture(stream) -> np.ndarray:
-    assert stream.readline() == b'--next-picture\r\n'
+    assert stream.readline() == b'--next-frame\r\n'
     headers = dict(line.decode().strip().split(': ') for line in iter(stream.readline, b'\r\n'))
     jpeg = stream.read(int(headers['Content-Length']))
     assert stream.readline() == b'\r\n'
@@ -37,6 +37,6 @@ def test_the_page_streams_what_is_shown():
 def test_a_port_that_is_taken_is_one_sentence():
     view = LiveView(0)
     port = view.server.server_address[1]
-    with pytest.raises(UserError, match=f'--serve {port}: the port cannot be used'):
+    with pytest.raises(UserError, match=f'Port {port} cannot be used'):
         LiveView(port)
     view.close()

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inference.media import Video, find_inputs, read_picture, video_writer
+from inference.media import Video, find_inputs, read_image, video_writer
 from utils.errors import UserError
 
 COLOURS = np.array(
@@ -21,17 +21,17 @@ def large(colours=COLOURS):
 def test_16_bits_grey_and_alpha_become_8_bit_bgr(tmp_path):
     picture = large()
     cv2.imwrite(str(tmp_path / 'deep.png'), picture.astype(np.uint16) * 257)
-    assert np.array_equal(read_picture(tmp_path / 'deep.png').image, picture)
+    assert np.array_equal(read_image(tmp_path / 'deep.png').image, picture)
     cv2.imwrite(str(tmp_path / 'grey.png'), picture[..., 0])
-    assert np.array_equal(read_picture(tmp_path / 'grey.png').image, np.repeat(picture[..., :1], 3, -1))
+    assert np.array_equal(read_image(tmp_path / 'grey.png').image, np.repeat(picture[..., :1], 3, -1))
     alpha = np.full((*picture.shape[:2], 1), 255, np.uint8)
     alpha[:20], alpha[20:40] = 0, 51
     cv2.imwrite(str(tmp_path / 'clear.png'), np.concatenate([picture, alpha], -1))
-    read = read_picture(tmp_path / 'clear.png').image.astype(int)
+    read = read_image(tmp_path / 'clear.png').image.astype(int)
     assert (read[:20] == 255).all() and np.array_equal(read[40:], picture[40:])
     assert np.abs(read[20:40] - (255 - 0.2 * (255 - picture[20:40].astype(int)))).max() <= 1
     cv2.imwrite(str(tmp_path / 'deep_clear.png'), np.concatenate([picture, alpha], -1).astype(np.uint16) * 257)
-    assert np.abs(read_picture(tmp_path / 'deep_clear.png').image.astype(int) - read).max() <= 1
+    assert np.abs(read_image(tmp_path / 'deep_clear.png').image.astype(int) - read).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_exif_turns_a_picture_upright(tmp_path, orientation, turn):
     exif[274] = orientation
     image.save(tmp_path / 'phone.jpg', exif=exif, quality=98, subsampling=0)
     expected = large() if turn is None else cv2.rotate(large(), turn)
-    read = read_picture(tmp_path / 'phone.jpg').image
+    read = read_image(tmp_path / 'phone.jpg').image
     assert read.shape == expected.shape
     assert np.abs(read.astype(int) - expected).mean() < 4
 
@@ -55,8 +55,8 @@ def test_what_is_no_picture_is_one_sentence(tmp_path):
     cv2.imwrite(str(tmp_path / 'cut.jpg'), large())
     (tmp_path / 'cut.jpg').write_bytes((tmp_path / 'cut.jpg').read_bytes()[:-200])
     for name in ('text.jpg', 'empty.png', 'cut.jpg'):
-        with pytest.raises(UserError, match='not a picture that OpenCV reads, or it is cut short'):
-            read_picture(tmp_path / name)
+        with pytest.raises(UserError, match='not an image that OpenCV can read, or is truncated'):
+            read_image(tmp_path / name)
 
 
 def test_exif_says_the_focal_length_whichever_way_the_phone_is_held(tmp_path):
@@ -66,14 +66,14 @@ def test_exif_says_the_focal_length_whichever_way_the_phone_is_held(tmp_path):
     exif.get_ifd(0x8769)[0xA405] = 26  # FocalLengthIn35mmFilm
     for name in ('phone.jpg', 'phone.png'):
         image.save(tmp_path / name, exif=exif)
-        focal = read_picture(tmp_path / name).focal
+        focal = read_image(tmp_path / name).focal
         assert focal == pytest.approx(26 / 43.267 * 400, rel=1e-4)  # 400: the diagonal
     exif.get_ifd(0x8769)[0xA405] = 0
     image.save(tmp_path / 'unknown.jpg', exif=exif)
     image.save(tmp_path / 'none.jpg')
     (tmp_path / 'damaged.jpg').write_bytes((tmp_path / 'phone.jpg').read_bytes().replace(b'Exif', b'Exit'))
     for name in ('unknown.jpg', 'none.jpg', 'damaged.jpg'):
-        assert read_picture(tmp_path / name).focal is None
+        assert read_image(tmp_path / name).focal is None
 
 
 # Inputs
@@ -85,17 +85,17 @@ def test_inputs_are_sorted_told_apart_and_come_once(tmp_path):
     (tmp_path / 'deeper').mkdir()
     (tmp_path / 'deeper' / 'c.png').write_bytes(b'x')
     found = find_inputs([str(tmp_path), str(tmp_path / '*.png'), str(tmp_path / 'odd.name')])
-    assert [path.name for path in found.pictures] == ['a.JPG', 'b.png', 'odd.name']  # a named file is tried
+    assert [path.name for path in found.images] == ['a.JPG', 'b.png', 'odd.name']  # a named file is tried
     assert [path.name for path in found.videos] == ['clip.mp4']
     assert [path.name for path in found.others] == ['notes.txt', 'odd.name']
-    assert [path.name for path in find_inputs([str(tmp_path / '**' / 'c.*')]).pictures] == ['c.png']
+    assert [path.name for path in find_inputs([str(tmp_path / '**' / 'c.*')]).images] == ['c.png']
 
 
 def test_nothing_to_find_is_one_sentence(tmp_path):
     (tmp_path / 'notes.txt').write_text('x')
     for word, says in (
-        (tmp_path, 'holds no picture or video (of 1 files)'),
-        (tmp_path / '*.jpg', 'fits the pattern'),
+        (tmp_path, 'contains no image or video (of 1 files)'),
+        (tmp_path / '*.jpg', 'No file matches the pattern'),
         (tmp_path / 'a.jpg', 'no file or folder'),
     ):
         with pytest.raises(UserError) as caught:
@@ -144,5 +144,5 @@ def test_what_is_no_video_is_one_sentence(tmp_path):
     (tmp_path / 'clip.mp4').write_text('not a video')
     with pytest.raises(UserError, match='not a video'):
         Video(tmp_path / 'clip.mp4')
-    with pytest.raises(UserError, match='no camera of this number'):
+    with pytest.raises(UserError, match='no camera with this number'):
         Video(99)

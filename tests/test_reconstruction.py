@@ -1,4 +1,4 @@
-"""Pictures -> hands before the picture's camera, with true parameters in the network's place and with networks."""
+"""Pictures -> hands before the image's camera, with true parameters in the network's place and with networks."""
 
 import json
 
@@ -68,7 +68,7 @@ class TrueNetwork(torch.nn.Module):
 
 
 def raw_cameras(raw, dataset):
-    """(picture, intrinsics) of each sample as downloaded."""
+    """(image, intrinsics) of each sample as downloaded."""
     data = json.loads(annotation_file(raw, 'data').read_text())['images']
     cameras = json.loads(annotation_file(raw, 'camera').read_text())['0']
     for image in data:
@@ -102,14 +102,14 @@ def test_with_true_parameters_the_overlay_covers_the_datas_mask(standin, reconst
         both, either = ((drawn == label) & (masks == label)).sum(), ((drawn == label) | (masks == label)).sum()
         assert both / either >= 0.97
 
-    for number, picture in enumerate(pictures):  # and the overlay itself, on the whole picture
-        covered = draw_overlay(reduced(np.zeros_like(picture)), hands.one(number), standin).any(-1)
+    for number, image in enumerate(pictures):  # and the overlay itself, on the whole image
+        covered = draw_overlay(reduced(np.zeros_like(image)), hands.one(number), standin).any(-1)
         mask = (masks[number].numpy() > 0).astype(np.uint8) * 255
         back = np.linalg.inv(hands.to_crop[number].double().numpy())
-        # The renderer samples at pixels' centres + 1/2, in the crop as in the picture.
+        # The renderer samples at pixels' centres + 1/2, in the crop as in the image.
         half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
         whole = (
-            cv2.warpAffine(mask, (np.linalg.inv(half) @ back @ half)[:2], picture.shape[1::-1], flags=cv2.INTER_AREA)
+            cv2.warpAffine(mask, (np.linalg.inv(half) @ back @ half)[:2], image.shape[1::-1], flags=cv2.INTER_AREA)
             > 127
         )
         assert (covered & whole).sum() / (covered | whole).sum() >= 0.97
@@ -143,11 +143,11 @@ def test_every_field_is_one_row_a_picture_and_consistent(reconstruct):
 
 
 def test_a_picture_moved_with_its_box_gives_the_same_hands_moved(reconstruct):
-    picture = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 255, (256, 256, 3), np.uint8), (0, 0), 5)
+    image = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 255, (256, 256, 3), np.uint8), (0, 0), 5)
     larger = np.zeros((400, 500, 3), np.uint8)
-    larger[100:356, 200:456] = picture
+    larger[100:356, 200:456] = image
     box = (25.6, 25.6, 204.8, 204.8)
-    one = reconstruct([picture], [box], intrinsics=assumed_intrinsics(256, 256))
+    one = reconstruct([image], [box], intrinsics=assumed_intrinsics(256, 256))
     moved = reconstruct([larger], [(225.6, 125.6, 204.8, 204.8)])
     assert (moved.joints_px - one.joints_px - torch.tensor([200.0, 100.0])).abs().max() < 0.1
 
@@ -156,8 +156,8 @@ def test_a_picture_moved_with_its_box_gives_the_same_hands_moved(reconstruct):
 
 
 def test_a_crop_shows_its_box_in_the_middle_and_black_outside():
-    picture = np.full((100, 200, 3), 200, np.uint8)
-    crop = cut_crop(picture, (150, 20, 100, 60))  # a quarter of it hangs over the right edge
+    image = np.full((100, 200, 3), 200, np.uint8)
+    crop = cut_crop(image, (150, 20, 100, 60))  # a quarter of it hangs over the right edge
     corners = crop.matrix @ np.array([[150, 20, 1], [250, 80, 1]]).T
     assert pytest.approx(np.array([[25.6, 66.56], [230.4, 189.44]]), abs=0.01) == corners[:2].T
     edge = (crop.matrix @ [200, 50, 1])[0]
@@ -166,10 +166,10 @@ def test_a_crop_shows_its_box_in_the_middle_and_black_outside():
 
 @pytest.mark.parametrize('side', [400, 3000])
 def test_a_dot_lands_where_the_matrix_says_however_large_the_picture(side):
-    picture = np.zeros((side, side + 77, 3), np.uint8)
+    image = np.zeros((side, side + 77, 3), np.uint8)
     x, y = 0.61 * side, 0.37 * side
-    cv2.circle(picture, (round(x), round(y)), side // 60, (255, 255, 255), cv2.FILLED)
-    crop = cut_crop(picture, (0.2 * side, 0.1 * side, 0.6 * side, 0.7 * side))
+    cv2.circle(image, (round(x), round(y)), side // 60, (255, 255, 255), cv2.FILLED)
+    crop = cut_crop(image, (0.2 * side, 0.1 * side, 0.6 * side, 0.7 * side))
     weight = crop.image[..., 0].astype(float)
     where = (crop.matrix @ [round(x), round(y), 1])[:2]
     grid = np.mgrid[:256, :256]
@@ -177,7 +177,7 @@ def test_a_dot_lands_where_the_matrix_says_however_large_the_picture(side):
     assert centre == pytest.approx(where, abs=0.1)
 
 
-def test_many_pixels_that_become_one_are_averaged():
+def test_shrinking_averages_pixels():
     stripes = np.zeros((2560, 2560, 3), np.uint8)
     stripes[:, ::2] = 200
     crop = cut_crop(stripes)
@@ -190,8 +190,8 @@ def test_many_pixels_that_become_one_are_averaged():
         (np.zeros((1, 1, 3), np.uint8), None, '1 x 1 pixels'),
         (np.zeros((50, 60), np.uint8), None, 'uint8 (50, 60)'),
         (np.zeros((50, 60, 3), np.float32), None, 'float32'),
-        ('picture.jpg', None, 'str'),
-        (np.zeros((50, 60, 3), np.uint8), (70, 0, 20, 20), 'outside of the picture, which is 60 x 50'),
+        ('image.jpg', None, 'str'),
+        (np.zeros((50, 60, 3), np.uint8), (70, 0, 20, 20), 'outside of the image, which is 60 x 50'),
         (np.zeros((50, 60, 3), np.uint8), (-30, 0, 20, 20), 'outside'),
         (np.zeros((50, 60, 3), np.uint8), (0, 0, 20, -5), '20 x -5'),
         (np.zeros((50, 60, 3), np.uint8), (0, 0, 20), 'four numbers'),
@@ -205,12 +205,12 @@ def test_what_cannot_be_used_is_one_sentence(image, box, words):
     assert words in str(caught.value)
 
 
-def test_numbers_of_pictures_and_boxes_must_fit(reconstruct):
-    picture = np.zeros((50, 60, 3), np.uint8)
-    for arguments in (([picture], [None, None]), ([picture, picture], None, [np.eye(3)])):
-        with pytest.raises(UserError, match='each picture needs one'):
+def test_each_image_needs_one_box(reconstruct):
+    image = np.zeros((50, 60, 3), np.uint8)
+    for arguments in (([image], [None, None]), ([image, image], None, [np.eye(3)])):
+        with pytest.raises(UserError, match='each image needs one'):
             reconstruct(*arguments[:2], intrinsics=arguments[2] if len(arguments) > 2 else None)
-    with pytest.raises(UserError, match='no pictures'):
+    with pytest.raises(UserError, match='no images'):
         reconstruct([])
 
 
