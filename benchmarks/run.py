@@ -45,12 +45,15 @@ from torch import Tensor, nn
 from torchvision import __version__ as torchvision_version
 from yacs.config import CfgNode
 
-from dataset import open_split
+from dataset import interhand, open_split
 from dataset import packed as pack
 from dataset.batch import build_batch_maker, parts_of
 from dataset.loader import training_loader
 from dataset.prepare import pack as pack_command
 from dataset.prepare import split as preparation
+from dataset.prepare.frames import FramePreparer
+from dataset.prepare.raw import RawSplit
+from dataset.prepare.skips import Skipped
 from dataset.synthetic import synthesize
 from dataset.vertex_colours import canonical_colours
 from inference import export
@@ -394,7 +397,7 @@ def made_data(setting: Setting) -> Path:
         raw, folder = setting.work / 'raw', setting.work / 'folder'
         _run(synthesize.main, '--save_path', raw, '--frames', MADE_FRAMES, '0', '0')
         with threads(1):  # the command sets that for good
-            _run(preparation.main, '--data_path', raw, '--save_path', folder, '--workers', 1, 'MANO.SOURCE', 'standin')
+            _run(interhand.main, '--data_path', raw, '--save_path', folder, '--workers', 1, 'MANO.SOURCE', 'standin')
         for name, more in (('packed', ()), ('bits', ('--masks', 'bits')), ('bare', ('--no-targets',))):
             _run(pack_command.main, '--data_path', folder, '--save_path', setting.work / name, '--workers', 1, *more)
     return setting.work
@@ -522,8 +525,8 @@ def waiting(setting: Setting) -> Table:
 
 def prepare(setting: Setting) -> Table:
     """All that is done for a frame, reading and writing included; the hand models are there already."""
-    split, models = preparation.RawSplit(made_data(setting) / 'raw', 'train'), load_hands('standin')
-    preparer = preparation.FramePreparer(models, canonical_colours(models))
+    split, models = RawSplit(made_data(setting) / 'raw', 'train'), load_hands('standin')
+    preparer = FramePreparer(models, canonical_colours(models))
     rates = []
     with threads(1):
         for number in range(setting.repeats):
@@ -554,7 +557,7 @@ def annotations(setting: Setting) -> Table:
 
 
 def print_annotations(root: Path) -> None:
-    split, skipped = preparation.RawSplit(root, 'train'), preparation.Skipped()
+    split, skipped = RawSplit(root, 'train'), Skipped()
     begin = time.perf_counter()
     frames = preparation.select(split, skipped)
     seconds = time.perf_counter() - begin

@@ -9,7 +9,7 @@ from torch.utils.data import default_collate
 from dataset.augmentation import BLUR_LENGTHS, AugmentationRanges, draw_augmentation, parameters
 from dataset.batch import BatchMaker, parts_of
 from dataset.image_augmentation import augmentation_map, line_kernels
-from dataset.prepare.split import FramePreparer
+from dataset.prepare.frames import FramePreparer
 from dataset.prepared import InterHandDataset
 from dataset.targets import TargetRenderer, classify_mask
 from dataset.vertex_colours import canonical_colours

@@ -2,7 +2,8 @@ import pytest
 
 from benchmarks.made_annotations import main
 from dataset.prepare.raw import RawSplit, full_entries
-from dataset.prepare.split import Skipped, select
+from dataset.prepare.skips import Skipped
+from dataset.prepare.split import select
 
 FRAMES = 3000
 

@@ -205,7 +205,7 @@ def test_packing_again_or_differently(tiny_prepared, spoilt, capsys):
     assert run('--data_path', tiny_prepared, '--save_path', spoilt) == 0
     assert 'already complete' in capsys.readouterr().out
     assert run('--data_path', tiny_prepared, '--save_path', spoilt, '--masks', 'bits') == 2
-    assert 'mask is jpeg, wanted bits' in capsys.readouterr().err
+    assert 'mask was jpeg, now bits' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ import pytest
 import torch
 from raw_tree import CAMERAS, annotation_file, make_raw_tree, write_kind
 
+from dataset import interhand
 from dataset.prepare import split as preparation
 from dataset.prepare.raw import RawSplit
-from dataset.prepare.split import FOLDERS, pickle_annotation
+from dataset.prepare.skips import pickle_annotation
+from dataset.prepared import FOLDERS
 from dataset.vertex_colours import canonical_colours, load_colours
 from manopth import TwoHandLayer, safe_pickle
 from manopth.rotations import axis_angle_to_matrix
@@ -26,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def prepare(data_path, save_path, *extra) -> int:
-    return preparation.main(
+    return interhand.main(
         [
             '--data_path',
             str(data_path),
@@ -258,7 +260,7 @@ def test_an_interrupted_run_resumes_to_the_same_files(tree, monkeypatch, stop_af
     cv2.imwrite(str(dark), np.zeros((334, 512, 3), np.uint8))
     monkeypatch.setattr(preparation, 'CHUNK', 3)
     assert prepare(root, save_path.with_name('whole')) == 0
-    write, calls = preparation._write, []
+    write, calls = preparation.write_frame, []
 
     def interrupted(folder, index, sample):
         calls.append(index)
@@ -267,14 +269,17 @@ def test_an_interrupted_run_resumes_to_the_same_files(tree, monkeypatch, stop_af
             raise KeyboardInterrupt
         write(folder, index, sample)
 
-    monkeypatch.setattr(preparation, '_write', interrupted)
+    monkeypatch.setattr(preparation, 'write_frame', interrupted)
     assert prepare(root, save_path) == 130
     assert not (save_path / 'train').exists()
     with open(save_path / 'train.partial' / 'journal.jsonl', 'ab') as journal:
         journal.write(b'{"next": 99, "ski')  # a line that a kill cut short
-    monkeypatch.setattr(preparation, '_write', write)
+    monkeypatch.setattr(preparation, 'write_frame', write)
     prepared_again = []
-    monkeypatch.setattr(preparation, '_job', lambda *a, job=preparation._job: prepared_again.append(a) or job(*a))
+    real_task = preparation.frame_task
+    monkeypatch.setattr(preparation, 'frame_task', lambda *a: prepared_again.append(a) or real_task(*a))
+        preparation, 'frame_task', lambda *a, job=preparation.frame_task: prepared_again.append(a) or job(*a)
+    )
     assert prepare(root, save_path) == 0
     assert len(prepared_again) == 12 - finished
     assert contents(save_path) == contents(save_path.with_name('whole'))
@@ -327,7 +332,7 @@ def spoil_nothing_left(root, content, save_path):
     for annotation in content['data']['annotations']:
         annotation['hand_type'] = 'left'
     write_kind(root, 'data', content)
-    return 'no frame of train can be prepared. train: 0 of 12 frames kept 12 hands not interacting.', ()
+    return 'No frame of train can be prepared. train: 0 of 12 frames kept 12 hands not interacting.', ()
 
 
 def spoil_half_download(root, content, save_path):
@@ -339,7 +344,7 @@ def spoil_half_download(root, content, save_path):
 def spoil_many_damaged(root, content, save_path):
     for image in content['data']['images'][1:]:
         (root / 'images' / 'train' / image['file_name']).write_bytes(b'')
-    return 'cut short or not a picture', ()
+    return 'truncated or not an image', ()
 
 
 def spoil_fits_missing(root, content, save_path):
@@ -359,7 +364,7 @@ def spoil_no_pictures(root, content, save_path):
 
 
 def spoil_split(root, content, save_path):
-    return "there is no split 'training'", ('--splits', 'training')
+    return "'training' is not a split", ('--splits', 'training')
 
 
 def spoil_absent_split(root, content, save_path):
@@ -387,7 +392,7 @@ def spoil_foreign_folder(root, content, save_path):
 def spoil_other_settings(root, content, save_path):
     assert prepare(root, save_path) == 0
     colours = write_colours(save_path.with_name('v_color.pkl'), np.zeros((778, 3)))
-    return 'prepared with other settings (vertex_colours was', ('--colours', colours)
+    return 'created with other settings (vertex_colours was', ('--colours', colours)
 
 
 def spoil_pytorch3d(root, content, save_path):
@@ -422,14 +427,14 @@ def test_a_partial_run_with_other_settings_is_not_resumed(tree, monkeypatch, cap
     before = contents(save_path)
     colours = write_colours(save_path.with_name('v_color.pkl'), np.zeros((778, 3)))
     assert prepare(root, save_path, '--colours', colours) == 2
-    assert 'train.partial was prepared with other settings' in capsys.readouterr().err
+    assert 'train.partial was created with other settings' in capsys.readouterr().err
     assert contents(save_path) == before
 
 
 def test_a_disk_that_vanishes_stops_the_run_without_skipping(tree, monkeypatch, capsys):
     root, _, save_path = tree
     monkeypatch.setattr(preparation, 'CHUNK', 4)
-    write = preparation._write
+    write = preparation.write_frame
 
     def vanish(folder, index, sample):
         write(folder, index, sample)
@@ -437,11 +442,11 @@ def test_a_disk_that_vanishes_stops_the_run_without_skipping(tree, monkeypatch, 
             (root / 'images' / 'train').rename(root / 'images' / 'unplugged')
             (root / 'images' / 'train').mkdir()
 
-    monkeypatch.setattr(preparation, '_write', vanish)
+    monkeypatch.setattr(preparation, 'write_frame', vanish)
     assert prepare(root, save_path) == 2
-    assert 'is the disk still there' in capsys.readouterr().err
+    assert 'Check the disk' in capsys.readouterr().err
     (root / 'images' / 'train').rmdir()
     (root / 'images' / 'unplugged').rename(root / 'images' / 'train')
-    monkeypatch.setattr(preparation, '_write', write)
+    monkeypatch.setattr(preparation, 'write_frame', write)
     assert prepare(root, save_path) == 0
     assert record(save_path)['kept'] == 12 and record(save_path)['skipped'] == {}

@@ -11,8 +11,8 @@ import pytest
 
 import train
 from apps import eval_interhand
+from dataset import interhand
 from dataset.prepare import fit_mano
-from dataset.prepare import split as preparation
 
 SAMPLE = Path(os.environ.get('DIR_INTERHAND_SAMPLE', Path(__file__).resolve().parents[2] / 'shared/interhand_sample'))
 pytestmark = pytest.mark.skipif(not SAMPLE.is_dir(), reason=f'no real frames at {SAMPLE} (DIR_INTERHAND_SAMPLE)')
@@ -27,7 +27,7 @@ def prepared(tmp_path_factory) -> Path:
     shutil.copytree(SAMPLE, root / 'raw')
     assert fit_mano.main(['--data_path', str(root / 'raw'), *STANDIN]) == 0
     assert (
-        preparation.main(
+        interhand.main(
             ['--data_path', str(root / 'raw'), '--save_path', str(root / 'data'), '--workers', '1', *STANDIN]
         )
         == 0

@@ -9,8 +9,8 @@ import torch
 from raw_tree import annotation_file, make_raw_tree
 from test_dir import tiny_config, tiny_model
 
+from dataset import interhand
 from dataset.batch import build_batch_maker
-from dataset.prepare import split as preparation
 from dataset.prepared import InterHandDataset
 from dataset.targets import camera_hands, classify_mask
 from inference.files import draw_overlay, reduced
@@ -38,7 +38,7 @@ def prepared(tmp_path_factory):
     raw, folder = tmp_path_factory.mktemp('raw'), tmp_path_factory.mktemp('prepared')
     make_raw_tree(raw, steps=3)
     assert (
-        preparation.main(
+        interhand.main(
             ['--data_path', str(raw), '--save_path', str(folder), '--workers', '1', 'MANO.SOURCE', 'standin']
         )
         == 0

@@ -110,7 +110,7 @@ def test_an_interrupted_shard_resumes(made, parts, monkeypatch, capsys):
         assert prepare(made / 'raw', parts, '--shard', '2/3') == 130
     assert not folder.exists() and merge(made, parts) == 2
     assert 'of 3 shards, unfinished: 2; run these again (--shard i/3)' in capsys.readouterr().err
-    monkeypatch.setattr(preparation, '_job', lambda *a: calls.append(a))
+    monkeypatch.setattr(preparation, 'frame_task', lambda *a: calls.append(a))
     assert prepare(made / 'raw', parts, '--shard', '2/3') == 0
     assert not calls and contents(folder) == contents(made / 'parts' / folder.name)
 
@@ -175,8 +175,8 @@ def test_a_merge_starts_anew_when_a_shard_has_been_prepared_again(made, parts, t
 
 
 def test_heavy_damage_is_refused_in_its_shard_and_in_the_whole(made, parts, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr('dataset.prepare.resumable.TOLERATED_FRAMES', 0)
-    monkeypatch.setattr('dataset.prepare.resumable.TOLERATED_SHARE', 0.2)
+    monkeypatch.setattr('dataset.prepare.skips.TOLERATED_FRAMES', 0)
+    monkeypatch.setattr('dataset.prepare.skips.TOLERATED_SHARE', 0.2)
     shutil.rmtree(parts / 'train.shard-2-of-3')
     assert prepare(made / 'raw', parts, '--shard', '2/3') == 2
     assert '2 of 4 frames of train, shard 2/3 in' in capsys.readouterr().err
@@ -185,12 +185,12 @@ def test_heavy_damage_is_refused_in_its_shard_and_in_the_whole(made, parts, tmp_
     shutil.rmtree(parts / 'train.shard-2-of-3.partial')
     assert merge(made, parts) == 2
     assert '4 of 14 frames of train in' in capsys.readouterr().err and not (parts / 'train.partial').exists()
-    monkeypatch.setattr('dataset.prepare.resumable.TOLERATED_SHARE', 0.3)
+    monkeypatch.setattr('dataset.prepare.skips.TOLERATED_SHARE', 0.3)
     assert merge(made, parts) == 0
 
 
 def test_damaged_annotations_are_refused_before_the_first_picture(made, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr('dataset.prepare.resumable.TOLERATED_FRAMES', 0)
+    monkeypatch.setattr('dataset.prepare.skips.TOLERATED_FRAMES', 0)
     assert prepare(made / 'raw', tmp_path, '--shard', '1/3') == 2
     assert '1 of 14 frames of train in' in capsys.readouterr().err
 
@@ -215,7 +215,7 @@ def spoil_shard_word(parts):
 
 
 def spoil_both(parts):
-    return ('--merge', '--shard', '1/3'), 'give one of them'
+    return ('--merge', '--shard', '1/3'), 'pass only one of them'
 
 
 def spoil_no_shards(parts):
@@ -245,7 +245,7 @@ def spoil_no_shard_now(parts):
 
 def spoil_settings(parts):
     edit_record(parts, lambda content: content['settings'].update(renderer='pytorch3d'))
-    return ('--merge',), 'train.shard-2-of-3 was prepared with other settings (renderer was pytorch3d, now torch)'
+    return ('--merge',), 'train.shard-2-of-3 was created with other settings (renderer was pytorch3d, now torch)'
 
 
 def spoil_record(parts):
@@ -309,7 +309,7 @@ def spoil_merge_without_shards(parts):
     (parts / 'train.partial' / 'journal.jsonl').write_text('{"merge": {}}\n')
     for folder in parts.glob('train.shard-*'):
         shutil.rmtree(folder)
-    return (), 'is a merge of shards that was cut off'
+    return (), 'is an interrupted merge of shards'
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import pytest
 import torch
 from raw_tree import make_raw_tree, write_kind
 
-from dataset.prepare import split as preparation
+from dataset import interhand
 from dataset.prepared import InterHandDataset
 from dataset.subsets import AnnotatedJoints, choose, read_ids
 from utils.errors import UserError
@@ -87,7 +87,7 @@ def prepared(tmp_path_factory):
     content['joint_3d']['0']['100']['joint_valid'][3] = [False]  # right thumb, nearest to the wrist
     write_kind(root / 'raw', 'joint_3d', content)
     assert (
-        preparation.main(
+        interhand.main(
             [
                 '--data_path',
                 str(root / 'raw'),

@@ -46,6 +46,7 @@ from dataset.packed import (
     verify_split,
 )
 from dataset.prepare.raw import SPLITS
+from dataset.prepare.resumable import already_complete, publish, refuse_other_settings
 from dataset.prepared import LABEL_SHAPES, RECORD, InterHandDataset, partial_folder
 from utils.distributed import usable_cores
 from utils.errors import UserError, user_facing
@@ -94,13 +95,11 @@ def pack_split(
     folder = save_path / split
     partial = partial_folder(folder)
     head = {'format': FORMAT, 'samples': len(source), 'mask': masks if targets else None, 'dense': targets}
-    if folder.exists():
-        _refuse_other(folder, {key: read_manifest(folder)[key] for key in head}, head)
-        print(f'{split}: {folder} is already complete.')
+    if already_complete(folder, head, recorded=lambda folder: {key: read_manifest(folder)[key] for key in head}):
         return
     partial.mkdir(parents=True, exist_ok=True)
     if (partial / HEAD).exists():
-        _refuse_other(partial, read_json(partial / HEAD), head)
+        refuse_other_settings(partial, read_json(partial / HEAD), head)
     else:
         write_atomically(partial / LABELS, _labels_header(len(source)))
         write_json(partial / HEAD, head)
@@ -122,14 +121,6 @@ def pack_split(
         for file in (labels, samples):
             os.fsync(file.fileno())
     _finish(source, partial, folder, head)
-
-
-def _refuse_other(folder: Path, found: dict, wanted: dict) -> None:
-    if found != wanted:
-        what = '; '.join(
-            f'{key} is {found.get(key)}, wanted {wanted[key]}' for key in wanted if found.get(key) != wanted[key]
-        )
-        raise UserError(f'{folder} was packed differently ({what}); give another --save_path, or remove it first.')
 
 
 def _labels_header(total: int) -> bytes:
@@ -178,9 +169,8 @@ def _finish(source: InterHandDataset, partial: Path, folder: Path, head: dict) -
     }
     if (source.folder / RECORD).exists():
         shutil.copyfile(source.folder / RECORD, partial / RECORD)
-    write_json(partial / MANIFEST, head | {'files': files})
-    (partial / HEAD).unlink()
-    os.rename(partial, folder)
+    publish(folder, MANIFEST, head | {'files': files})
+    (folder / HEAD).unlink()
     print(f'{folder.name}: {head["samples"]:,} samples, {sum(file["bytes"] for file in files.values()):,} bytes')
 
 

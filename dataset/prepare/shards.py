@@ -17,15 +17,13 @@ import msgspec
 from tqdm import tqdm
 
 from dataset.prepare.raw import RawSplit
-from dataset.prepare.resumable import (
-    JOURNAL,
-    Journal,
+from dataset.prepare.resumable import JOURNAL, Journal, refuse_other_settings
+from dataset.prepare.skips import (
     Skipped,
     finish,
     pickle_annotation,
     refuse_heavy_damage,
     refuse_nothing_kept,
-    refuse_other_settings,
     summarize,
 )
 from dataset.prepared import FOLDERS, RECORD, partial_folder, paths
@@ -228,7 +226,7 @@ def merge(
                 index += 1
                 progress.update()
             journal.append({'next': index})
-    finish(partial, split_folder, settings, kept, total, skipped)
+    finish(split_folder, settings, kept, total, skipped)
     print(summary, end='')
     clean_up(split_folder)
 

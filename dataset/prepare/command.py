@@ -1,0 +1,152 @@
+"""The command that prepares InterHand2.6M: ``python dataset/interhand.py --help``."""
+
+import argparse
+import hashlib
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from dataset.hand_model_record import check_hand_model_record, write_hand_model_record
+from dataset.prepare import raw
+from dataset.prepare.frames import FramePreparer, FrameTask, PreparedFrame
+from dataset.prepare.raw import SPLITS, RawSplit
+from dataset.prepare.shards import parse_shard
+from dataset.prepare.skips import Skip
+from dataset.prepare.split import FORMAT, merge_splits, prepare_split, settings_of
+from dataset.vertex_colours import canonical_colours, load_colours
+from models.hands import load_hands
+from utils.config import add_config_arguments, load_config, split_off_pairs
+from utils.distributed import usable_cores
+from utils.errors import UserError, user_facing
+from utils.rasterizer import RENDERERS
+
+MOST_WORKERS = 16  # by default: a process needs half a gigabyte, and beyond this the writing process is the bottleneck
+
+_preparer: FramePreparer | None = None  # of this worker process
+
+
+def _start_worker(mano: tuple[str, str], colours: np.ndarray, renderer: str) -> None:
+    global _preparer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _use_one_thread()
+    _preparer = FramePreparer(load_hands(*mano), colours, renderer)
+
+
+def _end_with_parent() -> None:
+    """End with a parent that is killed and cannot stop its workers, which would wait for ever."""
+    if parent := parent_process():
+        parent.join()
+    os._exit(1)
+
+
+def _work(tasks: list[FrameTask]) -> list[PreparedFrame | Skip]:
+    assert _preparer is not None  # set when the process starts
+    return _preparer(tasks)
+
+
+def _use_one_thread() -> None:
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)  # not 1: that waits for the parent's threads, which a fork does not copy
+
+
+def ordered_map(executor: Executor, function: Callable, items: Iterable, ahead: int) -> Iterator:
+    """``executor.map`` that submits at most ``ahead`` items in advance, so that memory stays bounded."""
+    waiting: deque[Future] = deque()
+    for item in items:
+        waiting.append(executor.submit(function, item))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description='Prepare InterHand2.6M: crops, masks, dense maps and annotations.')
+    parser.add_argument('--data_path', required=True, help="folder with InterHand2.6M's images/ and annotations/")
+    parser.add_argument('--save_path', required=True, help='output folder of the prepared data set')
+    parser.add_argument('--splits', nargs='+', metavar='SPLIT', help='train, val, test (default: all that exist)')
+    parser.add_argument(
+        '--shard', metavar='I/N', help='prepare only part I (1 to N) of N of each split: a task of a job array'
+    )
+    parser.add_argument('--merge', action='store_true', help='merge the finished shards; other options as they were')
+    parser.add_argument('--workers', type=int, help=f'processes (default: one per core, at most {MOST_WORKERS})')
+    parser.add_argument('--renderer', choices=sorted(RENDERERS), default='torch')
+    parser.add_argument('--colours', metavar='FILE', help='v_color.pkl (default: colours by position on the hand)')
+    add_config_arguments(parser)
+    arguments = parser.parse_intermixed_args(argv)
+    arguments.splits, keys = split_off_pairs(arguments.splits or [])
+    arguments.opts = keys + arguments.opts
+    if unknown := [word for word in arguments.splits if word not in SPLITS]:
+        raise UserError(f"--splits: '{unknown[0]}' is not a split; it must be one of {', '.join(SPLITS)}.")
+    if arguments.shard is not None:
+        if arguments.merge:
+            raise UserError('--shard prepares a part and --merge merges all parts; pass only one of them.')
+        arguments.shard = parse_shard(arguments.shard)
+    if arguments.workers is not None and arguments.workers < 1:
+        raise UserError(f'--workers is {arguments.workers}; it must be at least 1.')
+    return arguments
+
+
+@user_facing
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    arguments = parse_arguments(argv)
+    cfg = load_config(arguments.cfg, arguments.opts)
+    mano = (cfg.MANO.SOURCE, cfg.MANO.PATH)
+    models = load_hands(*mano)
+    colours = load_colours(arguments.colours) if arguments.colours else canonical_colours(models)
+    splits = [RawSplit(arguments.data_path, name) for name in arguments.splits or raw.find_splits(arguments.data_path)]
+    save_path = Path(arguments.save_path)
+    check_hand_model_record(arguments.data_path, models)
+    check_hand_model_record(save_path, models)
+    common = {
+        'format': FORMAT,
+        'hand_model': models.identity,
+        'renderer': arguments.renderer,
+        'vertex_colours': hashlib.sha256(colours.tobytes()).hexdigest()[:12],
+    }
+    todo = [(split, settings_of(split, common)) for split in splits]
+    if arguments.merge:
+        merge_splits(todo, save_path)
+        return
+    _use_one_thread()
+    preparer = FramePreparer(models, colours, arguments.renderer)
+    preparer.rasterize(
+        torch.ones(1, 3, 3), torch.tensor([[0, 1, 2]]), torch.eye(3)[None], (4, 4)
+    )  # is the renderer installed?
+    save_path.mkdir(parents=True, exist_ok=True)
+    write_hand_model_record(save_path, models)
+
+    workers = arguments.workers or min(usable_cores(), MOST_WORKERS)
+    if workers == 1:
+        for split, settings in todo:
+            prepare_split(split, save_path, settings, lambda chunks: map(preparer, chunks), arguments.shard)
+        return
+    executor = ProcessPoolExecutor(workers, get_context('spawn'), _start_worker, (mano, colours, arguments.renderer))
+    try:
+        for split, settings in todo:
+            prepare_split(
+                split,
+                save_path,
+                settings,
+                lambda chunks: ordered_map(executor, _work, chunks, 2 * workers),
+                arguments.shard,
+            )
+    except BrokenProcessPool:
+        raise UserError(
+            f'A worker process was killed, perhaps for lack of memory. Use fewer than --workers {workers}. '
+            'Finished work is kept; rerun the same command to continue.'
+        ) from None
+    finally:
+        executor.shutdown(cancel_futures=True)

@@ -1,0 +1,115 @@
+"""Frames that the preparation leaves out: why, how many are tolerated, and the record of a prepared split."""
+
+import pickle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dataset.prepare.raw import Frame, RawSplit
+from dataset.prepare.resumable import Journal, publish
+from dataset.prepared import RECORD, partial_folder, paths
+from utils.errors import UserError
+from utils.files import read_json
+
+DARKEST = 10  # least mean grey value of a frame that is kept
+
+# Why a frame is not kept: properties of the data set first, then damage. The texts are part of preparation.json.
+NOT_INTERACTING, NOT_VALID = 'hands not interacting', 'hand type not valid'
+NO_FIT, DARK = 'a hand without MANO parameters', f'mean grey value below {DARKEST}'
+NO_ANNOTATION, BAD_FIT, BAD_CAMERA = 'no annotation', 'damaged MANO parameters', 'damaged camera'
+MISSING, UNREADABLE, OTHER_SIZE = 'picture missing', 'picture unreadable', 'picture of another size'
+BEHIND = 'hands behind the camera'
+DAMAGE = (NO_ANNOTATION, BAD_FIT, BAD_CAMERA, MISSING, UNREADABLE, OTHER_SIZE, BEHIND)
+# More damage than this suggests, for instance, an incomplete download.
+TOLERATED_SHARE, TOLERATED_FRAMES = 0.01, 10
+
+
+class Skip(NamedTuple):
+    reason: str
+    detail: str = ''
+
+
+class Skipped:
+    """Skipped frames: image ids by reason, and a sentence for each damaged one."""
+
+    def __init__(self):
+        self.image_ids: dict[str, list[int]] = {}
+        self.damage: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self.image_ids.values()))
+
+    def add(self, frame: Frame, skip: Skip) -> None:
+        self.image_ids.setdefault(skip.reason, []).append(frame.id)
+        if skip.reason in DAMAGE:
+            self.damage[frame.file_name] = skip.detail or skip.reason
+
+    def extend(self, image_ids: dict[str, list[int]], damage: dict[str, str]) -> None:
+        """Add the skips of a shard, in the order in which single frames would have been added."""
+        for reason, ids in image_ids.items():
+            self.image_ids.setdefault(reason, []).extend(ids)
+        self.damage |= damage
+
+    def table(self) -> str:
+        return ''.join(f'{len(ids):>12,}  {reason}\n' for reason, ids in self.image_ids.items())
+
+
+def replay(journal: Journal, chunks: list[list[Frame]], skipped: Skipped) -> tuple[int, int]:
+    """Enter the journalled skips into ``skipped`` -> (number of finished chunks, index of the next sample)."""
+    finished = journal.lines[1:]
+    for line, chunk in zip(finished, chunks):
+        for number, skip in line['skipped']:
+            skipped.add(chunk[number], Skip(*skip))
+    return len(finished), finished[-1]['next'] if finished else 0
+
+
+def recorded_settings(folder: Path) -> dict:
+    """The settings of a prepared split. Raises UserError if the folder is none of this project's."""
+    record = folder / RECORD
+    if not record.exists():
+        raise UserError(f'{folder} exists and was not prepared by this command. Choose another --save_path.')
+    return read_json(record).get('settings', {})
+
+
+def pickle_annotation(annotation: dict[str, Any]) -> bytes:
+    """Pickle an annotation so that both NumPy 1 and NumPy 2 can read it, under the old name of NumPy's core."""
+    # Protocol 3 writes class names as lines of text, so a name of another length leaves the pickle valid.
+    return pickle.dumps(annotation, protocol=3).replace(b'cnumpy._core.', b'cnumpy.core.')
+
+
+def refuse_heavy_damage(split: RawSplit, what: str, damage: dict[str, str], total: int, leftover: Path) -> None:
+    """Raises UserError if so many frames are damaged ({file name: sentence}) that the data set must be incomplete."""
+    if len(damage) > max(TOLERATED_FRAMES, TOLERATED_SHARE * total):
+        some = '; '.join(list(dict.fromkeys(damage.values()))[:3])
+        raise UserError(
+            f'{len(damage):,} of {total:,} frames of {what} in {split.root} are missing or damaged '
+            f'({some}; ...). Complete the data set, remove {leftover} if it exists, and prepare it again.'
+        )
+
+
+def refuse_nothing_kept(split: RawSplit, kept: int, summary: str) -> None:
+    """Raises UserError with the reasons if not a single frame was kept."""
+    if not kept:
+        raise UserError(f'{split.root}: No frame of {split.split} can be prepared. {" ".join(summary.split())}.')
+
+
+def summarize(what: str, kept: int, total: int, skipped: Skipped) -> str:
+    return f'{what}: {kept:,} of {total:,} frames kept\n{skipped.table()}'
+
+
+def finish(target: Path, settings: dict, kept: int, total: int, skipped: Skipped, **more: Any) -> None:
+    """Remove leftovers of an earlier run, write the record (``more`` too) and give the folder its name."""
+    index = kept  # samples of a run that found more images
+    while left_over := [path for path in paths(partial_folder(target), index).values() if path.exists()]:
+        for path in left_over:
+            path.unlink()
+        index += 1
+    record = {
+        'settings': settings,
+        'frames': total,
+        'kept': kept,
+        'skipped': {reason: len(ids) for reason, ids in skipped.image_ids.items()},
+        'damaged': skipped.damage,
+        'skipped_image_ids': skipped.image_ids,
+        **more,
+    }
+    publish(target, RECORD, record)
