@@ -1,4 +1,4 @@
-"""Reading a packed data set: see dataset/prepare/pack.py for its files."""
+"""Read a packed data set; dataset/prepare/pack.py describes its files."""
 
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ from utils.hand import MASK_THRESHOLD
 
 FORMAT = 'dir-packed-1'  # raised when older readers would misread it
 MANIFEST, LABELS, SAMPLES = 'manifest.json', 'labels.npy', 'samples.bin'
-HEAD = 'head.json'  # of an unfinished split: what its manifest will begin with
+HEAD = 'head.json'  # of an unfinished split: the beginning of its manifest
 PARTS = ('img', 'mask', 'dense', 'entries')  # of a sample in samples.bin, in this order
 PACK_AGAIN = 'copy it again, or pack the data set again (python dataset/pack.py)'
 
@@ -36,8 +36,8 @@ def record_type() -> np.dtype:
 
 
 class PackedDataset(PreparedSplit):
-    """A packed split. Raises UserError if its files are missing, cut short or of another version, or if it holds no
-    masks or dense maps and they are asked for."""
+    """A packed split. Raises UserError if its files are missing, truncated or of another version, or if requested
+    masks or dense maps were not packed."""
 
     def __init__(self, path: str | Path, split: str, **options):
         folder = Path(path) / split
@@ -51,7 +51,7 @@ class PackedDataset(PreparedSplit):
                 )
 
     def __getstate__(self) -> dict:
-        """A process that is spawned maps the files itself; a memory map would travel as a copy of the data."""
+        """Leave the memory maps out: they would be pickled as copies. A spawned process maps the files itself."""
         return {key: value for key, value in self.__dict__.items() if key not in ('_records', '_content')}
 
     @cached_property
@@ -99,9 +99,9 @@ class PackedDataset(PreparedSplit):
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises UserError unless it is one of this version and both files have the size it names."""
+    """The manifest of a packed split. Raises UserError if its version or the size of a file is wrong."""
     if not folder.exists() and partial_folder(folder).is_dir():
-        raise UserError(f'{folder} is only half packed; give the same dataset/pack.py command again to finish it.')
+        raise UserError(f'{folder} is only partly packed; rerun dataset/pack.py as before to finish it.')
     manifest = read_json(folder / MANIFEST)
     version = manifest.get('format') if isinstance(manifest, dict) else None
     if version != FORMAT:
@@ -126,17 +126,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify_split(folder: Path) -> None:
-    """Raises UserError unless both files have the checksum that the manifest names."""
+    """Raises UserError unless both files have the checksums of the manifest."""
     for name, expected in read_manifest(folder)['files'].items():
         if sha256_of_file(folder / name) != expected['sha256']:
             raise UserError(f'{folder / name} is damaged (its SHA-256 is not that of the manifest): {PACK_AGAIN}.')
 
 
 def pack_bits(mask: np.ndarray) -> bytes:
-    """(256, 256, 2) uint8 left, right -> which of them is seen at each pixel, by the rule of ``classify_mask``."""
+    """(256, 256, 2) uint8 left, right -> the visible hand at each pixel, by the rule of ``classify_mask``."""
     left, right = mask[..., 0], mask[..., 1]
     seen = np.stack([(left > MASK_THRESHOLD) & (left >= right), (right > MASK_THRESHOLD) & (right > left)], -1)
-    return zlib.compress(np.packbits(seen), 1)
+    return zlib.compress(np.packbits(seen).tobytes(), 1)
 
 
 def unpack_bits(content: bytes | memoryview) -> np.ndarray:

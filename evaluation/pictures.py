@@ -148,8 +148,9 @@ def bone_feature_sheet(seen: Seen) -> np.ndarray:
 
 def segmentation_sheet(seen: Seen) -> np.ndarray:
     """The network input, the predicted classes as evaluated, and the true ones."""
-    true = seen.batch.target.segmentation
-    predicted = predicted_classes(seen.output.segmentation, true.shape[-2:])
+    true, logits = seen.batch.target.segmentation, seen.output.segmentation
+    assert logits is not None  # the caller skips this sheet for a model without dense heads
+    predicted = predicted_classes(logits, true.shape[-2:])
     captions = [_input_caption(seen), 'predicted classes', 'true classes']
     rows = [
         captioned_row([image, segmentation_picture(ours), segmentation_picture(theirs)], captions)

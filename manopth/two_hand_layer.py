@@ -31,6 +31,7 @@ class TwoHandLayer(nn.Module):
     """
 
     models: HandPair
+    template: Tensor
     tip_vertices: Tensor
     joint_order: Tensor
     faces: Tensor

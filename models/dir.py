@@ -41,6 +41,9 @@ class DIR(nn.Module):
     estimate.
     """
 
+    preprocess: Preprocessing
+    hand_head: HandHead
+
     def __init__(
         self,
         *,

@@ -41,7 +41,7 @@ class Trainer:
         self.cfg, self.device = cfg, device
         world = distributed.rank_and_world()[1]
         torch.manual_seed(cfg.SEED)
-        self.model = to_device(build_model(cfg, hands, pretrained=pretrained), device)
+        self.model: DIR = to_device(build_model(cfg, hands, pretrained=pretrained), device)
         if world > 1 and cfg.TRAIN.SYNC_BN:
             self.model = distributed.synchronise_batch_norm(self.model, device)
         self.average = None

@@ -135,7 +135,7 @@ def test_killed_packing_goes_on(tiny_prepared, packed, tmp_path, monkeypatch):
     for name in ('labels.npy', 'samples.bin'):
         with open(partial / name, 'ab') as file:
             file.write(b'\0' * 100)  # part of a record, part of a picture
-    with pytest.raises(UserError, match='only half packed'):
+    with pytest.raises(UserError, match='only partly packed'):
         open_split(tmp_path, 'train')
     counted = []
     monkeypatch.setattr(
@@ -211,7 +211,7 @@ def test_packing_again_or_differently(tiny_prepared, spoilt, capsys):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ([], 'give --data_path and --save_path, or --verify'),
+        ([], 'Pass --data_path and --save_path, or --verify'),
         (['--data_path', 'nowhere', '--save_path', 'there'], 'nowhere has none of the splits'),
         (['--verify', 'nowhere'], 'nowhere has none of the splits'),
         (['--data_path', '{data}', '--save_path', '{data}'], 'is the data set itself'),

@@ -278,8 +278,6 @@ def test_an_interrupted_run_resumes_to_the_same_files(tree, monkeypatch, stop_af
     prepared_again = []
     real_task = preparation.frame_task
     monkeypatch.setattr(preparation, 'frame_task', lambda *a: prepared_again.append(a) or real_task(*a))
-        preparation, 'frame_task', lambda *a, job=preparation.frame_task: prepared_again.append(a) or job(*a)
-    )
     assert prepare(root, save_path) == 0
     assert len(prepared_again) == 12 - finished
     assert contents(save_path) == contents(save_path.with_name('whole'))

@@ -139,7 +139,7 @@ def missing_fits(split: RawSplit, names: list[TimeStep]) -> np.ndarray:
             fits = split.mano(*name)
         except RecordError:
             return [True, True]
-        return [fits[side] is None or not all(np.isfinite(values).all() for values in fits[side]) for side in SIDES]
+        return [not fit or not all(np.isfinite(values).all() for values in fit) for fit in map(fits.get, SIDES)]
 
     return np.array([lacking(name) for name in names], dtype=bool).reshape(-1, 2)
 
@@ -218,7 +218,7 @@ def _write_residuals(path: Path, table: dict[tuple[str, str, str], tuple], *, fr
             header, *lines = list(csv.reader(file)) or [[]]
         if tuple(header) == RESIDUAL_COLUMNS:
             rows = {tuple(line[:3]): tuple(line[3:]) for line in lines if len(line) == len(RESIDUAL_COLUMNS)}
-    rows.update(table)
+    rows |= dict(table.items())
     text = io.StringIO()
     csv.writer(text, lineterminator='\n').writerows([RESIDUAL_COLUMNS, *((*key, *row) for key, row in rows.items())])
     write_atomically(path, text.getvalue().encode())
@@ -234,7 +234,7 @@ def _summary(
     lines = []
     if fitted:
         values = np.array(list(fitted.values()))
-        worst = sorted(fitted, key=fitted.get, reverse=True)[:NAMES_SHOWN]
+        worst = sorted(fitted, key=lambda name: fitted[name], reverse=True)[:NAMES_SHOWN]
         lines.append(
             f'  {len(values)} hands fitted; residual over the valid joints: mean {values.mean():.2f} mm, '
             f'median {np.median(values):.2f} mm, worst {values.max():.2f} mm'

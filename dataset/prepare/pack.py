@@ -1,4 +1,4 @@
-"""A prepared data set in a few large files: ``python dataset/pack.py``.
+"""Pack a prepared data set into a few large files: ``python dataset/pack.py``.
 
     python dataset/pack.py --data_path ./data/interhand2.6m/ --save_path ./data/interhand2.6m_packed/
     python dataset/pack.py --verify ./data/interhand2.6m_packed/          # every checksum
@@ -56,8 +56,7 @@ CHUNK = 64  # samples between two writes
 
 
 class _Packer(Dataset):
-    """Samples of a folder as the bytes that are kept of them; every picture is decoded once, so that a damaged one is
-    found now."""
+    """Samples as the bytes that are packed. Every image is decoded once, so that damage is found now."""
 
     def __init__(self, source: InterHandDataset, *, masks: str, targets: bool):
         self.source, self.masks, self.targets = source, masks, targets
@@ -78,7 +77,7 @@ class _Packer(Dataset):
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's numbers and arrays, which other tools' pickles hold, as JSON's own."""
+    """Convert NumPy numbers and arrays, which other tools' pickles contain, to JSON types."""
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
     raise TypeError(f'{type(value).__name__} in an annotation cannot be kept as JSON')
@@ -87,14 +86,19 @@ def _plain(value: Any) -> Any:
 def pack_split(
     source: InterHandDataset, save_path: Path, *, masks: str = 'jpeg', targets: bool = True, workers: int = 0
 ) -> None:
-    """Pack one split, or what is left of it: a killed run goes on after the last sample that is whole.
+    """Pack one split; a killed run resumes after the last complete sample.
 
     Raises UserError if a sample cannot be read or the folder holds something else.
     """
     split = source.folder.name
     folder = save_path / split
     partial = partial_folder(folder)
-    head = {'format': FORMAT, 'samples': len(source), 'mask': masks if targets else None, 'dense': targets}
+    head: dict[str, Any] = {
+        'format': FORMAT,
+        'samples': len(source),
+        'mask': masks if targets else None,
+        'dense': targets,
+    }
     if already_complete(folder, head, recorded=lambda folder: {key: read_manifest(folder)[key] for key in head}):
         return
     partial.mkdir(parents=True, exist_ok=True)
@@ -124,7 +128,7 @@ def pack_split(
 
 
 def _labels_header(total: int) -> bytes:
-    """What stands before the records of labels.npy."""
+    """The header of labels.npy."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         header, {'descr': np.lib.format.dtype_to_descr(record_type()), 'fortran_order': False, 'shape': (total,)}
@@ -133,7 +137,7 @@ def _labels_header(total: int) -> bytes:
 
 
 def _cut_to_whole_samples(labels: BinaryIO, samples: BinaryIO, *, header_bytes: int) -> int:
-    """Remove the half-written end that a kill or a power cut left -> number of samples that are there."""
+    """Remove the truncated end that a kill or a power cut left -> number of complete samples."""
     kind = record_type()
     with open(labels.name, 'rb') as file:
         file.seek(header_bytes)
@@ -141,7 +145,7 @@ def _cut_to_whole_samples(labels: BinaryIO, samples: BinaryIO, *, header_bytes: 
     records = np.frombuffer(content[: len(content) // kind.itemsize * kind.itemsize], kind)
     ends = records['begin'] + sum(records[f'{part}_bytes'].astype(np.uint64) for part in PARTS)
     whole = (records['img_bytes'] > 0) & (ends <= samples.tell())
-    done = len(whole) if whole.all() else int(whole.argmin())
+    done = len(whole) if bool(whole.all()) else int(whole.argmin())
     labels.truncate(header_bytes + done * kind.itemsize)
     samples.truncate(int(ends[done - 1]) if done else 0)
     samples.seek(0, os.SEEK_END)
@@ -157,7 +161,7 @@ def _append(labels: BinaryIO, samples: BinaryIO, chunk: list[tuple]) -> None:
         for part, content in zip(PARTS, parts):
             record[f'{part}_bytes'] = len(content)
             samples.write(content)
-    samples.flush()  # first what the records point to
+    samples.flush()  # the data before the records that point to it
     labels.write(records.tobytes())
     labels.flush()
 
@@ -171,7 +175,8 @@ def _finish(source: InterHandDataset, partial: Path, folder: Path, head: dict) -
         shutil.copyfile(source.folder / RECORD, partial / RECORD)
     publish(folder, MANIFEST, head | {'files': files})
     (folder / HEAD).unlink()
-    print(f'{folder.name}: {head["samples"]:,} samples, {sum(file["bytes"] for file in files.values()):,} bytes')
+    size = sum((folder / name).stat().st_size for name in files)
+    print(f'{folder.name}: {head["samples"]:,} samples, {size:,} bytes')
 
 
 def _one_thread(worker: int) -> None:
@@ -180,7 +185,7 @@ def _one_thread(worker: int) -> None:
 
 @user_facing
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see ``--help``."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data_path', metavar='DIR', help='prepared data set, a folder of files')
     parser.add_argument('--save_path', metavar='DIR', help='where the packed one goes')
@@ -196,10 +201,10 @@ def main(argv: list[str] | None = None) -> None:
             print(f'{folder}: as it was packed')
         return
     if not (args.data_path and args.save_path):
-        raise UserError('give --data_path and --save_path, or --verify.')
+        raise UserError('Pass --data_path and --save_path, or --verify.')
     save_path = Path(args.save_path)
     if save_path.resolve() == Path(args.data_path).resolve():
-        raise UserError(f'--save_path {save_path} is the data set itself; give another folder.')
+        raise UserError(f'--save_path {save_path} is the data set itself. Choose another folder.')
     sources = [InterHandDataset(folder.parent, folder.name) for folder in _splits_in(args.data_path, args.splits)]
     save_path.mkdir(parents=True, exist_ok=True)
     if (record := Path(args.data_path) / HAND_MODEL_RECORD).exists():
@@ -218,5 +223,5 @@ def _splits_in(path: str, asked_for: list[str] | None) -> list[Path]:
     folders = [Path(path) / split for split in asked_for or SPLITS]
     found = [folder for folder in folders if folder.is_dir() or asked_for]
     if not found:
-        raise UserError(f'{path} has none of the splits {", ".join(SPLITS)}; give the folder of a prepared data set.')
+        raise UserError(f'{path} has none of the splits {", ".join(SPLITS)}; pass the folder of a prepared data set.')
     return found

@@ -168,7 +168,8 @@ class RawSplit:
         """All frames in the order of data.json, joined with their annotations by image id, none kept in memory."""
         path = self.file('data')
         content = _decode(path, _DataFile)
-        annotations, words = {}, {}
+        annotations: dict[int, tuple] = {}
+        words: dict[str, str] = {}  # one object per hand type
         for raw, entry in _decode_each(path, content.annotations, _Annotation):
             annotations[entry.image_id] = (
                 words.setdefault(entry.hand_type, entry.hand_type),
@@ -235,11 +236,13 @@ class RawSplit:
             return dict.fromkeys(SIDES)
         path, where = self.file('MANO_NeuralAnnot'), f'the fit of capture {capture}, frame {frame_idx}'
         fits = _decode_record(path, where, raw, _Fits | None)
-        out = {}
+        out: dict[str, ManoFit | None] = dict.fromkeys(SIDES)
         for side in SIDES:
             fit = getattr(fits, side, None)
-            out[side] = fit and ManoFit(*(np.array(v, dtype=np.float64) for v in (fit.pose, fit.shape, fit.trans)))
-            if fit and [v.size for v in out[side]] != [48, 10, 3]:
+            if not fit:
+                continue
+            out[side] = numbers = ManoFit(*(np.array(v, np.float64) for v in (fit.pose, fit.shape, fit.trans)))
+            if [values.size for values in numbers] != [48, 10, 3]:
                 raise RecordError(f'{path}: {where} does not hold 48 + 10 + 3 numbers; {_GET_IT}.')
         return out
 
@@ -300,7 +303,7 @@ def _decode(path: Path, kind: Any) -> Any:
 
 
 def _decode_each(path: Path, entries: list[msgspec.Raw], kind: type) -> Iterator[tuple[msgspec.Raw, Any]]:
-    decoder = msgspec.json.Decoder(kind)
+    decoder: msgspec.json.Decoder = msgspec.json.Decoder(kind)
     for number, raw in enumerate(entries):
         try:
             yield raw, decoder.decode(raw)

@@ -1,9 +1,9 @@
-"""A split prepared in parts by the tasks of a job array, and the parts put together.
+"""Prepare a split in shards, as the tasks of a job array, and merge them.
 
-Every task selects the same frames and prepares one contiguous range of them: ``<split>.shard-<i>-of-<n>`` has the form
-of a prepared split, numbered from 0, and its record names the range. Frames that the selection leaves out belong to no
-shard; the merge selects once more and enters them first, as a run without shards does. So the merged folder equals what
-such a run writes, byte for byte.
+Every task selects the same frames and prepares one contiguous range of them: ``<split>.shard-<i>-of-<n>`` is a
+prepared split numbered from 0 whose record names the range. Frames that the selection skips belong to no shard; the
+merge repeats the selection and records them first, as a run without shards does. So the merged folder equals the one
+of such a run, byte for byte.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from dataset.prepared import FOLDERS, RECORD, partial_folder, paths
 from utils.errors import UserError
 from utils.files import read_json, read_pickle
 
-MOST_NAMED = 20  # of missing shards
+MOST_NAMED = 20  # missing shards in a message
 
 
 class Shard(NamedTuple):
@@ -43,11 +43,11 @@ class Shard(NamedTuple):
         return f'{self.number}/{self.of}'
 
     def folder(self, split_folder: Path) -> Path:
-        """Where the shard lies beside the split that it is a part of."""
+        """The shard's folder, beside its split."""
         return split_folder.with_name(f'{split_folder.name}.shard-{self.number}-of-{self.of}')
 
     def bounds(self, frames: int, chunk: int) -> tuple[int, int]:
-        """(begin, end) of its range of selected frames: whole chunks, as many as in any other shard, or one more."""
+        """(begin, end) of its range of selected frames: whole chunks, whose number differs by one at most."""
         chunks = -(-frames // chunk)
         begin, end = (chunks * number // self.of * chunk for number in (self.number - 1, self.number))
         return min(begin, frames), min(end, frames)
@@ -62,7 +62,7 @@ class _Range(msgspec.Struct):
 
 
 class _Record(msgspec.Struct):
-    """What a shard's preparation.json must hold."""
+    """Required content of a shard's preparation.json."""
 
     settings: dict[str, Any]
     kept: int
@@ -86,17 +86,18 @@ def parse_shard(text: str) -> Shard:
 
 
 def find_shards(split_folder: Path) -> dict[Shard, bool]:
-    """The shards of a split that lie beside its (future) folder, and whether each is finished."""
+    """The shards beside a split's (future) folder, and whether each is finished."""
     form = re.compile(re.escape(split_folder.name) + r'\.shard-([0-9]+)-of-([0-9]+)(\.partial)?')
     names = os.listdir(split_folder.parent) if split_folder.parent.is_dir() else []
-    found = {}
-    for match in filter(None, map(form.fullmatch, sorted(names))):  # x before x.partial: finished once is finished
+    found: dict[Shard, bool] = {}
+    # x sorts before x.partial: a finished shard stays finished.
+    for match in filter(None, map(form.fullmatch, sorted(names))):
         found.setdefault(Shard(int(match[1]), int(match[2])), match[3] is None)
     return found
 
 
 def refuse_other_counts(split_folder: Path, wanted: Shard | None = None) -> None:
-    """Raises UserError if shards, finished or not, are of different numbers of shards, ``wanted`` being one of them."""
+    """Raises UserError if the existing shards, or ``wanted``, disagree on the number of shards."""
     found = {shard.of for shard in find_shards(split_folder)} | ({wanted.of} if wanted else set())
     if len(found) > 1:
         counts = ' and into '.join(map(str, sorted(found)))
@@ -107,7 +108,7 @@ def refuse_other_counts(split_folder: Path, wanted: Shard | None = None) -> None
 
 
 def refuse_shards(split_folder: Path) -> None:
-    """Raises UserError if there are any: a run without shards would do their work again."""
+    """Raises UserError if any exist: a run without shards would repeat their work."""
     if find_shards(split_folder):
         raise UserError(
             f'{split_folder.parent} holds shards of {split_folder.name}: put them together with --merge, '
@@ -116,12 +117,12 @@ def refuse_shards(split_folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Before the merge: are they all there, and do they fit together?
+# Checks before the merge
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def check_shards(split_folder: Path, settings: dict) -> list[FinishedShard]:
-    """All shards of a split in order. Raises UserError unless each is finished and together they are the split."""
+    """All shards of a split, in order. Raises UserError unless all are finished and together cover the split."""
     refuse_other_counts(split_folder)
     found = find_shards(split_folder)
     if not found:
@@ -135,7 +136,7 @@ def check_shards(split_folder: Path, settings: dict) -> list[FinishedShard]:
     selected = shards[0].record.shard.selected
     for shard, one in zip(wanted, shards):
         span = one.record.shard
-        # Every range follows from the number of frames, so where all are as expected there is no gap and no overlap.
+        # Every range follows from the number of frames: if all are as expected, they neither overlap nor leave gaps.
         if (span.begin, span.end, span.selected) != (*shard.bounds(selected, settings['chunk']), selected):
             raise UserError(
                 f'{one.folder} holds the frames {span.begin} to {span.end} of {span.selected}, which does '
@@ -191,7 +192,7 @@ def _read_shard(shard: Shard, folder: Path, settings: dict) -> FinishedShard:
 def merge(
     split: RawSplit, split_folder: Path, settings: dict, shards: list[FinishedShard], selected: int, skipped: Skipped
 ) -> None:
-    """Number the samples of all shards on and make them one split; ``skipped`` is what the selection left out.
+    """Renumber the samples of all shards into one split; ``skipped`` holds the frames that the selection skipped.
 
     A kill at any moment loses nothing: shards are only read until the whole has its name. Pictures come into
     ``<split>.partial`` as further names (hard links) of the shards' files, so nothing is copied and nothing moves. What
@@ -239,7 +240,7 @@ def _open_journal(partial: Path, merge_of: dict) -> Journal:
             'remove it and merge.'
         )
     if journal.lines[:1] != [{'merge': merge_of}]:
-        if journal.lines:  # of shards that have been prepared anew since: here are only links to what they were
+        if journal.lines:  # shards were prepared again since; this folder only links to their old files
             shutil.rmtree(partial)
         journal.start({'merge': merge_of})
     return journal
@@ -248,7 +249,7 @@ def _open_journal(partial: Path, merge_of: dict) -> Journal:
 def _take_over(folder: Path, number: int, partial: Path, index: int) -> None:
     source, target = paths(folder, number), paths(partial, index)
     for name in FOLDERS:
-        target[name].unlink(missing_ok=True)  # never write through a name that may be a shard's file too
+        target[name].unlink(missing_ok=True)  # never write through a hard link to a shard's file
     annotation = read_pickle(source['anno'])
     if not isinstance(annotation, dict) or annotation.get('inter_idx') != number:
         raise UserError(
@@ -267,7 +268,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def clean_up(folder: Path) -> None:
-    """Remove the journal of a finished folder, and before it what is left of the shards that the folder was made of."""
+    """Remove the remains of a finished folder's shards, then its journal."""
     journal = Journal(folder / JOURNAL)
     merged = journal.lines[0]['merge']['shards'] if journal.is_of_merge else {}
     for one in (shard.folder(folder) for shard in find_shards(folder)):

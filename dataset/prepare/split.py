@@ -81,9 +81,10 @@ def _fit_problem(split: RawSplit, capture: str, frame_idx: int) -> Skip | None:
         fits = split.mano(capture, frame_idx)
     except RecordError as error:
         return Skip(BAD_FIT, str(error))
-    if None in fits.values():
+    found = [fit for fit in fits.values() if fit is not None]
+    if len(found) < len(fits):
         return Skip(NO_FIT)
-    if not all(np.isfinite(numbers).all() for fit in fits.values() for numbers in fit):
+    if not all(np.isfinite(numbers).all() for fit in found for numbers in fit):
         return Skip(BAD_FIT, f'capture {capture}, frame {frame_idx}: not finite')
     return None
 
@@ -206,7 +207,7 @@ def frame_task(split: RawSplit, frame: Frame) -> FrameTask:
         (frame.width, frame.height),
         raw.full_entries(frame),
         split.camera(frame.capture, frame.camera),
-        split.mano(frame.capture, frame.frame_idx),
+        {side: fit for side, fit in split.mano(frame.capture, frame.frame_idx).items() if fit is not None},
     )
 
 
