@@ -1,21 +1,21 @@
-"""What things cost on the machine at hand, as ratios within one run: tables in Markdown, everything in JSON.
+"""Measure speed and memory on this machine, as ratios within one run; writes Markdown tables and JSON.
 
     python benchmarks/run.py [--only NAME ...] [--out FOLDER] [--batch 8] [--repeats 7] [--threads N] [KEY VALUE ...]
 
-Every measurement runs its contestants in turn, again and again, so that a machine that gets slower gets slower for all,
-and gives the median and the quartiles. Times of two runs do not compare; ratios to the yardstick of the same run do:
-the bare ResNet-50 for the network, decoding a JPEG for the loader. All on random weights, stand-in hands, made data.
+Every measurement alternates its contestants, so that a slower machine slows all of them, and reports median and
+quartiles. Times of different runs are not comparable; ratios to the yardstick of the same run are: the bare ResNet-50
+for the network, decoding a JPEG for the loader. Weights are random, hands stand-ins, data synthetic.
 
   forward       the network, eager, batch norms folded, exported, ONNX Runtime (requirements-export.txt)
   projection    joint features drawn along the bones: contracted, against the 2,560-channel map and its convolution
   step          a training step, and its peak of memory (in a process of its own)
   throughput    samples/s of inference and training over batch size, precision and --compile; memory; on CUDA the share
                 of the card's measured bfloat16 matrix rate
-  latency       one image: eager, folded, exported, ONNX Runtime; from a picture to hands, and to all their files
-  loader        one worker: folder, packed, masks as bits, one JPEG a sample; and what a JPEG costs
+  latency       one image: eager, folded, exported, ONNX Runtime; from an image to hands, and to all files
+  loader        one worker: folder, packed, masks as bits, one JPEG per sample; and decoding a JPEG
   opening       a packed split of 400,000 samples
   augmentation  labels, warp, blur, colour, noise, and targets drawn instead of read, on the device
-  waiting       share of a training epoch's time that is spent waiting for data
+  waiting       share of a training epoch spent waiting for data
   preparation   frames/s of dataset/interhand.py in one process
   annotations   reading annotation files of 1.36 million frames: time and memory (writes 0.9 GB, then removes it)
 """
@@ -31,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ from inference import export
 from inference.files import reduced, write_image_files
 from inference.folding import fold_batch_norms, for_inference
 from inference.reconstruct import Reconstructor, cut_crop
-from models import build_criterion, build_model
+from models import DIR, build_criterion, build_model
 from models.backbone import Backbone
 from models.bone_projection import ProjectedConvolution, bone_weights, draw
 from models.checkpoint import to_device
@@ -72,14 +73,14 @@ from utils.errors import UserError, user_facing
 from utils.files import write_atomically, write_json
 from utils.training import autocast, build_optimizer, compiled, set_float32_precision
 
-MADE_FRAMES = 320  # of the data set that is made for the loader
+SYNTHETIC_FRAMES = 320  # of the loader's data set
 REAL_FRAMES = 1_361_062  # of InterHand2.6M's train split, 5 fps
 PACKED_SAMPLES = 400_000
 DRAWN = ('DATASET.TARGETS', 'render')
 
 
 class Setting(NamedTuple):
-    """What all measurements share."""
+    """Settings of all measurements."""
 
     device: torch.device
     cfg: CfgNode
@@ -87,7 +88,7 @@ class Setting(NamedTuple):
     batch: int
     repeats: int
     compile: bool
-    work: Path  # a folder that is removed in the end
+    work: Path  # temporary folder
 
     def config(self, *words: str) -> CfgNode:
         return load_config(None, ['MANO.SOURCE', 'standin', 'MODEL.PRETRAINED', 'false', *self.opts, *words])
@@ -99,7 +100,7 @@ class Row(NamedTuple):
     unit: str
     low: float | None = None  # quartiles
     high: float | None = None
-    ratio: float | None = None  # to the yardstick of its table
+    ratio: float | None = None  # to the table's yardstick
 
 
 class Table(NamedTuple):
@@ -115,8 +116,8 @@ class Table(NamedTuple):
 
 
 def in_turn(contestants: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every repetition of each; a first round warms up and does not count."""
-    seconds = {name: [] for name in contestants}
+    """Seconds of every repetition of each contestant, after a warm-up round."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for round_ in range(repeats + 1):
         for name, run in contestants.items():
             _wait(device)
@@ -130,7 +131,7 @@ def in_turn(contestants: dict[str, Callable[[], object]], repeats: int, device: 
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """PyTorch's threads within the block; afterwards what they were, whatever the block set."""
+    """Set PyTorch's number of threads within the block and restore it afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     yield
@@ -152,7 +153,7 @@ def rows_of(seconds: dict[str, list[float]], yardstick: str | None = None, *, pe
     return rows
 
 
-def make_network(setting: Setting, *words: str) -> nn.Module:
+def make_network(setting: Setting, *words: str) -> DIR:
     torch.manual_seed(0)
     cfg = setting.config('MODEL.INIT', 'identity', *words)
     return to_device(build_model(cfg, load_hands('standin')), setting.device)
@@ -163,10 +164,10 @@ def make_images(setting: Setting, batch: int) -> Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(setting.device)
 
 
-def inference_forms(model: nn.Module, setting: Setting) -> dict[str, Callable[[Tensor], object]]:
-    """The ways in which the network can run, all of them exact."""
+def inference_forms(model: DIR, setting: Setting) -> dict[str, Callable[[Tensor], object]]:
+    """The exact forms in which the network can run."""
     folded = fold_batch_norms(model)
-    forms = {'DIR, eager': model, 'DIR, batch norms folded': folded}
+    forms: dict[str, Callable[[Tensor], object]] = {'DIR, eager': model, 'DIR, batch norms folded': folded}
     if setting.compile:
         forms['DIR, folded and compiled'] = compiled(folded, setting.device)
     if setting.device.type == 'cpu':
@@ -177,7 +178,7 @@ def inference_forms(model: nn.Module, setting: Setting) -> dict[str, Callable[[T
             except UserError:
                 continue
             path = setting.work / kind.file
-            if not path.exists():  # for any batch size: once is enough
+            if not path.exists():  # it serves any batch size
                 with export.exporter(name):
                     program = program or export.trace(for_inference(model), setting.cfg.MODEL.IMAGE_SIZE)
                     path.write_bytes(kind.convert(program))
@@ -195,9 +196,7 @@ def forward(setting: Setting) -> Table:
     images, model = make_images(setting, setting.batch), make_network(setting).eval()
     bare = to_device(Backbone('resnet50'), setting.device).eval()
     runs = {'ResNet-50': bare} | inference_forms(model, setting)
-    seconds = in_turn(
-        {name: lambda run=run: run(images) for name, run in runs.items()}, setting.repeats, setting.device
-    )
+    seconds = in_turn({name: partial(run, images) for name, run in runs.items()}, setting.repeats, setting.device)
     return Table(
         f'Forward, batch {setting.batch}',
         'ResNet-50',
@@ -209,28 +208,30 @@ def forward(setting: Setting) -> Table:
 @torch.no_grad()
 def latency(setting: Setting) -> Table:
     images, model = make_images(setting, 1), make_network(setting).eval()
-    runs = {name: lambda run=run: run(images) for name, run in inference_forms(model, setting).items()}
-    picture = (255 * torch.rand(256, 256, 3)).byte().numpy()
+    runs: dict[str, Callable[[], object]] = {
+        name: partial(run, images) for name, run in inference_forms(model, setting).items()
+    }
+    image = (255 * torch.rand(256, 256, 3)).byte().numpy()
     reconstruct = Reconstructor(model, device=setting.device)
 
     def all_files():
         write_image_files(
-            setting.work / 'picture',
-            reduced(picture),
-            cut_crop(picture).image,
-            reconstruct([picture]).cpu().one(0),
+            setting.work / 'image',
+            reduced(image),
+            cut_crop(image).image,
+            reconstruct([image]).cpu().one(0),
             reconstruct.hand_models,
         )
 
     runs |= {
-        'picture to hands in metres': lambda: reconstruct([picture]),
+        'image to hands in metres': lambda: reconstruct([image]),
         'the same, with all files of apps/demo.py': all_files,
     }
     return Table('One image', 'DIR, eager', rows_of(in_turn(runs, setting.repeats, setting.device), 'DIR, eager'))
 
 
 def projection(setting: Setting) -> Table:
-    """Both stages' projections with their gradients, against the map that is their definition."""
+    """Both stages' projections with gradients, against convolving the explicit map."""
     cfg, rows = setting.cfg, []
     for stage, size in enumerate((cfg.MODEL.IMAGE_SIZE // 16, cfg.MODEL.IMAGE_SIZE // 8)):
         torch.manual_seed(0)
@@ -251,21 +252,21 @@ def projection(setting: Setting) -> Table:
     return Table('Projecting joint features back, forward and backward', '2,560-channel map', rows)
 
 
-class MadeStep(NamedTuple):
-    """A training step on one batch of made samples, without its loader."""
+class SyntheticStep(NamedTuple):
+    """A training step on one synthetic batch, without loader."""
 
     network: Callable[[], None]
     bare: Callable[[], None]
 
 
-def made_step(setting: Setting, batch: int, *words: str, compile: bool = False) -> MadeStep:
+def synthetic_step(setting: Setting, batch: int, *words: str, compile: bool = False) -> SyntheticStep:
     cfg = setting.config(*words)
     hand_models, device = load_hands('standin'), setting.device
     model, bare = make_network(setting, *words), to_device(Backbone('resnet50'), device)
     criterion, images = build_criterion(cfg, hand_models).to(device), make_images(setting, batch)
     optimizer, bare_optimizer = build_optimizer(model, cfg), build_optimizer(bare, cfg)
     called = compiled(model, device) if compile else model
-    target = made_target(setting, batch)
+    target = synthetic_target(setting, batch)
 
     def network() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -281,24 +282,24 @@ def made_step(setting: Setting, batch: int, *words: str, compile: bool = False) 
         features.float().square().mean().backward()
         bare_optimizer.step()
 
-    return MadeStep(network, alone)
+    return SyntheticStep(network, alone)
 
 
-def made_target(setting: Setting, batch: int):
-    cfg = made_config(setting, 'packed', 'TRAIN.BATCH_SIZE', '4', 'TRAIN.WORKERS', '0')
+def synthetic_target(setting: Setting, batch: int):
+    cfg = synthetic_config(setting, 'packed', 'TRAIN.BATCH_SIZE', '4', 'TRAIN.WORKERS', '0')
     loader, _ = training_loader(cfg)
     made = build_batch_maker(cfg, load_hands('standin')).to(setting.device)(next(iter(loader))).target
     return type(made)(*(values.repeat(-(-batch // 4), *[1] * (values.ndim - 1))[:batch] for values in made))
 
 
 def step(setting: Setting) -> Table:
-    made = made_step(setting, setting.batch)
+    made = synthetic_step(setting, setting.batch)
     seconds = in_turn({'ResNet-50': made.bare, 'DIR': made.network}, setting.repeats, setting.device)
     rows = rows_of(seconds, 'ResNet-50')
     del made
     here = ('--threads', str(torch.get_num_threads()), '--batch', str(setting.batch), *setting.opts)
     for what in ('nothing', 'bare', 'network'):
-        command = [sys.executable, __file__, '--peak', what, '--data', str(made_data(setting)), *here]
+        command = [sys.executable, __file__, '--peak', what, '--data', str(synthetic_data(setting)), *here]
         result = subprocess.run(command, capture_output=True, text=True, check=True)
         rows.append(Row(f'peak memory, {what if what != "bare" else "ResNet-50"}', float(result.stdout), 'GB'))
     return Table(
@@ -310,13 +311,13 @@ def step(setting: Setting) -> Table:
 
 
 def _peak_memory() -> float:
-    """GB of this process; what getrusage tells begins with the parent's."""
+    """Peak memory of this process in GB; getrusage would include the parent's."""
     return int(next(line for line in _lines('/proc/self/status') if line.startswith('VmHWM')).split()[1]) * 1024 / 1e9
 
 
 def print_peak(setting: Setting, what: str) -> None:
-    """In a process of its own: the most memory that three steps take."""
-    made = made_step(setting, setting.batch)
+    """Peak memory of three steps, in a process of its own."""
+    made = synthetic_step(setting, setting.batch)
     for _ in range(3 if what != 'nothing' else 0):
         (made.bare if what == 'bare' else made.network)()
     if setting.device.type == 'cuda':
@@ -326,7 +327,7 @@ def print_peak(setting: Setting, what: str) -> None:
 
 
 def throughput(setting: Setting) -> Table:
-    """Samples a second; on CUDA with memory, and with the share of the matrix rate that the network's products take."""
+    """Samples per second; on CUDA also memory, and the achieved share of the matrix rate."""
     cuda = setting.device.type == 'cuda'
     batches = (1, 8, 32, 64, 128) if cuda else (1, setting.batch)
     precisions = ('float32', 'tf32', 'bfloat16') if cuda else ('float32',)
@@ -354,7 +355,7 @@ def _throughput(setting: Setting, batch: int, precision: str, compile: bool, rat
     rows, name = [], f'batch {batch}, {precision}{", compiled" if compile else ""}'
     forms = {'inference': infer}
     if batch > 1:
-        forms['training'] = made_step(setting, batch, 'TRAIN.PRECISION', precision, compile=compile).network
+        forms['training'] = synthetic_step(setting, batch, 'TRAIN.PRECISION', precision, compile=compile).network
     flops = products(model, images)
     for form, run in forms.items():
         if setting.device.type == 'cuda':
@@ -362,7 +363,7 @@ def _throughput(setting: Setting, batch: int, precision: str, compile: bool, rat
         times = in_turn({form: run}, setting.repeats, setting.device)[form]
         low, middle, high = (batch / value for value in np.percentile(times, (75, 50, 25)))
         rows.append(Row(f'{form}, {name}', middle, 'samples/s', low, high))
-        if setting.device.type == 'cuda':
+        if rate:
             work = flops * (3 if form == 'training' else 1) / statistics.median(times)
             rows.append(Row(f'{form}, {name}: share of the matrix rate', 100 * work / rate, '%'))
             rows.append(Row(f'{form}, {name}: peak memory', torch.cuda.max_memory_allocated() / 1e9, 'GB'))
@@ -380,23 +381,23 @@ def products(model: nn.Module, images: Tensor) -> float:
 
 
 def matrix_rate(setting: Setting, size: int = 8192) -> float:
-    """Measured operations a second of a large bfloat16 product."""
+    """Measured operations per second of a large bfloat16 product."""
     a, b = (torch.randn(size, size, device=setting.device, dtype=torch.bfloat16) for _ in range(2))
     times = in_turn({'product': lambda: a @ b}, max(setting.repeats, 10), setting.device)['product']
     return 2 * size**3 / statistics.median(times)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The data road
+# The data pipeline
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def made_data(setting: Setting) -> Path:
-    """A prepared data set in the forms folder, packed, bits, bare; made once."""
+def synthetic_data(setting: Setting) -> Path:
+    """A synthetic data set in the forms folder, packed, bits and bare; created once."""
     if not (setting.work / 'bare').exists():
         raw, folder = setting.work / 'raw', setting.work / 'folder'
-        _run(synthesize.main, '--save_path', raw, '--frames', MADE_FRAMES, '0', '0')
-        with threads(1):  # the command sets that for good
+        _run(synthesize.main, '--save_path', raw, '--frames', SYNTHETIC_FRAMES, '0', '0')
+        with threads(1):  # the command sets it permanently
             _run(interhand.main, '--data_path', raw, '--save_path', folder, '--workers', 1, 'MANO.SOURCE', 'standin')
         for name, more in (('packed', ()), ('bits', ('--masks', 'bits')), ('bare', ('--no-targets',))):
             _run(pack_command.main, '--data_path', folder, '--save_path', setting.work / name, '--workers', 1, *more)
@@ -405,11 +406,11 @@ def made_data(setting: Setting) -> Path:
 
 def _run(main: Callable, *words: object) -> None:
     if main([str(word) for word in words]):
-        raise UserError(f'the benchmark cannot make its data: {main.__module__} failed (what it said stands above).')
+        raise UserError(f'The benchmark cannot create its data: {main.__module__} failed (its output is above).')
 
 
-def made_config(setting: Setting, form: str, *words: str) -> CfgNode:
-    return setting.config('DATASET.PATH', str(made_data(setting) / form), *words)
+def synthetic_config(setting: Setting, form: str, *words: str) -> CfgNode:
+    return setting.config('DATASET.PATH', str(synthetic_data(setting) / form), *words)
 
 
 def loader(setting: Setting) -> Table:
@@ -421,7 +422,8 @@ def loader(setting: Setting) -> Table:
         'packed, targets drawn: one JPEG': ('bare', *DRAWN),
     }
     loaders = {
-        title: training_loader(made_config(setting, *words, 'TRAIN.WORKERS', '1')) for title, words in forms.items()
+        title: training_loader(synthetic_config(setting, *words, 'TRAIN.WORKERS', '1'))
+        for title, words in forms.items()
     }
 
     def epoch(form: str) -> None:
@@ -430,24 +432,22 @@ def loader(setting: Setting) -> Table:
         for _ in batches:
             pass
 
-    seconds = in_turn({form: lambda form=form: epoch(form) for form in forms}, setting.repeats, torch.device('cpu'))
+    seconds = in_turn({form: partial(epoch, form) for form in forms}, setting.repeats, torch.device('cpu'))
     rows = []
     for title in forms:
         count = loaders[title][1].steps * setting.cfg.TRAIN.BATCH_SIZE
         low, middle, high = (count / value for value in np.percentile(seconds[title], (75, 50, 25)))
         rows.append(Row(title, middle, 'samples/s', low, high))
     for kind in ('img', 'mask', 'dense'):
-        content = np.frombuffer((made_data(setting) / f'folder/train/{kind}/5.jpg').read_bytes(), np.uint8)
-        decode = in_turn(
-            {kind: lambda content=content: cv2.imdecode(content, cv2.IMREAD_COLOR)}, 200, torch.device('cpu')
-        )
+        content = np.frombuffer((synthetic_data(setting) / f'folder/train/{kind}/5.jpg').read_bytes(), np.uint8)
+        decode = in_turn({kind: partial(cv2.imdecode, content, cv2.IMREAD_COLOR)}, 200, torch.device('cpu'))
         title = f'decoding a JPEG ({kind}, {len(content) / 1000:.0f} kB)'
         rows += [row._replace(what=title) for row in rows_of(decode)]
     return Table('Loader, one worker', None, rows)
 
 
 def opening(setting: Setting) -> Table:
-    """A split of zeros in the packed form: its files are sparse, opening and reading labels is real."""
+    """A packed split of zeros: its files are sparse, but opening it and reading labels is real."""
     folder = setting.work / 'large' / 'train'
     folder.mkdir(parents=True, exist_ok=True)
     np.lib.format.open_memmap(folder / pack.LABELS, 'w+', pack.record_type(), (PACKED_SAMPLES,)).flush()
@@ -471,14 +471,12 @@ def opening(setting: Setting) -> Table:
 def augmentation(setting: Setting) -> Table:
     makers, samples = {}, {}
     for title, words in (('targets read and warped', ('packed',)), ('targets drawn', ('bare', *DRAWN))):
-        cfg = made_config(setting, *words, 'TRAIN.WORKERS', '0')
+        cfg = synthetic_config(setting, *words, 'TRAIN.WORKERS', '0')
         samples[title] = parts_of(next(iter(training_loader(cfg)[0])), setting.batch)[0]
         makers[title] = build_batch_maker(cfg, load_hands('standin')).to(setting.device)
     with threads(1):
         seconds = in_turn(
-            {title: lambda title=title: makers[title](samples[title]) for title in makers},
-            setting.repeats,
-            setting.device,
+            {title: partial(maker, samples[title]) for title, maker in makers.items()}, setting.repeats, setting.device
         )
     return Table(
         f'Labels, augmentation and targets on {setting.device.type}, a sample (one core, batch {setting.batch})',
@@ -488,8 +486,8 @@ def augmentation(setting: Setting) -> Table:
 
 
 def waiting(setting: Setting) -> Table:
-    """An epoch of real training steps on the made data set, timed by its own parts."""
-    cfg = made_config(
+    """An epoch of real training steps on the synthetic data set, timed by its parts."""
+    cfg = synthetic_config(
         setting,
         'bare',
         *DRAWN,
@@ -524,8 +522,8 @@ def waiting(setting: Setting) -> Table:
 
 
 def prepare(setting: Setting) -> Table:
-    """All that is done for a frame, reading and writing included; the hand models are there already."""
-    split, models = RawSplit(made_data(setting) / 'raw', 'train'), load_hands('standin')
+    """Everything done for a frame, including reading and writing; the hand models are loaded already."""
+    split, models = RawSplit(synthetic_data(setting) / 'raw', 'train'), load_hands('standin')
     preparer = FramePreparer(models, canonical_colours(models))
     rates = []
     with threads(1):
@@ -542,7 +540,7 @@ def prepare(setting: Setting) -> Table:
 def annotations(setting: Setting) -> Table:
     root = setting.work / 'annotations'
     subprocess.run(
-        [sys.executable, ROOT / 'benchmarks/made_annotations.py', '--frames', str(REAL_FRAMES), '--out', root],
+        [sys.executable, ROOT / 'benchmarks/synthetic_annotations.py', '--frames', str(REAL_FRAMES), '--out', root],
         check=True,
     )
     result = subprocess.run(
@@ -584,7 +582,7 @@ MEASUREMENTS = {
 
 
 def machine(setting: Setting) -> dict:
-    """What the numbers were measured on."""
+    """The machine."""
     cpu = next(
         (line.split(':')[1].strip() for line in _lines('/proc/cpuinfo') if line.startswith('model name')),
         platform.processor(),
@@ -628,18 +626,18 @@ def as_markdown(about: dict, tables: list[Table]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--only', nargs='+', default=[], metavar='NAME', help=', '.join(MEASUREMENTS))
-    parser.add_argument('--out', metavar='FOLDER', help='benchmark.md and benchmark.json go there')
+    parser.add_argument('--out', metavar='FOLDER', help='output folder of benchmark.md and benchmark.json')
     parser.add_argument('--batch', type=int, default=8, help='samples (default: %(default)s)')
-    parser.add_argument('--repeats', type=int, default=7, help='that count, after one that does not (%(default)s)')
+    parser.add_argument('--repeats', type=int, default=7, help='after one warm-up (default: %(default)s)')
     parser.add_argument('--threads', type=int, help="PyTorch's threads (default: its own choice)")
-    parser.add_argument('--compile', action='store_true', help='torch.compile too: takes minutes')
+    parser.add_argument('--compile', action='store_true', help='measure torch.compile too, which takes minutes')
     parser.add_argument('--data', help=argparse.SUPPRESS)  # both for processes that measure their own memory
     parser.add_argument('--peak', help=argparse.SUPPRESS)
     parser.add_argument('opts', nargs='*', metavar='KEY VALUE', help='configuration keys, e.g. DEVICE cuda')
     args = parser.parse_intermixed_args(argv)
     names, keys = split_off_pairs(args.only)
     if unknown := [name for name in names if name not in MEASUREMENTS]:
-        raise UserError(f"--only: there is no measurement '{unknown[0]}'; there are {', '.join(MEASUREMENTS)}.")
+        raise UserError(f"--only: '{unknown[0]}' is not a measurement; choose from {', '.join(MEASUREMENTS)}.")
     for name in ('batch', 'repeats'):
         if getattr(args, name) < 1:
             raise UserError(f'--{name} is {getattr(args, name)}; it must be at least 1.')
@@ -651,7 +649,7 @@ def main(argv: list[str] | None = None) -> int:
     opts = [*keys, *args.opts]
     cfg = load_config(None, ['MANO.SOURCE', 'standin', 'MODEL.PRETRAINED', 'false', *opts])
     if choose_device(cfg.DEVICE).type == 'cpu':
-        keep_freed_memory()  # as the programs themselves do
+        keep_freed_memory()  # as the commands themselves do
     with tempfile.TemporaryDirectory() as work:
         setting = Setting(
             choose_device(cfg.DEVICE), cfg, opts, args.batch, args.repeats, args.compile, Path(args.data or work)

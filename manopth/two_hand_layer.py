@@ -32,6 +32,8 @@ class TwoHandLayer(nn.Module):
 
     models: HandPair
     template: Tensor
+    rest_joints: Tensor
+    joint_shape_dirs: Tensor
     tip_vertices: Tensor
     joint_order: Tensor
     faces: Tensor

@@ -96,7 +96,7 @@ class Trainer:
     def accumulate(self, image: Tensor, target: Target, *, share: float = 1.0, last: bool = True) -> dict[str, Tensor]:
         """Add the gradients of a part of a batch -> its loss terms. Processes exchange gradients with the last part."""
         in_sync = last or distributed.rank_and_world()[1] == 1
-        with nullcontext() if in_sync else self.parallel.no_sync():
+        with nullcontext() if in_sync else cast(DistributedDataParallel, self.parallel).no_sync():
             normalised = self.model.preprocess.normalise(image)
             with autocast(self.cfg.TRAIN.PRECISION, self.device):
                 output = self.parallel(normalised)

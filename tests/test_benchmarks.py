@@ -23,7 +23,7 @@ TINY = [
 
 
 def test_measurements_are_written_with_the_machine_and_ratios(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, 'MADE_FRAMES', 10)
+    monkeypatch.setattr(run, 'SYNTHETIC_FRAMES', 10)
     monkeypatch.setattr(run, 'PACKED_SAMPLES', 1000)
     monkeypatch.setattr(run, 'inference_forms', lambda model, *_: {'DIR, eager': model})  # exports are tested elsewhere
     names = ['forward', 'projection', 'throughput', 'loader', 'opening', 'augmentation', 'waiting', 'preparation']
@@ -46,7 +46,7 @@ def test_measurements_are_written_with_the_machine_and_ratios(tmp_path, monkeypa
 
 @pytest.mark.parametrize(
     ('arguments', 'message'),
-    [(['--only', 'nothing'], "there is no measurement 'nothing'"), (['--repeats', '0'], '--repeats is 0')],
+    [(['--only', 'nothing'], "'nothing' is not a measurement"), (['--repeats', '0'], '--repeats is 0')],
 )
 def test_benchmark_mistakes(capsys, arguments, message):
     assert run.main(arguments) == 2

@@ -286,7 +286,10 @@ def with_forearms(vertices: Tensor, joints: Tensor, elbows: np.ndarray, loops) -
         offset, place, rings = loop - centre[:, None], centre, []
         for ring in range(1, FOREARM_RINGS + 1):
             bend = (np.minimum(angle, LARGEST_BEND) * min(1.0, ring / 4))[:, None]
-            length, swell = FOREARM_LENGTH / FOREARM_RINGS, 1 + 0.45 * _step(np.float64(ring / FOREARM_RINGS), 0.1, 1)
+            length, swell = (
+                FOREARM_LENGTH / FOREARM_RINGS,
+                1 + 0.45 * float(_step(np.array(ring / FOREARM_RINGS), 0.1, 1)),
+            )
             if ring >= FOREARM_RINGS - 1:  # the elbow is round and closed
                 length, swell = (0.014, 1.1) if ring < FOREARM_RINGS else (0.012, 0.0)
             place = place + _spin(out, axis, bend) * length
@@ -387,10 +390,10 @@ def draw_hands(
     layer = np.zeros((len(fragments.face.view(-1)), 4), np.float32)
     layer[seen] = np.concatenate([np.sqrt(shaded), np.ones_like(shaded[:, :1])], 1)
     # Soft outlines instead of stairs.
-    layer = cv2.GaussianBlur(layer.reshape(bottom - top, right - left, 4), (3, 3), 0.55)
+    smooth = cv2.GaussianBlur(layer.reshape(bottom - top, right - left, 4), (3, 3), 0.55)
     box = picture[top:bottom, left:right]
-    box *= 1 - layer[..., 3:]
-    box += layer[..., :3]
+    box *= 1 - smooth[..., 3:]
+    box += smooth[..., :3]
     return picture
 
 
@@ -508,8 +511,8 @@ def draw_torso(picture: np.ndarray, project, elbows: np.ndarray, person: Person,
     shoulders, elbows = project(SHOULDERS), project(elbows)
     metre = np.linalg.norm(np.subtract(*project(np.array([[0, 0, 0.3], [0, 1, 0.3]]))))
     for shoulder, elbow in zip(shoulders, elbows):
-        ends = [tuple(int(v) for v in end) for end in (shoulder, elbow)]
-        cv2.line(mask, *ends, 255, max(int(0.10 * metre), 1), cv2.LINE_AA)
+        start, end = ((int(x), int(y)) for x, y in (shoulder, elbow))
+        cv2.line(mask, start, end, 255, max(int(0.10 * metre), 1), cv2.LINE_AA)
     folds = cv2.resize(
         rng.uniform(0.85, 1.15, (7, 7)).astype(np.float32), picture.shape[1::-1], interpolation=cv2.INTER_CUBIC
     )[..., None]

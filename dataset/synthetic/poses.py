@@ -383,7 +383,7 @@ def key_pose(name: str, mirrored: bool, rng: np.random.Generator, *, anatomical:
     turn = _rotation(rng.normal(size=3) * PAIR_TURN)
     rotation, fingers, anchor, position = [], [], [], []
     for side in (LEFT, RIGHT):
-        hand = pair[1 - side] if mirrored else pair[side]
+        hand = pair.right if (side == RIGHT) != mirrored else pair.left
         flip = MIRROR if mirrored else np.ones(3)
         rotation.append(
             turn
@@ -451,8 +451,8 @@ def sample_path(steps: int, name: str, rng: np.random.Generator, layer: TwoHandL
     change = matrix_to_axis_angle(turns[first].transpose(-1, -2) @ turns[first + 1])
     root = matrix_to_axis_angle(turns[first] @ axis_angle_to_matrix(change * torch.from_numpy(share)[:, None, None]))
     fingers = along([key.fingers for key in keys])
-    pose = np.stack([pose_vector(fingers[:, side], layer.models[side]) for side in (LEFT, RIGHT)], 1)
-    root, pose = root.float(), torch.from_numpy(pose).float()
+    poses = np.stack([pose_vector(fingers[:, side], layer.models[side]) for side in (LEFT, RIGHT)], 1)
+    root, pose = root.float(), torch.from_numpy(poses).float()
 
     hands = layer(root, pose, betas.expand(steps, 2, 10), use_pca=False)
     weights = torch.from_numpy(along([key.anchor for key in keys])).float()

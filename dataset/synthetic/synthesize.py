@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -184,7 +184,8 @@ def sample_camera(rng: np.random.Generator, spread: float, taken: set[str]) -> C
 @lru_cache(maxsize=64)
 def capture_cameras(settings: Settings, capture: int) -> tuple[Camera, ...]:
     """The cameras of one capture."""
-    rng, taken = np.random.default_rng([settings.seed, 3, capture]), set()
+    rng = np.random.default_rng([settings.seed, 3, capture])
+    taken: set[str] = set()
     return tuple(sample_camera(rng, settings.camera_spread, taken) for _ in range(CAMERAS))
 
 
@@ -214,10 +215,9 @@ class Actors(NamedTuple):
 
 @lru_cache(maxsize=1)
 def _actors(source: str, path: str) -> Actors:
-    models = load_hands(source, path)
-    return Actors(
-        TwoHandLayer(models), tuple(map(chart_skin, models)), tuple(map(wrist_loop, models)), arm_faces(models)
-    )
+    hands = load_hands(source, path)
+    charts = chart_skin(hands.left), chart_skin(hands.right)
+    return Actors(TwoHandLayer(hands), charts, (wrist_loop(hands.left), wrist_loop(hands.right)), arm_faces(hands))
 
 
 @lru_cache(maxsize=32)
@@ -321,7 +321,7 @@ def make_sequence(settings: Settings, sequence: Sequence, root: Path) -> dict:
     layer, (person, betas) = _actors(settings.source, settings.path).layer, _person(settings, sequence.capture)
     cameras, backdrops = capture_cameras(settings, sequence.capture), {}
     type_valid = sequence.kind != 'invalid'
-    record = {
+    record: dict[str, Any] = {
         'capture': sequence.capture,
         'images': [],
         'annotations': [],
@@ -422,7 +422,7 @@ def _grain() -> np.ndarray:
 
 def develop(picture: np.ndarray, camera: Camera, *, black: bool, rng: np.random.Generator) -> np.ndarray:
     """Display values (H, W, 3) -> uint8 BGR as this camera stores it."""
-    values = np.float32(255 * camera.gain) * picture
+    values: np.ndarray = np.float32(255 * camera.gain) * picture
     top, left = rng.integers(0, 640 - max(picture.shape[:2]), 2)
     values += _grain()[top : top + picture.shape[0], left : left + picture.shape[1]]
     grey = cv2.cvtColor(values, cv2.COLOR_BGR2GRAY)
@@ -445,8 +445,10 @@ def write_annotations(root: Path, split: str, records: list[dict], settings: Set
     """The four annotation files of a split."""
     folder = root / 'annotations' / split
     folder.mkdir(parents=True, exist_ok=True)
-    data = {'images': [], 'annotations': []}
-    cameras, joints, mano = {}, {}, {}
+    data: dict[str, list] = {'images': [], 'annotations': []}
+    cameras: dict[str, dict] = {}
+    joints: dict[str, dict] = {}
+    mano: dict[str, dict] = {}
     for record in records:
         capture = str(record['capture'])
         data['images'] += record['images']
@@ -513,9 +515,8 @@ def synthesize(save_path: Path, settings: Settings, *, workers: int) -> list[dic
                     pool.shutdown(cancel_futures=True)
                     raise
 
-    records = [records[sequence] for sequence in sequences]
     for split in SPLITS:
-        own = [record for sequence, record in zip(sequences, records) if sequence.split == split]
+        own = [records[sequence] for sequence in sequences if sequence.split == split]
         if own:
             write_annotations(unfinished, split, own, settings)
     write_hand_model_record(unfinished, models)
@@ -526,7 +527,7 @@ def synthesize(save_path: Path, settings: Settings, *, workers: int) -> list[dic
     if save_path.exists():
         save_path.rmdir()
     unfinished.rename(save_path)
-    return records
+    return [records[sequence] for sequence in sequences]
 
 
 def claim_folder(folder: Path, settings: Settings, models: HandPair) -> None:
@@ -577,7 +578,8 @@ def frames_of_splits(words: list[str]) -> tuple[int, int, int]:
             f'--frames is {" ".join(words)}; give one count, or three for train, val and test, at least one above 0.'
         )
     if len(counts) == 3:
-        return tuple(counts)
+        train, val, test = counts
+        return train, val, test
     tenth = counts[0] // 10
     return counts[0] - 2 * tenth, tenth, tenth
 

@@ -1,9 +1,8 @@
-"""Annotation files of InterHand2.6M's size, layout and density, made of numbers: what reading them costs is real.
+"""Write annotation files of InterHand2.6M's size, layout and density, with synthetic numbers, to time reading them.
 
-    python benchmarks/made_annotations.py --frames 1361062 --out DIR [--split train] [--captures 26] [--joints]
+    python benchmarks/synthetic_annotations.py --frames 1361062 --out DIR [--split train] [--captures 26] [--joints]
 
-Writes DIR/annotations/<split>/*.json; there are no pictures, only the folder that the readers ask for. Everything is
-written as it is made, so memory does not grow with the number of frames.
+Writes DIR/annotations/<split>/*.json and an empty image folder. Memory does not grow with the number of frames.
 """
 
 import argparse

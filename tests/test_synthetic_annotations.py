@@ -1,6 +1,6 @@
 import pytest
 
-from benchmarks.made_annotations import main
+from benchmarks.synthetic_annotations import main
 from dataset.prepare.raw import RawSplit, full_entries
 from dataset.prepare.skips import Skipped
 from dataset.prepare.split import select
@@ -15,7 +15,7 @@ def split(tmp_path_factory):
     return RawSplit(root, 'val')
 
 
-def test_made_annotations_have_the_layout_of_the_data_set(split):
+def test_synthetic_annotations_have_the_layout_of_the_data_set(split):
     frames, skipped = split.frames, Skipped()
     assert len(frames) == len({frame.file_name for frame in frames}) == FRAMES
     assert {frame.capture for frame in frames} == {'0', '1', '2'}
@@ -29,6 +29,6 @@ def test_made_annotations_have_the_layout_of_the_data_set(split):
         assert valid.all(1).tolist() == [frame.hand_type != 'right', frame.hand_type != 'left']
 
 
-def test_made_annotations_refuse_nonsense(tmp_path, capsys):
+def test_synthetic_annotations_refuse_nonsense(tmp_path, capsys):
     assert main(['--frames', '0', '--out', str(tmp_path)]) == 2
     assert '--frames is 0; it must be at least 1' in capsys.readouterr().err
