@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.prepare.raw import SPLITS
 from utils.errors import UserError, user_facing
-from utils.files import write_atomically, written_aside
+from utils.files import atomic_file, write_atomically
 
 CAMERAS = (80, 140)  # of a capture: least, most
 STEPS = (10, 60)  # of a sequence, at 5 fps
@@ -135,7 +135,7 @@ def by_capture(sequences: list[Sequence], entries) -> Iterator[str]:
 
 def write_parts(path: Path, parts: list[tuple[str, Iterable[str], str]]) -> None:
     """Each part: opening, entries with commas between them, closing."""
-    with written_aside(path) as file:
+    with atomic_file(path) as file:
         for opening, entries, closing in parts:
             file.write(opening.encode())
             for number, entry in enumerate(entries):

@@ -22,7 +22,7 @@ from models import DIR
 from models.predictions import CAMERA, POSE, ROOT_ROTATION, SHAPE, HandPrediction
 from models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from utils.errors import UserError
-from utils.files import written_aside
+from utils.files import atomic_file
 from utils.hand import HAND_SCALE, JOINT_NAMES, SIDES
 
 EXPORT_VERSION = 1  # of export.json and of the files' inputs and outputs
@@ -153,7 +153,7 @@ def write_files(model: DIR, size: int, folder: Path, formats: dict[str, Format])
             path = folder / kind.file
             with exporter(name):
                 content = kind.convert(program)
-            file = files.enter_context(written_aside(path))
+            file = files.enter_context(atomic_file(path))
             file.write(content)
             file.flush()
             with exporter(name):

@@ -25,7 +25,7 @@ from inference.live_view import LiveView
 from inference.media import Inputs, Video, read_image, video_writer
 from inference.reconstruct import SMALL_HANDS, Box, Crop, Reconstruction, Reconstructor, assumed_intrinsics, cut_crop
 from utils.errors import UserError
-from utils.files import read_json, write_json, written_aside
+from utils.files import atomic_file, read_json, write_json
 from utils.training import StopRequest
 
 
@@ -234,8 +234,8 @@ class Job(NamedTuple):
         written = 0
         with (
             video_writer(folder / 'overlay.mp4', rate=video.rate, width=width, height=height) as movie,
-            written_aside(folder / 'joints.csv') as table,
-            written_aside(folder / 'hands.jsonl') as lines,
+            atomic_file(folder / 'joints.csv') as table,
+            atomic_file(folder / 'hands.jsonl') as lines,
             tqdm(total=total, desc=name.name, unit='frame') as bar,
         ):
             table.write(csv_line(['frame', 'time_s', *JOINT_COLUMNS]))

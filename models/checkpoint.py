@@ -17,7 +17,7 @@ from models import DIR, build_model, published
 from models.hands import load_hands
 from utils.config import flatten, load_config
 from utils.errors import UserError
-from utils.files import written_aside
+from utils.files import atomic_file
 
 Network = TypeVar('Network', bound=torch.nn.Module)
 FORMAT = 'dir-checkpoint-1'
@@ -40,7 +40,7 @@ def save_checkpoint(path: str | Path, *, model: torch.nn.Module, cfg: CfgNode, h
 def write_tensors(path: str | Path, content: dict[str, Any]) -> None:
     """``torch.save`` to a temporary file, then rename it; raises UserError if the disk is full."""
     try:
-        with written_aside(path) as file:
+        with atomic_file(path) as file:
             torch.save(content, file)
     except RuntimeError as error:  # torch raises this on a full disk
         raise UserError(

@@ -121,7 +121,7 @@ def test_one_process_makes_the_same_bytes_as_two(prepared, raw, tmp_path):
 
 
 def prepared_vertices(anno, models):
-    """As data.md states the labels: (1, 1556, 3) m in camera axes, from the stored parameters."""
+    """The labels: (1, 1556, 3) m in camera axes, from the stored parameters."""
     sides = [anno['mano_params'][side] for side in ('left', 'right')]
     root, pose, shape, trans = (
         torch.from_numpy(np.concatenate([one[k] for one in sides]))[None] for k in ('R', 'pose', 'shape', 'trans')
@@ -358,7 +358,7 @@ def spoil_data_cut_short(root, content, save_path):
 
 def spoil_no_pictures(root, content, save_path):
     (root / 'images').rename(root / 'pictures')
-    return 'the pictures of train are missing', ()
+    return 'Unpack the images of train', ()
 
 
 def spoil_split(root, content, save_path):

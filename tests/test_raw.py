@@ -39,10 +39,10 @@ def test_a_picture_without_annotation_has_no_hand_type(tree):
     assert frame.hand_type == '' and not frame.hand_type_valid and full_entries(frame)[1] == {}
 
 
-def test_missing_pictures_are_found_whatever_is_in_their_place(tree):
+def test_missing_images_are_found_whatever_is_in_their_place(tree):
     root = tree[0]
     split = RawSplit(root, 'train')
-    assert split.missing_pictures(split.frames) == []
+    assert split.missing_images(split.frames) == []
     gone, link, folder, there = (split.image_path(frame) for frame in split.frames)
     gone.unlink()
     link.unlink()
@@ -51,11 +51,11 @@ def test_missing_pictures_are_found_whatever_is_in_their_place(tree):
     folder.mkdir()
     elsewhere = there.rename(root / 'elsewhere.jpg')
     there.symlink_to(elsewhere)
-    assert split.missing_pictures(split.frames) == split.frames[:3]
+    assert split.missing_images(split.frames) == split.frames[:3]
     for name in CAMERAS:
         (gone.parents[1] / f'cam{name}').rename(root / name)
     (gone.parents[1] / f'cam{CAMERAS[0]}').write_bytes(b'')
-    assert split.missing_pictures(reversed(split.frames)) == split.frames[::-1]
+    assert split.missing_images(reversed(split.frames)) == split.frames[::-1]
 
 
 def test_the_camera_stands_where_the_file_says_and_looks_along_z(tree):
@@ -180,7 +180,7 @@ def test_splits_are_found_by_their_annotations(tree, tmp_path):
     with pytest.raises(UserError, match='no annotations/train'):
         find_splits(tmp_path / 'images')
     (tmp_path / 'images' / 'test').rename(tmp_path / 'elsewhere')
-    with pytest.raises(UserError, match='pictures of test are missing'):
+    with pytest.raises(UserError, match='Unpack the images of test there'):
         RawSplit(tmp_path, 'test')
 
 

@@ -323,7 +323,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tree, tmp_path, monkeypatch
     monkeypatch.setattr(script, 'make_sequence', lambda *args: made.append(args[1]) or make_sequence(*args))
     synthesize(tmp_path / 'raw', settings, workers=1)
     assert sorted(made) == sorted(plan(settings))
-    assert len(list((tmp_path / 'raw').rglob('*.jpg'))) == 8 and not (tmp_path / 'raw.unfinished').exists()
+    assert len(list((tmp_path / 'raw').rglob('*.jpg'))) == 8 and not (tmp_path / 'raw.partial').exists()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from utils.errors import UserError
 
 
 @contextmanager
-def written_aside(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+def atomic_file(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """A binary file that is renamed to ``path`` when the block succeeds, and removed when it fails.
 
     Creates missing folders. ``durable`` waits for the disk: without it, a power cut can leave ``path`` empty.
@@ -41,7 +41,7 @@ def written_aside(path: str | Path, *, durable: bool = True) -> Iterator[BinaryI
 
 def write_atomically(path: str | Path, content: bytes, *, durable: bool = True) -> None:
     """Write ``content`` to a temporary file, then rename it to ``path``."""
-    with written_aside(path, durable=durable) as file:
+    with atomic_file(path, durable=durable) as file:
         file.write(content)
 
 

@@ -1,4 +1,4 @@
-"""Hand-model parameters for frames that have only 3D joints: one's own captures, or InterHand2.6M without NeuralAnnot.
+"""Fit hand-model parameters to frames that have only 3D joints: own captures, or InterHand2.6M without NeuralAnnot.
 
     python dataset/fit_mano.py --data_path INTERHAND
 
@@ -113,7 +113,7 @@ def _batch_size(device: str) -> int:
 
 
 def read_joints(split: RawSplit) -> Joints:
-    """The joints of every time step that has a picture, in the order of capture and frame."""
+    """The joints of every time step that has an image, in the order of capture and frame."""
     names = sorted(
         {(frame.capture, str(frame.frame_idx)) for frame in split.iterate_frames()},
         key=lambda name: (len(name[0]), name[0], int(name[1])),
@@ -130,7 +130,7 @@ def read_joints(split: RawSplit) -> Joints:
 
 
 def missing_fits(split: RawSplit, names: list[TimeStep]) -> np.ndarray:
-    """(T, 2) bool: hands for which the split's annotation file holds no parameters, or none that can be used."""
+    """(T, 2) bool: hands without usable parameters in the split's annotation file."""
     if not split.file('MANO_NeuralAnnot').exists():
         return np.ones((len(names), 2), dtype=bool)
 
@@ -145,7 +145,7 @@ def missing_fits(split: RawSplit, names: list[TimeStep]) -> np.ndarray:
 
 
 def fit_split(split: RawSplit, models: HandPair, *, overwrite: bool, device: str) -> str:
-    """Fit what a split lacks, write the annotation file and the residuals; returns what to tell the user."""
+    """Fit the missing hands of a split, write annotation file and residuals -> summary lines for the user."""
     joints = read_joints(split)
     valid = torch.from_numpy(joints.valid)
     path = split.file('MANO_NeuralAnnot')
@@ -198,7 +198,7 @@ def fit_split(split: RawSplit, models: HandPair, *, overwrite: bool, device: str
 def _insert(
     content: dict[str, Any], all_names: list[TimeStep], names: list[TimeStep], fit: Fit, wanted: Tensor
 ) -> None:
-    """Put the fits into the annotation file's nested dictionaries; a hand without a fit is null unless it is there."""
+    """Insert the fits into the annotation file's nested dictionaries; a hand without one becomes null."""
     for capture, frame in all_names:
         entry = content.setdefault(capture, {}).get(frame) or {}
         content[capture][frame] = {side: entry.get(side) for side in ('right', 'left')}
@@ -211,7 +211,7 @@ def _insert(
 
 
 def _write_residuals(path: Path, table: dict[tuple[str, str, str], tuple], *, fresh: bool) -> None:
-    """One line a hand; the lines of earlier runs stay unless ``fresh`` or done again."""
+    """Write one line per hand; lines of earlier runs stay unless ``fresh`` or fitted again."""
     rows: dict[tuple[str, ...], tuple] = {}
     if path.exists() and not fresh:
         with open(path, newline='') as file:
@@ -251,7 +251,7 @@ def _summary(
 
 
 def check_mixing(data_path: Path, kept: list[Path], models: HandPair) -> None:
-    """Refuse to put fits of one hand model beside parameters of another.
+    """Refuse to mix fits of one hand model with parameters of another.
 
     Raises UserError if annotation files that stay were made with another hand, or are official and this one is not.
     """
@@ -260,8 +260,8 @@ def check_mixing(data_path: Path, kept: list[Path], models: HandPair) -> None:
     check_hand_model_record(data_path, models)
     if not (data_path / HAND_MODEL_RECORD).exists() and models[0].name != 'mano':
         raise UserError(
-            f'{kept[0]} holds parameters of the official hand model; those of {models[0].name} cannot be '
-            'put beside them. Use the official files (MANO.SOURCE files), or move that file away.'
+            f'{kept[0]} holds parameters of the official hand model, which cannot be mixed with those of '
+            f'{models[0].name}. Use the official files (MANO.SOURCE files), or move that file away.'
         )
 
 

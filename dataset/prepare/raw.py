@@ -1,4 +1,4 @@
-"""InterHand2.6M as downloaded (v1.0): typed readers of its annotation files, which hold a million frames.
+"""Read InterHand2.6M as downloaded (v1.0): typed readers of annotation files with a million frames.
 
 Files are mapped, not loaded, and only the fields that are used become objects. Lengths are converted from the files'
 millimetres to metres here and nowhere else. Camera: X_cam = R X_world + t, x right, y down, z forward.
@@ -30,11 +30,11 @@ _Number = float | None
 
 
 class RecordError(UserError):
-    """One record of an annotation file cannot be used; the others can."""
+    """A single record of an annotation file cannot be used."""
 
 
 class Frame(msgspec.Struct, frozen=True, gc=False):
-    """One picture and what kind of hands it shows. ``capture`` and ``camera`` are the keys of the other files."""
+    """One image and the hands that it shows. ``capture`` and ``camera`` are the keys of the other files."""
 
     id: int
     file_name: str  # relative to images/<split>
@@ -51,7 +51,7 @@ class Frame(msgspec.Struct, frozen=True, gc=False):
 
 
 class Camera(NamedTuple):
-    """float64: rotation (3, 3), translation (3,) m, intrinsics (3, 3) pixels of the whole picture."""
+    """float64: rotation (3, 3), translation (3,) m, intrinsics (3, 3) pixels of the whole image."""
 
     rotation: np.ndarray
     translation: np.ndarray
@@ -116,21 +116,21 @@ class _Fits(msgspec.Struct):
 
 
 def find_splits(data_path: str | Path) -> list[str]:
-    """The splits that are there, in the order train, val, test. Raises UserError if there is none."""
+    """The existing splits, in the order train, val, test. Raises UserError if there is none."""
     root = Path(data_path)
     if not root.is_dir():
-        raise UserError(f"{root} does not exist; give the folder with InterHand2.6M's images/ and annotations/.")
+        raise UserError(f"{root} does not exist. Pass the folder with InterHand2.6M's images/ and annotations/.")
     found = [split for split in SPLITS if (root / 'annotations' / split).is_dir()]
     if not found:
         raise UserError(
-            f'{root} has no annotations/train, annotations/val or annotations/test; give the folder with '
+            f'{root} has no annotations/train, annotations/val or annotations/test. Pass the folder with '
             "InterHand2.6M's images/ and annotations/."
         )
     return found
 
 
 class RawSplit:
-    """One split. Each file is read when it is first asked for; every reader raises UserError naming a bad file."""
+    """One split, whose files are read on first use; every reader raises UserError that names a bad file."""
 
     def __init__(self, data_path: str | Path, split: str):
         self.root, self.split = Path(data_path), split
@@ -139,7 +139,7 @@ class RawSplit:
             found = ', '.join(find_splits(data_path))
             raise UserError(f'{self.root}/annotations has no split {split}; it has {found}.')
         if not self.images.is_dir():
-            raise UserError(f'{self.images} does not exist: the pictures of {split} are missing, unpack them there.')
+            raise UserError(f'{self.images} does not exist. Unpack the images of {split} there.')
 
     def file(self, kind: str) -> Path:
         """The annotation file of a kind: data, camera, joint_3d, MANO_NeuralAnnot."""
@@ -148,8 +148,8 @@ class RawSplit:
     def image_path(self, frame: Frame) -> Path:
         return self.images / frame.file_name
 
-    def missing_pictures(self, frames: Iterable[Frame]) -> list[Frame]:
-        """The frames without a picture. A folder is listed once: a network file system makes each call a round trip."""
+    def missing_images(self, frames: Iterable[Frame]) -> list[Frame]:
+        """The frames without an image. Each folder is listed once, since calls to a network file system are slow."""
         listings: dict[str, set[str]] = {}
         missing = []
         for frame in frames:
@@ -211,7 +211,7 @@ class RawSplit:
         return _decode(self.file('MANO_NeuralAnnot'), dict[str, dict[str, msgspec.Raw]])
 
     def camera(self, capture: str | int, camera_id: str | int) -> Camera:
-        """Raises RecordError if the camera is not in the file or is not made of finite numbers."""
+        """Raises RecordError if the camera is missing or not finite."""
         path, capture, camera_id = self.file('camera'), str(capture), str(camera_id)
         try:
             found = self._cameras[capture]
@@ -299,7 +299,7 @@ def _decode(path: Path, kind: Any) -> Any:
     try:
         return msgspec.json.decode(_NOT_A_NUMBER.sub(b'null', content), type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UserError(f'{path} cannot be read ({error}): it is cut short or damaged, {_GET_IT}.') from None
+        raise UserError(f'{path} cannot be read ({error}): it is truncated or damaged; {_GET_IT}.') from None
 
 
 def _decode_each(path: Path, entries: list[msgspec.Raw], kind: type) -> Iterator[tuple[msgspec.Raw, Any]]:

@@ -133,7 +133,7 @@ def prepare_split(
     todo = chunks[done:]
     missing = {
         frame.file_name: str(split.image_path(frame))
-        for frame in split.missing_pictures(frame for chunk in todo for frame in chunk)
+        for frame in split.missing_images(frame for chunk in todo for frame in chunk)
     }
     refuse_heavy_damage(split, what, skipped.damage | missing, total, partial)
 

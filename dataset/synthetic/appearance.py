@@ -1,4 +1,4 @@
-"""What made pictures of hands look like: skin, nails and creases, forearms, light, and what is behind them.
+"""Appearance of synthetic hands: skin, nails and creases, forearms, light and backgrounds.
 
 Skin is painted once per person into texels: every face of the mesh has a small grid over its barycentric coordinates,
 so that a pixel's colour is one look-up. Colours are linear light, BGR, in [0, 1].
@@ -41,7 +41,7 @@ MIRROR = np.array([-1.0, 1.0, 1.0])
 
 
 def to_linear(colour: np.ndarray) -> np.ndarray:
-    """Display values in [0, 1] -> linear light; a square is close enough to sRGB's curve."""
+    """Display values in [0, 1] -> linear light; a square approximates sRGB's curve."""
     return np.square(colour)
 
 
@@ -51,7 +51,7 @@ def to_linear(colour: np.ndarray) -> np.ndarray:
 
 
 class SkinChart(NamedTuple):
-    """What part of one hand each texel shows, (N = faces * TEXELS**2,) float32. Shares and masks lie in [0, 1]."""
+    """The part of a hand that each texel shows, (N = faces * TEXELS**2,) float32; shares and masks lie in [0, 1]."""
 
     palm: np.ndarray  # 1 on the palm's side
     back: np.ndarray  # 1 on the back
@@ -75,7 +75,7 @@ def _texel_weights() -> np.ndarray:
 
 
 def chart_skin(model: HandModel) -> SkinChart:
-    """Find what part of the hand every texel belongs to; the same for all people, so done once."""
+    """Assign every texel to a part of the hand; computed once, since it is the same for all people."""
     rng = np.random.default_rng(model.side == 'left')
     mirror = MIRROR if model.side == 'left' else np.ones(3)
     vertices = model.template * mirror
@@ -181,7 +181,7 @@ def _distance_to_line(point: np.ndarray, line: np.ndarray) -> np.ndarray:
 
 
 class Person(NamedTuple):
-    """What a subject looks like."""
+    """The appearance of a subject."""
 
     skin: np.ndarray  # (2 * faces with forearms, TEXELS**2, 3) linear BGR: left hand, left forearm, right hand, forearm
     shirt: np.ndarray  # (3,) display BGR
@@ -189,7 +189,7 @@ class Person(NamedTuple):
 
 
 def paint_person(charts: tuple[SkinChart, SkinChart], rng: np.random.Generator) -> Person:
-    """A new person: skin tone, nails, creases, sleeves. ``charts`` of the left and the right hand."""
+    """Draw a person: skin tone, nails, creases, sleeves. ``charts`` of the left and the right hand."""
     tone = rng.uniform(0, len(SKIN_TONES_BGR) - 1)
     low = int(tone)
     back_colour = (1 - tone + low) * SKIN_TONES_BGR[low] + (tone - low) * SKIN_TONES_BGR[low + 1]
@@ -225,7 +225,7 @@ def paint_person(charts: tuple[SkinChart, SkinChart], rng: np.random.Generator) 
 def _paint_forearm(
     back: np.ndarray, palm: np.ndarray, rim: np.ndarray, shirt: np.ndarray, sleeve: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """(NUM_FOREARM_FACES, TEXELS**2, 3): skin up to ring ``sleeve``, which goes on from the wrist's, then cloth."""
+    """(NUM_FOREARM_FACES, TEXELS**2, 3): skin continued from the wrist up to ring ``sleeve``, then cloth."""
     noise = rng.standard_normal((NUM_FOREARM_FACES, TEXELS**2, 1), dtype=np.float32)
     ring, corner = np.divmod(np.arange(NUM_FOREARM_FACES) // 2, WRIST_CORNERS)
     between = (rim + np.roll(rim, -1)) / 2
@@ -240,7 +240,7 @@ def _paint_forearm(
 
 
 def wrist_loop(model: HandModel) -> tuple[int, ...]:
-    """The 16 vertices round the open wrist, in order."""
+    """The 16 vertices around the open wrist, in order."""
     faces = model.faces
     edges = {tuple(edge) for edge in np.stack([faces, np.roll(faces, -1, 1)], -1).reshape(-1, 2).tolist()}
     following = {end: start for start, end in edges if (end, start) not in edges}  # seen from the missing side
@@ -337,7 +337,7 @@ def sample_light(rng: np.random.Generator) -> Light:
 def draw_hands(
     picture: np.ndarray, vertices: Tensor, faces: Tensor, intrinsics: np.ndarray, skin: np.ndarray, light: Light
 ) -> np.ndarray:
-    """Render a closed mesh over a picture.
+    """Render a closed mesh over an image.
 
     picture (H, W, 3) display values float32; vertices (V, 3) m in camera axes; intrinsics (3, 3); skin
     (F, TEXELS**2, 3); light with its direction in camera axes. Only the box that the mesh covers is worked on.
@@ -398,7 +398,7 @@ def draw_hands(
 
 
 def _crevices(depth: np.ndarray) -> np.ndarray:
-    """How much sky nearer skin hides from each pixel, 0 to 0.85, by its depth behind the neighbourhood's mean."""
+    """Share of the sky that nearer skin hides from each pixel, 0 to 0.85, by its depth behind the local mean."""
     seen_depth = np.stack([depth, depth > 0], -1, dtype=np.float32)
     hidden = np.zeros_like(depth)
     for size, reach, weight in ((7, 0.006, 0.45), (21, 0.018, 0.55)):
@@ -423,13 +423,13 @@ def _smooth_field(size: tuple[int, int], cells: int, rng: np.random.Generator) -
 
 
 def _muted(rng: np.random.Generator, low: float, high: float, *shape: int) -> np.ndarray:
-    """Colours (*shape, 3) as things have them: a brightness with some tint."""
+    """Plausible object colours (*shape, 3): a brightness with some tint."""
     grey, tint = rng.uniform(low, high, (*shape, 1)), rng.uniform(low, high, (*shape, 3))
     return (grey + rng.beta(1, 2) * (tint - grey)).astype(np.float32)
 
 
 def _studio(size, rng):
-    """A dark room full of small lamps, as the real set's."""
+    """A dark room with many small lamps, as in InterHand2.6M."""
     picture = rng.uniform(0.0, 0.06) + 0.06 * _smooth_field(size, 4, rng)
     pitch, shear = rng.uniform(70, 120), rng.uniform(-0.3, 0.3)
     jitter = rng.uniform(-8, 8, (12, 12, 2))
@@ -472,7 +472,7 @@ def _stripes(size, rng):
 
 
 def _room(size, rng):
-    """Patches with a texture of their own, as of furniture and walls."""
+    """Textured patches, such as furniture and walls."""
     picture = _clouds(size, rng)
     for _ in range(rng.integers(4, 12)):
         top, left = int(rng.integers(-40, size[0])), int(rng.integers(-40, size[1]))

@@ -1,4 +1,4 @@
-"""How two hands of one person meet: natural finger poses, relative placements and smooth paths between them.
+"""Poses of interacting hands: natural finger poses, relative placements and smooth paths between them.
 
 A placement is told in the person's frame, which shares the axes of the world: x towards the person's left (the right of
 a camera in front), y down, z from that camera towards the body. A hand's own rest axes have the fingers along -x (right
@@ -64,7 +64,7 @@ def sample_finger_angles(names: tuple[str, ...], rng: np.random.Generator) -> np
 
 
 def pose_vector(angles: np.ndarray, model: HandModel) -> np.ndarray:
-    """Numbers that steer the fingers, (T, 25) angles or (T, 45) PCA coefficients -> axis-angle (T, 45), flat hand = 0.
+    """Finger controls, (T, 25) angles or (T, 45) PCA coefficients -> axis-angle (T, 45), flat hand = 0.
 
     The stand-in hand has anatomical axes; official files do not say where theirs lie, so there the poses come from the
     mean pose and a limited share of the leading components.
@@ -103,7 +103,7 @@ class HandPlacement(NamedTuple):
 
 
 class PairPlacement(NamedTuple):
-    """Told for a right hand that comes to meet the left one; ``mirrored`` swaps the roles."""
+    """Described for a right hand that approaches the left one; ``mirrored`` swaps the roles."""
 
     left: HandPlacement
     right: HandPlacement
@@ -182,7 +182,7 @@ def crossed_fingers(rng):
 
 
 def hold_fist(rng):
-    """One hand's palm takes the knuckles of the other's fist."""
+    """One palm holds the knuckles of the other hand's fist."""
     fist = _between(TO_LEFT, _between(FRONT, UP, 0.4), rng.uniform(0.1, 0.5))
     palm = _between(BODY, DOWN, rng.uniform(0, 1))
     palm = palm - (palm @ fist) * fist
@@ -197,7 +197,7 @@ def hold_fist(rng):
 
 
 def hold_wrist(rng):
-    """One hand round the wrist of the other."""
+    """One hand around the wrist of the other."""
     fingers = _between(UP, _between(FRONT, TO_LEFT, rng.uniform(0, 0.6)), rng.uniform(0.1, 0.6))
     side = _between(TO_LEFT, FRONT, rng.uniform(0, 0.6))
     side = side - (side @ fingers) * fingers
@@ -312,7 +312,7 @@ def tips_meet(rng):
 
 
 def gesture(rng):
-    """Both hands talk, a little apart."""
+    """Both hands gesture, slightly apart."""
     hands, distance = [], rng.uniform(0.04, 0.065)
     for inward, outward in ((TO_RIGHT, TO_LEFT), (TO_LEFT, TO_RIGHT)):
         fingers = _between(_between(UP, FRONT, rng.uniform(0, 0.7)), inward, rng.uniform(-0.1, 0.4))
@@ -357,7 +357,7 @@ EASY_BEND, TRIES = np.radians(35), 4  # how far a wrist bends without effort; in
 
 
 class KeyPose(NamedTuple):
-    """A pair of hands as numbers that can be interpolated; index 0 left."""
+    """A pair of hands in quantities that can be interpolated; index 0 is the left hand."""
 
     rotation: np.ndarray  # (2, 3, 3) rest axes -> world
     fingers: np.ndarray  # (2, 25) rad, or (2, 45) PCA coefficients
@@ -368,7 +368,7 @@ class KeyPose(NamedTuple):
 
 
 class HandPath(NamedTuple):
-    """T time steps of both hands, free of one another, about the world's origin."""
+    """T time steps of both hands, without intersection, around the world's origin."""
 
     root: Tensor  # (T, 2, 3) axis-angle about the wrist
     pose: Tensor  # (T, 2, 45) axis-angle, flat hand = 0
@@ -404,7 +404,7 @@ def key_pose(name: str, mirrored: bool, rng: np.random.Generator, *, anatomical:
 
 
 def easy_key_pose(name: str, mirrored: bool, rng: np.random.Generator, *, anatomical: bool) -> KeyPose:
-    """The instance, out of TRIES, that bends the wrists of somebody with elbows at ELBOWS least."""
+    """Of TRIES instances, the one that bends the wrists least for elbows at ELBOWS."""
     tries = [key_pose(name, mirrored, rng, anatomical=anatomical) for _ in range(TRIES)]
     return min(tries, key=_wrist_effort)
 
@@ -478,7 +478,7 @@ NEIGHBOURHOOD = 0.02  # m: a vertex inside a hand has skin of that hand at least
 
 
 def penetration_depth(vertices: Tensor, normals: Tensor) -> float:
-    """How deep two hands intersect, m; 0 where they do not. vertices (2, V, 3) m and their unit normals.
+    """Penetration depth of two hands, m; 0 if they do not intersect. vertices (2, V, 3) m and their unit normals.
 
     A vertex is inside the other hand where it lies behind the tangent plane of the other's nearest vertex; its depth is
     its distance from that plane. Cheap, and exact enough on a surface of 5 mm triangles.
@@ -498,7 +498,7 @@ def penetration_depth(vertices: Tensor, normals: Tensor) -> float:
 
 
 def push_apart(vertices: Tensor, faces: Tensor, retreat: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance (T,) m that the right hand must go along ``retreat`` (T, 3) to leave the left, and the depth left (T,).
+    """Distance (T,) m that the right hand must retreat along ``retreat`` (T, 3), and the remaining depth (T,).
 
     vertices (T, 2, V, 3), faces (2, F, 3). Pushes of the depth found so far, so the way ends at first contact.
     """

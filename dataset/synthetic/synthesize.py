@@ -1,9 +1,9 @@
-"""Made data in InterHand2.6M's own layout, so that every later tool runs without the real set.
+"""Generate synthetic data in InterHand2.6M's layout, so that every tool runs without the real data set.
 
-    python dataset/synthesize.py --save_path data/made_raw --frames 2300 --seed 0
+    python dataset/synthesize.py --save_path data/synthetic_raw --frames 2300 --seed 0
 
-Two skin-toned hands of a made-up person meet in natural ways before several cameras. A few per cent of the pictures are
-the odd ones that the real set has: a single hand, an invalid type, an almost black image.
+Two hands of a synthetic person interact in front of several cameras. A few per cent of the images are the edge cases of
+the real data set: a single hand, an invalid type, an almost black image.
 """
 
 import argparse
@@ -23,6 +23,8 @@ import torch
 from tqdm import tqdm
 
 from dataset.hand_model_record import write_hand_model_record
+from dataset.prepare.resumable import refuse_other_settings
+from dataset.prepared import partial_folder
 from dataset.synthetic.appearance import (
     Light,
     Person,
@@ -43,6 +45,7 @@ from models.hands import load_hands
 from utils.config import add_config_arguments, load_config, split_off_pairs
 from utils.distributed import usable_cores
 from utils.errors import UserError, user_facing
+from utils.files import read_json, write_atomically
 from utils.hand import INTERHAND_TO_JOINTS, LEFT, NUM_JOINTS, RIGHT, SIDES
 
 SPLITS = ('train', 'val', 'test')
@@ -61,7 +64,7 @@ JPEG_QUALITY = 93
 
 
 class Settings(NamedTuple):
-    """Everything that the data set depends on."""
+    """Everything that determines the data set."""
 
     frames: tuple[int, int, int]  # pictures of train, val, test
     seed: int
@@ -71,7 +74,7 @@ class Settings(NamedTuple):
 
 
 class Sequence(NamedTuple):
-    """One task: a run of time steps of one capture."""
+    """One task: consecutive time steps of one capture."""
 
     split: str
     number: int  # within the split
@@ -89,7 +92,7 @@ class Sequence(NamedTuple):
 
 
 def plan(settings: Settings) -> list[Sequence]:
-    """Which sequences to make. Captures, and with them subjects and cameras, are never shared between splits."""
+    """The sequences to generate. Splits share no captures, and so no subjects and cameras."""
     sequences, next_capture = [], 0
     for split, pictures in zip(SPLITS, settings.frames):
         if not pictures:
@@ -150,8 +153,8 @@ class Camera(NamedTuple):
 
 
 def sample_camera(rng: np.random.Generator, spread: float, taken: set[str]) -> Camera:
-    """A camera on a dome before the person: azimuth within +-``spread`` degrees, elevation within a third below and
-    half of it above, looking at the hands."""
+    """A camera on a dome in front of the person: azimuth within +-``spread`` degrees, elevation from a third
+    of it below to half of it above, looking at the hands."""
     azimuth, elevation = np.radians([rng.uniform(-spread, spread), rng.uniform(-spread / 3, spread / 2)])
     away = np.array([np.sin(azimuth) * np.cos(elevation), -np.sin(elevation), -np.cos(azimuth) * np.cos(elevation)])
     position = HANDS_AT + rng.uniform(0.92, 1.2) * away
@@ -222,7 +225,7 @@ def _actors(source: str, path: str) -> Actors:
 
 @lru_cache(maxsize=32)
 def _person(settings: Settings, capture: int) -> tuple[Person, torch.Tensor]:
-    """Looks and shape (2, 10) of the capture's subject."""
+    """Appearance and shape (2, 10) of the capture's subject."""
     rng = np.random.default_rng([settings.seed, 4, capture])
     betas = (0.7 * rng.normal(size=10)).clip(-1.6, 1.6).round(4)
     person = paint_person(_actors(settings.source, settings.path).charts, rng)
@@ -231,7 +234,7 @@ def _person(settings: Settings, capture: int) -> tuple[Person, torch.Tensor]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """The same sums whatever the machine; several processes are faster anyway."""
+    """Use one thread, so that sums do not depend on the machine; several processes are faster anyway."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -241,7 +244,7 @@ def one_thread() -> Iterator[None]:
 
 
 class Scene(NamedTuple):
-    """A sequence before it is photographed; V vertices and F faces of the arms that are shown. World axes, metres."""
+    """A sequence before rendering; V vertices and F faces of the visible arms. World axes, metres."""
 
     name: str
     hand_type: str
@@ -256,7 +259,7 @@ class Scene(NamedTuple):
 
 
 def set_scene(settings: Settings, sequence: Sequence, rng: np.random.Generator) -> Scene:
-    """Draw what happens in a sequence and in which light."""
+    """Draw the motion and light of a sequence."""
     actors = _actors(settings.source, settings.path)
     person, betas = _person(settings, sequence.capture)
     single, steps = sequence.kind == 'single', len(sequence.views)
@@ -294,7 +297,7 @@ def set_scene(settings: Settings, sequence: Sequence, rng: np.random.Generator) 
 
 
 def paint_backdrop(scene: Scene, step: int, camera: Camera, person: Person, rng: np.random.Generator) -> np.ndarray:
-    """What a camera sees behind the hands, display values (H, W, 3)."""
+    """A camera's background, display values (H, W, 3)."""
     picture = sample_background(camera.size, rng)
     if scene.torso and camera.rotation[2, 2] > 0.2:  # from behind, the chest would hide the hands
         draw_torso(
@@ -304,7 +307,7 @@ def paint_backdrop(scene: Scene, step: int, camera: Camera, person: Person, rng:
 
 
 def photograph(scene: Scene, step: int, camera: Camera, backdrop: np.ndarray) -> np.ndarray:
-    """The hands before their backdrop, display values (H, W, 3)."""
+    """Render the hands over their background, display values (H, W, 3)."""
     rotation, position = torch.from_numpy(camera.rotation).float(), torch.from_numpy(camera.position).float()
     light = scene.light._replace(direction=camera.rotation @ scene.light.direction)
     return draw_hands(
@@ -315,7 +318,7 @@ def photograph(scene: Scene, step: int, camera: Camera, backdrop: np.ndarray) ->
 @one_thread()
 @torch.no_grad()
 def make_sequence(settings: Settings, sequence: Sequence, root: Path) -> dict:
-    """Make one sequence: write its pictures under ``root`` and return its part of the annotation files."""
+    """Generate one sequence: write its images under ``root`` -> its part of the annotation files."""
     rng = np.random.default_rng([settings.seed, 5, SPLITS.index(sequence.split), sequence.number])
     scene = set_scene(settings, sequence, rng)
     layer, (person, betas) = _actors(settings.source, settings.path).layer, _person(settings, sequence.capture)
@@ -382,7 +385,7 @@ def make_sequence(settings: Settings, sequence: Sequence, root: Path) -> dict:
 def write_picture(path: Path, picture: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not cv2.imwrite(str(path), picture, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]):
-        raise UserError(f'{path} could not be written; check the space and the rights of the folder.')
+        raise UserError(f'{path} could not be written. Check disk space and permissions.')
 
 
 def world_joints(path: HandPath, step: int, shown: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -409,7 +412,7 @@ def mano_annotation(path: HandPath, step: int, side: int, betas: torch.Tensor, l
 
 
 def box_of(pixels: np.ndarray, size: tuple[int, int]) -> list[float]:
-    """[x, y, w, h] of pixels (N, 2), cut at the picture's edges."""
+    """[x, y, w, h] of pixels (N, 2), clipped to the image."""
     limits = np.array(size[::-1]) - 1.0
     low, high = pixels.min(0).clip(0, limits), pixels.max(0).clip(0, limits)
     return [*low.round(3).tolist(), *(high - low).round(3).tolist()]
@@ -442,7 +445,7 @@ def develop(picture: np.ndarray, camera: Camera, *, black: bool, rng: np.random.
 
 
 def write_annotations(root: Path, split: str, records: list[dict], settings: Settings) -> None:
-    """The four annotation files of a split."""
+    """Write the four annotation files of a split."""
     folder = root / 'annotations' / split
     folder.mkdir(parents=True, exist_ok=True)
     data: dict[str, list] = {'images': [], 'annotations': []}
@@ -466,17 +469,17 @@ def write_annotations(root: Path, split: str, records: list[dict], settings: Set
 
 
 def synthesize(save_path: Path, settings: Settings, *, workers: int) -> list[dict]:
-    """Make the whole tree at ``save_path``; the result does not depend on ``workers``. Returns the sequences' records.
+    """Generate the whole tree at ``save_path``; it does not depend on ``workers``. Returns the sequences' records.
 
-    It grows in ``<save_path>.unfinished``; a second call with the same settings goes on there. Raises UserError where
-    ``save_path`` holds something or the unfinished folder was made with other settings.
+    It grows in ``<save_path>.partial``; a second call with the same settings resumes. Raises UserError if ``save_path``
+    is not empty or the unfinished folder has other settings.
     """
     if save_path.exists() and (not save_path.is_dir() or any(save_path.iterdir())):
-        raise UserError(f'{save_path} is there already and not empty; give another --save_path or remove it.')
+        raise UserError(f'{save_path} exists and is not empty. Choose another --save_path or remove it.')
     models = load_hands(settings.source, settings.path)
     sequences = plan(settings)
     save_path = save_path.resolve()
-    unfinished = save_path.with_name(save_path.name + '.unfinished')
+    unfinished = partial_folder(save_path)
     records_folder = unfinished / 'records'
     claim_folder(unfinished, settings, models)
     records_folder.mkdir(exist_ok=True)
@@ -531,38 +534,39 @@ def synthesize(save_path: Path, settings: Settings, *, workers: int) -> list[dic
 
 
 def claim_folder(folder: Path, settings: Settings, models: HandPair) -> None:
-    """Make the folder of an unfinished run, or check that the one found there was started with the same settings."""
+    """Create the folder of an unfinished run, or check that an existing one has the same settings."""
     about = settings._asdict() | {'frames': list(settings.frames), 'hand_model': models.identity}
     about.pop('path')
     file = folder / 'settings.json'
     if not folder.exists():
         folder.mkdir(parents=True)
-        file.write_text(json.dumps(about))
-    elif not file.is_file() or json.loads(file.read_text()) != about:
-        raise UserError(f'{folder} holds an unfinished run with other settings; remove it or repeat its command.')
+        write_atomically(file, json.dumps(about).encode())
+    else:
+        refuse_other_settings(folder, read_json(file), about)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--save_path', required=True, type=Path, help='folder to make; must not hold anything yet')
+    parser.add_argument('--save_path', required=True, type=Path, help='output folder, which must be empty or missing')
     parser.add_argument(
         '--frames',
         nargs='+',
         metavar='N',
         default=['2000', '100', '200'],
-        help='pictures to make: N altogether, eight tenths of them to train on, or TRAIN VAL TEST of '
-        'each split, where 0 leaves one out (default: 2000 100 200)',
+        help='number of images: N in all, 80 %% of them for training, or TRAIN VAL TEST, where 0 omits a '
+        'split (default: 2000 100 200)',
     )
-    parser.add_argument('--seed', type=int, default=0, help='equal seeds make equal data (default: 0)')
+    parser.add_argument('--seed', type=int, default=0, help='equal seeds yield equal data (default: 0)')
     parser.add_argument(
+        '--camera-spread',
         '--camera_spread',
         type=float,
         default=60.0,
         metavar='DEGREES',
-        help='how far the cameras stand round the person: azimuth within +-DEGREES of the front, 0 to '
-        '180; larger is harder to learn (default: 60)',
+        help='azimuth range of the cameras: within +-DEGREES of the front, 0 to 180; a larger range is harder '
+        'to learn (default: 60)',
     )
-    parser.add_argument('--workers', type=int, default=usable_cores(), help='processes (default: one for each core)')
+    parser.add_argument('--workers', type=int, default=usable_cores(), help='processes (default: one per core)')
     add_config_arguments(parser)
     args = parser.parse_intermixed_args(arguments)
     words, keys = split_off_pairs(args.frames)
@@ -571,11 +575,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def frames_of_splits(words: list[str]) -> tuple[int, int, int]:
-    """'N' or 'TRAIN VAL TEST' as typed -> pictures of each split; raises UserError for anything else."""
+    """'N' or 'TRAIN VAL TEST' as typed -> images per split. Raises UserError for anything else."""
     counts = [int(word) for word in words if re.fullmatch(r'-?\d+', word)]
     if len(counts) != len(words) or len(counts) not in (1, 3) or min(counts) < 0 or not sum(counts):
         raise UserError(
-            f'--frames is {" ".join(words)}; give one count, or three for train, val and test, at least one above 0.'
+            f'--frames is {" ".join(words)}; pass one count, or three for train, val and test, at least one above 0.'
         )
     if len(counts) == 3:
         train, val, test = counts
@@ -590,14 +594,14 @@ def main(arguments: list[str] | None = None) -> None:
     if args.seed < 0:
         raise UserError(f'--seed is {args.seed}; it must be 0 or more.')
     if not 0 <= args.camera_spread <= 180:
-        raise UserError(f'--camera_spread is {args.camera_spread:g}; it must lie between 0 and 180 degrees.')
+        raise UserError(f'--camera_spread is {args.camera_spread:g}; it must be between 0 and 180 degrees.')
     if args.workers < 1:
         raise UserError(f'--workers is {args.workers}; it must be at least 1.')
-    cfg = load_config(args.cfg, args.opts, base={'MANO': {'SOURCE': 'standin'}})  # made data need no licensed file
+    cfg = load_config(args.cfg, args.opts, base={'MANO': {'SOURCE': 'standin'}})  # synthetic data need no licensed file
     settings = Settings(args.frames, args.seed, args.camera_spread, cfg.MANO.SOURCE, cfg.MANO.PATH)
     records = synthesize(args.save_path, settings, workers=args.workers)
     depths = [depth for record in records for depth in record['penetration_mm']]
     print(
-        f'{sum(args.frames)} pictures in {args.save_path}; hands intersect by {np.mean(depths):.1f} mm on average, '
+        f'{sum(args.frames)} images in {args.save_path}; hands intersect by {np.mean(depths):.1f} mm on average, '
         f'{max(depths):.1f} mm at most.'
     )
