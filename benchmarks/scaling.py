@@ -1,10 +1,10 @@
-"""What a whole training run costs on n devices, from what was measured on one.
+"""Estimate the cost of a training run on n devices from the throughput measured on one.
 
-    python benchmarks/scaling.py --samples_per_second 1200 [--devices 1 8 64] [--batch 64] [--bandwidth 50]
+    python benchmarks/scaling.py --samples-per-second 1200 [--devices 1 8 64] [--batch 64] [--bandwidth 50]
     python benchmarks/scaling.py --benchmark FOLDER/benchmark.json
 
-The model: a step takes the device's time for its share of the batch, plus what of the gradient exchange does not hide
-behind the backward pass, plus the round trips of the synchronised batch norms. docs/scaling.md says what it rests on.
+A step takes the device's time for its share of the batch, plus the gradient exchange that the backward pass does not
+hide, plus the round trips of the synchronised batch norms. docs/scaling.md lists the assumptions.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from utils.errors import UserError, user_facing
 from utils.files import read_json
 
 PARAMETERS = 90.4e6  # of the network with ResNet-50
-SYNCHRONISED = 2 * 97  # collectives of the batch norms a step: one forward and one backward each
-BACKWARD_SHARE = 2 / 3  # of a step's time: what the exchange of gradients can hide behind
+SYNCHRONISED = 2 * 97  # collectives of the batch norms per step: one forward and one backward each
+BACKWARD_SHARE = 2 / 3  # of a step's time, during which gradients can be exchanged
 
 
 class Run(NamedTuple):
-    """A training run and the machine that it is on."""
+    """A training run and its machine."""
 
     samples: int = 370_000  # of the train split, prepared
     epochs: int = 50
@@ -37,7 +37,7 @@ class Run(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What a run takes on ``devices``."""
+    """The cost of a run on ``devices``."""
 
     devices: int
     step_ms: float
@@ -49,9 +49,9 @@ class Cost(NamedTuple):
 
 
 def cost(run: Run, devices: int) -> Cost:
-    """Raises UserError if the batch cannot be shared out."""
+    """Estimate the cost. Raises UserError if the batch is smaller than the number of devices."""
     if devices > run.batch:
-        raise UserError(f'a batch of {run.batch} cannot be shared out over {devices} devices; give a larger --batch.')
+        raise UserError(f'A batch of {run.batch} cannot be distributed over {devices} devices. Pass a larger --batch.')
     compute = run.batch / devices / run.samples_per_second
     exchange = 0.0
     if devices > 1:
@@ -96,9 +96,11 @@ def measured_rate(path: str) -> float:
 
 @user_facing
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see ``--help``."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--samples_per_second', type=float, help='of training, on one device')
+    rate = {'type': float, 'dest': 'samples_per_second'}
+    parser.add_argument('--samples-per-second', help='training throughput of one device', **rate)
+    parser.add_argument('--samples_per_second', help=argparse.SUPPRESS, **rate)
     parser.add_argument('--benchmark', metavar='FILE', help='benchmark.json of benchmarks/run.py, instead')
     parser.add_argument('--devices', type=int, nargs='+', default=[1, 8, 64])
     parser.add_argument('--batch', type=int, default=Run().batch, help='over all devices (default: %(default)s)')
@@ -112,10 +114,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     if bool(args.samples_per_second) == bool(args.benchmark):
-        raise UserError('give either --samples_per_second or --benchmark.')
+        raise UserError('Pass either --samples-per-second or --benchmark.')
     rate = args.samples_per_second or measured_rate(args.benchmark)
     if min(rate, args.batch, args.samples, args.epochs, args.loader, args.bandwidth, *args.devices) <= 0:
-        raise UserError('all numbers must be above 0.')
+        raise UserError('All numbers must be above 0.')
     print(table(Run(args.samples, args.epochs, args.batch, rate, args.loader, 1e9 * args.bandwidth), args.devices))
 
 

@@ -36,6 +36,7 @@ def test_maps_have_their_strides_and_channels_and_keys_are_torchvisions(name):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['convnext_tiny', 'swin_t', 'efficientnet_b0'])
 def test_the_last_map_is_the_one_that_torchvision_classifies(name):
     """With the rest of the network behind it, the backbone's last map gives torchvision's logits."""
@@ -58,6 +59,7 @@ def test_a_name_outside_the_table_is_refused_with_the_choices(standin):
             tiny_model(standin, BACKBONE=name or "''")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['convnext_tiny', 'swin_t', 'efficientnet_b0'])
 def test_a_network_on_any_backbone_learns(standin, name):
     model = tiny_model(standin, BACKBONE=name, STAGES=1).train()

@@ -68,9 +68,9 @@ def test_one_device_only_computes_and_several_share_the_work():
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ([], 'give either --samples_per_second or --benchmark'),
-        (['--samples_per_second', '9', '--benchmark', 'x'], 'give either'),
-        (['--samples_per_second', '9', '--batch', '4', '--devices', '8'], 'cannot be shared out over 8'),
+        ([], 'Pass either --samples-per-second or --benchmark'),
+        (['--samples-per-second', '9', '--benchmark', 'x'], 'Pass either'),
+        (['--samples_per_second', '9', '--batch', '4', '--devices', '8'], 'cannot be distributed over 8'),
         (['--samples_per_second', '9', '--devices', '0'], 'must be above 0'),
         (['--benchmark', 'nowhere.json'], 'nowhere.json does not exist'),
         (['--benchmark', '{empty}'], 'holds no training throughput'),
