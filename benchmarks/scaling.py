@@ -98,9 +98,8 @@ def measured_rate(path: str) -> float:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    rate = {'type': float, 'dest': 'samples_per_second'}
-    parser.add_argument('--samples-per-second', help='training throughput of one device', **rate)
-    parser.add_argument('--samples_per_second', help=argparse.SUPPRESS, **rate)
+    parser.add_argument('--samples-per-second', type=float, help='training throughput of one device')
+    parser.add_argument('--samples_per_second', type=float, help=argparse.SUPPRESS)
     parser.add_argument('--benchmark', metavar='FILE', help='benchmark.json of benchmarks/run.py, instead')
     parser.add_argument('--devices', type=int, nargs='+', default=[1, 8, 64])
     parser.add_argument('--batch', type=int, default=Run().batch, help='over all devices (default: %(default)s)')
