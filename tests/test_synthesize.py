@@ -15,7 +15,7 @@ from dataset.prepare.raw import RawSplit
 from dataset.synthetic.appearance import arm_faces, with_forearms, wrist_loop
 from dataset.synthetic.poses import FINGER_POSES, PLACEMENTS, TOLERATED, hand_axes, push_apart, sample_path
 from dataset.synthetic.synthesize import SPLITS, Settings, capture_cameras, main, make_sequence, plan, synthesize
-from manopth import TwoHandLayer
+from manopth import HandPair, TwoHandLayer
 from manopth.rotations import axis_angle_to_matrix
 from models.hands import load_hands
 from utils.hand import INTERHAND_TO_JOINTS, LEFT, RIGHT, SIDES
@@ -33,7 +33,7 @@ def layer():
 @pytest.fixture(scope='module')
 def tree(tmp_path_factory):
     """The script, really run by two workers."""
-    root = tmp_path_factory.mktemp('made') / 'raw'
+    root = tmp_path_factory.mktemp('synthetic') / 'raw'
     done = subprocess.run(
         [
             sys.executable,
@@ -60,7 +60,7 @@ def annotations(root, split, kind):
     return json.loads((root / 'annotations' / split / f'InterHand2.6M_{split}_{kind}.json').read_text())
 
 
-def every_picture(root):
+def every_image_record(root):
     for split in SPLITS:
         data = annotations(root, split, 'data')
         cameras, joints, mano = (annotations(root, split, kind) for kind in ('camera', 'joint_3d', 'MANO_NeuralAnnot'))
@@ -98,7 +98,7 @@ def test_layout_and_fields_are_those_of_the_real_set(tree):
         assert len(list((tree / 'images' / split).rglob('*.jpg'))) == count
         for capture in annotations(tree, split, 'camera').values():
             assert list(capture) == ['campos', 'camrot', 'focal', 'princpt']
-    for split, image, annotation, camera, joints, mano in every_picture(tree):
+    for split, image, annotation, camera, joints, mano in every_image_record(tree):
         assert {key: type(value) for key, value in image.items()} == {
             'id': int,
             'file_name': str,
@@ -113,8 +113,8 @@ def test_layout_and_fields_are_those_of_the_real_set(tree):
         assert image['file_name'] == (
             f'Capture{image["capture"]}/{image["seq_name"]}/cam{image["camera"]}/image{image["frame_idx"]}.jpg'
         )
-        picture = cv2.imread(str(tree / 'images' / split / image['file_name']))
-        assert picture.shape[:2] == (image['height'], image['width']) and sorted(picture.shape[:2]) == [334, 512]
+        pixels = cv2.imread(str(tree / 'images' / split / image['file_name']))
+        assert pixels.shape[:2] == (image['height'], image['width']) and sorted(pixels.shape[:2]) == [334, 512]
         assert {key: type(value) for key, value in annotation.items()} == {
             'id': int,
             'image_id': int,
@@ -144,7 +144,7 @@ def test_layout_and_fields_are_those_of_the_real_set(tree):
 
 
 def test_formula_gives_the_annotated_joints(tree, layer):
-    for _, _, annotation, camera, joints, mano in every_picture(tree):
+    for _, _, annotation, camera, joints, mano in every_image_record(tree):
         world = np.array(joints['world_coord'])
         seen = [side for side in (LEFT, RIGHT) if mano[SIDES[side]] is not None]
         translation = -camera['camrot'] @ camera['campos'] / 1000
@@ -169,21 +169,21 @@ def test_raw_reader_reads_it(tree):
 
 def test_splits_share_neither_captures_nor_subjects(tree):
     seen = {}
-    for split, image, _, camera, _, _ in every_picture(tree):
+    for split, image, _, camera, _, _ in every_image_record(tree):
         for key in (('capture', image['capture']), ('subject', image['subject']), ('camera at', *camera['campos'])):
             assert seen.setdefault(key, split) == split
 
 
 def test_several_cameras_see_one_time_step(tree):
     steps = {}
-    for split, image, *_ in every_picture(tree):
+    for split, image, *_ in every_image_record(tree):
         steps.setdefault((split, image['capture'], image['frame_idx']), set()).add(image['camera'])
     assert max(map(len, steps.values())) == script.VIEWS
 
 
-def test_holds_the_odd_pictures(tree):
+def test_contains_the_edge_cases(tree):
     kinds = {'single': 0, 'invalid': 0, 'black': 0}
-    for split, image, annotation, _, joints, mano in every_picture(tree):
+    for split, image, annotation, _, joints, mano in every_image_record(tree):
         kinds['invalid'] += not annotation['hand_type_valid']
         kinds['black'] += grey_mean(tree, split, image) < 10
         if annotation['hand_type'] != 'interacting':
@@ -212,7 +212,7 @@ def test_hands_hardly_intersect(tree, layer):
     """Measured another way than the script does: winding numbers, and distances to points all over the triangles."""
     deepest, done = 0.0, set()
     weights = torch.tensor([(i, j, 6 - i - j) for i in range(7) for j in range(7 - i)], dtype=torch.float64) / 6
-    for split, image, _, _, _, mano in every_picture(tree):
+    for split, image, _, _, _, mano in every_image_record(tree):
         if (split, image['capture'], image['frame_idx']) in done or None in mano.values():
             continue
         done.add((split, image['capture'], image['frame_idx']))
@@ -256,9 +256,8 @@ def test_hand_axes_turn_fingers_and_palm(side):
 
 
 @pytest.mark.parametrize('name', PLACEMENTS)
-def test_every_placement_brings_the_hands_together(name, layer):
-    path = sample_path(5, name, np.random.default_rng(0), layer.float(), torch.zeros(2, 10))
-    layer.double()
+def test_every_placement_brings_the_hands_together(name):
+    path = sample_path(5, name, np.random.default_rng(0), load_hands('standin'), torch.zeros(2, 10))
     assert path.penetration.max() <= TOLERATED
     nearest = torch.stack([torch.cdist(left, right).min() for left, right in path.vertices])
     assert nearest.max() < 0.08
@@ -266,16 +265,16 @@ def test_every_placement_brings_the_hands_together(name, layer):
     assert 0.001 < joints.mean() < 0.12  # m from step to step: it moves, and it does not jump
 
 
-def test_official_hands_move_by_their_components(layer):
-    models = tuple(dataclasses.replace(model, name='mano') for model in layer.models)
-    path = sample_path(4, 'pray', np.random.default_rng(0), TwoHandLayer(models), torch.zeros(2, 10))
+def test_official_hands_move_by_their_components():
+    models = HandPair(*(dataclasses.replace(model, name='mano') for model in load_hands('standin')))
+    path = sample_path(4, 'pray', np.random.default_rng(0), models, torch.zeros(2, 10))
     for side, model in enumerate(models):
         coefficients = (path.pose[:, side].numpy() - model.pose_mean) @ model.pose_components.T
         assert np.abs(coefficients[:, 10:]).max() < 1e-5 and 0.1 < np.abs(coefficients[:, :10]).max() <= 1.5 + 1e-5
 
 
 def test_forearms_close_the_wrists(layer):
-    models = layer.models
+    models = load_hands('standin')
     hands = flat_hands(layer)
     elbows = np.array([[-0.3, 0.1, 0.0], [0.3, 0.1, 0.0]])
     mesh = with_forearms(hands.vertices, hands.joints, elbows, tuple(map(wrist_loop, models)))[0]
@@ -363,8 +362,8 @@ def test_refuses_a_folder_that_holds_something(tmp_path, capsys):
 
 def test_rotations_of_the_annotation_turn_about_the_wrist(layer):
     """trans is where the wrist goes, less where the shaped rest hand has it."""
-    path = sample_path(1, 'gesture', np.random.default_rng(1), TwoHandLayer(layer.models), torch.full((2, 10), 0.5))
-    fit = script.mano_annotation(path, 0, RIGHT, torch.full((2, 10), 0.5), TwoHandLayer(layer.models))
+    path = sample_path(1, 'gesture', np.random.default_rng(1), load_hands('standin'), torch.full((2, 10), 0.5))
+    fit = script.mano_annotation(path, 0, RIGHT, torch.full((2, 10), 0.5), TwoHandLayer(load_hands('standin')))
     wrist = flat_hands(layer, 0.5).joints[0, RIGHT, 0] + torch.tensor(fit['trans'], dtype=torch.float64)
     assert torch.allclose(wrist.float(), path.joints[0, RIGHT, 0], atol=1e-6)
     turn = axis_angle_to_matrix(torch.tensor(fit['pose'][:3]))

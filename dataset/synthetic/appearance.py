@@ -15,7 +15,7 @@ from manopth import HandModel, HandPair
 from utils.hand import BONES, MANO_TO_JOINTS, NUM_VERTICES, TIP_VERTICES
 from utils.rasterizer import rasterize, smooth_normals
 
-TEXELS = 8  # along a face's edge of about 6 mm: finer than a pixel of the pictures
+TEXELS = 8  # along a face's edge of about 6 mm: finer than a pixel of the images
 SKIN_TONES_BGR = (
     np.array(
         [
@@ -335,15 +335,15 @@ def sample_light(rng: np.random.Generator) -> Light:
 
 
 def draw_hands(
-    picture: np.ndarray, vertices: Tensor, faces: Tensor, intrinsics: np.ndarray, skin: np.ndarray, light: Light
+    image: np.ndarray, vertices: Tensor, faces: Tensor, intrinsics: np.ndarray, skin: np.ndarray, light: Light
 ) -> np.ndarray:
     """Render a closed mesh over an image.
 
-    picture (H, W, 3) display values float32; vertices (V, 3) m in camera axes; intrinsics (3, 3); skin
+    image (H, W, 3) display values float32; vertices (V, 3) m in camera axes; intrinsics (3, 3); skin
     (F, TEXELS**2, 3); light with its direction in camera axes. Only the box that the mesh covers is worked on.
-    Returns the picture, changed.
+    Returns the image, changed.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     points = vertices.double().numpy()
     pixels = points @ intrinsics.T
     pixels = pixels[:, :2] / pixels[:, 2:]
@@ -351,7 +351,7 @@ def draw_hands(
     high = np.ceil(pixels.max(0)).astype(int) + 3
     (left, top), (right, bottom) = low.clip(0), np.minimum(high, (width, height))
     if right - left < 2 or bottom - top < 2:
-        return picture
+        return image
     moved = intrinsics.copy()
     moved[:2] -= np.array([[left], [top]]) * intrinsics[2]
     # The mesh is closed, so faces that look away are never seen; leaving them out halves the work.
@@ -391,10 +391,10 @@ def draw_hands(
     layer[seen] = np.concatenate([np.sqrt(shaded), np.ones_like(shaded[:, :1])], 1)
     # Soft outlines instead of stairs.
     smooth = cv2.GaussianBlur(layer.reshape(bottom - top, right - left, 4), (3, 3), 0.55)
-    box = picture[top:bottom, left:right]
+    box = image[top:bottom, left:right]
     box *= 1 - smooth[..., 3:]
     box += smooth[..., :3]
-    return picture
+    return image
 
 
 def _crevices(depth: np.ndarray) -> np.ndarray:
@@ -430,14 +430,14 @@ def _muted(rng: np.random.Generator, low: float, high: float, *shape: int) -> np
 
 def _studio(size, rng):
     """A dark room with many small lamps, as in InterHand2.6M."""
-    picture = rng.uniform(0.0, 0.06) + 0.06 * _smooth_field(size, 4, rng)
+    image = rng.uniform(0.0, 0.06) + 0.06 * _smooth_field(size, 4, rng)
     pitch, shear = rng.uniform(70, 120), rng.uniform(-0.3, 0.3)
     jitter = rng.uniform(-8, 8, (12, 12, 2))
     for i, j in np.ndindex(12, 12):
         x, y = (i - 2) * pitch + shear * j * pitch + jitter[i, j, 0], (j - 2) * pitch + jitter[i, j, 1]
         if 0 <= x < size[1] and 0 <= y < size[0] and rng.random() < 0.55:
-            cv2.circle(picture, (int(x), int(y)), int(rng.integers(2, 6)), (0.9, 0.95, 0.95), -1, cv2.LINE_AA)
-    return cv2.GaussianBlur(picture, (0, 0), 1.5)
+            cv2.circle(image, (int(x), int(y)), int(rng.integers(2, 6)), (0.9, 0.95, 0.95), -1, cv2.LINE_AA)
+    return cv2.GaussianBlur(image, (0, 0), 1.5)
 
 
 def _gradient(size, rng):
@@ -448,40 +448,40 @@ def _gradient(size, rng):
 
 
 def _blobs(size, rng):
-    picture = _gradient(size, rng)
+    image = _gradient(size, rng)
     for _ in range(rng.integers(6, 20)):
         centre = (int(rng.integers(size[1])), int(rng.integers(size[0])))
         axes = tuple(int(v) for v in rng.integers(10, 110, 2))
-        cv2.ellipse(picture, centre, axes, float(rng.uniform(0, 180)), 0, 360, _muted(rng, 0.05, 0.9).tolist(), -1)
-    return cv2.GaussianBlur(picture, (0, 0), rng.uniform(1, 14))
+        cv2.ellipse(image, centre, axes, float(rng.uniform(0, 180)), 0, 360, _muted(rng, 0.05, 0.9).tolist(), -1)
+    return cv2.GaussianBlur(image, (0, 0), rng.uniform(1, 14))
 
 
 def _clouds(size, rng):
-    picture = sum(weight * _smooth_field(size, cells, rng) for cells, weight in ((3, 0.5), (9, 0.3), (40, 0.2)))
-    return picture * _muted(rng, 0.4, 1.2)
+    image = sum(weight * _smooth_field(size, cells, rng) for cells, weight in ((3, 0.5), (9, 0.3), (40, 0.2)))
+    return image * _muted(rng, 0.4, 1.2)
 
 
 def _stripes(size, rng):
     y, x = np.mgrid[: size[0], : size[1]].astype(np.float32)
-    ends, picture = _muted(rng, 0.05, 0.85, 2), 0
+    ends, image = _muted(rng, 0.05, 0.85, 2), 0
     for _ in range(rng.integers(1, 3)):
         angle, period = rng.uniform(0, np.pi), rng.uniform(14, 90)
         wave = np.sin((np.cos(angle) * x + np.sin(angle) * y) * (2 * np.pi / period))
-        picture = picture + (0.5 + 0.5 * np.clip(3 * wave, -1, 1))[..., None]
-    return (ends[0] + np.clip(picture / 2, 0, 1) * (ends[1] - ends[0])).astype(np.float32)
+        image = image + (0.5 + 0.5 * np.clip(3 * wave, -1, 1))[..., None]
+    return (ends[0] + np.clip(image / 2, 0, 1) * (ends[1] - ends[0])).astype(np.float32)
 
 
 def _room(size, rng):
     """Textured patches, such as furniture and walls."""
-    picture = _clouds(size, rng)
+    image = _clouds(size, rng)
     for _ in range(rng.integers(4, 12)):
         top, left = int(rng.integers(-40, size[0])), int(rng.integers(-40, size[1]))
         high, wide = (int(v) for v in rng.integers(40, 260, 2))
-        box = picture[max(top, 0) : top + high, max(left, 0) : left + wide]
+        box = image[max(top, 0) : top + high, max(left, 0) : left + wide]
         if box.size:
             grain = rng.standard_normal(box.shape[:2], dtype=np.float32)[..., None]
             box[:] = _muted(rng, 0.05, 0.85) + np.float32(0.06) * grain
-    return cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.6, 4))
+    return cv2.GaussianBlur(image, (0, 0), rng.uniform(0.6, 4))
 
 
 BACKGROUNDS = ((_studio, 0.40), (_gradient, 0.20), (_blobs, 0.12), (_clouds, 0.12), (_stripes, 0.05), (_room, 0.11))
@@ -491,11 +491,11 @@ def sample_background(size: tuple[int, int], rng: np.random.Generator) -> np.nda
     """Display values (H, W, 3) float32 in [0, 1]."""
     chances = np.array([chance for _, chance in BACKGROUNDS])
     draw = BACKGROUNDS[rng.choice(len(BACKGROUNDS), p=chances / chances.sum())][0]
-    picture = draw(size, rng)
-    return picture.astype(np.float32).clip(0, 1)
+    image = draw(size, rng)
+    return image.astype(np.float32).clip(0, 1)
 
 
-def draw_torso(picture: np.ndarray, project, elbows: np.ndarray, person: Person, rng: np.random.Generator) -> None:
+def draw_torso(image: np.ndarray, project, elbows: np.ndarray, person: Person, rng: np.random.Generator) -> None:
     """Paint chest and upper arms over a background, in place.
 
     ``project``: (N, 3) m from the hands -> pixels (N, 2); elbows (2, 3) m in those axes too.
@@ -506,7 +506,7 @@ def draw_torso(picture: np.ndarray, project, elbows: np.ndarray, person: Person,
         for down, wide in ((-0.36, 0.08), (-0.31, 0.19), (-0.1, 0.20), (0.2, 0.18), (0.6, 0.19))
     ]
     outline = cv2.convexHull(project(np.concatenate(rings)).astype(np.float32)).astype(np.int32)
-    mask = np.zeros(picture.shape[:2], np.uint8)
+    mask = np.zeros(image.shape[:2], np.uint8)
     cv2.fillPoly(mask, [outline], 255, cv2.LINE_AA)
     shoulders, elbows = project(SHOULDERS), project(elbows)
     metre = np.linalg.norm(np.subtract(*project(np.array([[0, 0, 0.3], [0, 1, 0.3]]))))
@@ -514,12 +514,12 @@ def draw_torso(picture: np.ndarray, project, elbows: np.ndarray, person: Person,
         start, end = ((int(x), int(y)) for x, y in (shoulder, elbow))
         cv2.line(mask, start, end, 255, max(int(0.10 * metre), 1), cv2.LINE_AA)
     folds = cv2.resize(
-        rng.uniform(0.85, 1.15, (7, 7)).astype(np.float32), picture.shape[1::-1], interpolation=cv2.INTER_CUBIC
+        rng.uniform(0.85, 1.15, (7, 7)).astype(np.float32), image.shape[1::-1], interpolation=cv2.INTER_CUBIC
     )[..., None]
     frequency = 2 * np.pi / rng.uniform(22, 50)
     for axis in range(person.pattern):
-        bands = np.sin(frequency * np.arange(picture.shape[1 - axis])) > 0.3
+        bands = np.sin(frequency * np.arange(image.shape[1 - axis])) > 0.3
         folds *= 1 - np.float32(0.35) * bands.reshape(*((1, -1, 1), (-1, 1, 1))[axis])
     share = cv2.GaussianBlur(mask, (5, 5), 1.2)[..., None].astype(np.float32) / 255
     shirt = (folds * np.float32(rng.uniform(0.5, 0.9)) * person.shirt).clip(0, 1)
-    picture += share * (shirt - picture)
+    image += share * (shirt - image)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manopth import HandModel, TwoHandLayer
+from manopth import HandModel, HandPair, TwoHandLayer
 from manopth.rotations import axis_angle_to_matrix, matrix_to_axis_angle
 from manopth.standin import pose_from_angles
 from utils.hand import LEFT, NUM_JOINTS, RIGHT, SIDES
@@ -429,12 +429,12 @@ def _rotation(degrees: np.ndarray) -> np.ndarray:
     return axis_angle_to_matrix(torch.from_numpy(np.radians(degrees))).numpy()
 
 
-def sample_path(steps: int, name: str, rng: np.random.Generator, layer: TwoHandLayer, betas: Tensor) -> HandPath:
+def sample_path(steps: int, name: str, rng: np.random.Generator, models: HandPair, betas: Tensor) -> HandPath:
     """A smooth path of ``steps`` time steps through random instances of one placement, hands pushed apart.
 
     ``betas`` (2, 10) is the shape of both hands.
     """
-    anatomical, mirrored = layer.models[0].name != 'mano', bool(rng.random() < 0.5)
+    anatomical, mirrored = models.left.name != 'mano', bool(rng.random() < 0.5)
     every = rng.uniform(1.3, 2.3)  # time steps from key pose to key pose: a third of a second or so at 5 fps
     keys = [easy_key_pose(name, mirrored, rng, anatomical=anatomical) for _ in range(int(steps / every) + 2)]
     at = np.arange(steps) / every + rng.uniform(0, 0.3)
@@ -451,9 +451,10 @@ def sample_path(steps: int, name: str, rng: np.random.Generator, layer: TwoHandL
     change = matrix_to_axis_angle(turns[first].transpose(-1, -2) @ turns[first + 1])
     root = matrix_to_axis_angle(turns[first] @ axis_angle_to_matrix(change * torch.from_numpy(share)[:, None, None]))
     fingers = along([key.fingers for key in keys])
-    poses = np.stack([pose_vector(fingers[:, side], layer.models[side]) for side in (LEFT, RIGHT)], 1)
+    poses = np.stack([pose_vector(fingers[:, side], models[side]) for side in (LEFT, RIGHT)], 1)
     root, pose = root.float(), torch.from_numpy(poses).float()
 
+    layer = TwoHandLayer(models)
     hands = layer(root, pose, betas.expand(steps, 2, 10), use_pca=False)
     weights = torch.from_numpy(along([key.anchor for key in keys])).float()
     target = torch.from_numpy(along([key.position for key in keys])).float()

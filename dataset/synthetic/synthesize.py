@@ -49,16 +49,16 @@ from utils.files import read_json, write_atomically
 from utils.hand import INTERHAND_TO_JOINTS, LEFT, NUM_JOINTS, RIGHT, SIDES
 
 SPLITS = ('train', 'val', 'test')
-PICTURES_PER_CAPTURE = {'train': 100, 'val': 30, 'test': 30}
+IMAGES_PER_CAPTURE = {'train': 100, 'val': 30, 'test': 30}
 MOST_CAPTURES = {'train': 24, 'val': 6, 'test': 8}
 VIEWS = 3  # cameras that see one time step
 STEPS = 6  # time steps of a sequence
 CAMERAS, GREY_CAMERAS = 14, 0.12  # of a capture; share of those without colour
-ODD_SHARES = {'single': 0.03, 'invalid': 0.01, 'black': 0.01}  # of the pictures of a split
-FEWEST_WITH_ODD = 8  # a smaller split has no odd pictures; from here on at least one of each kind
+EDGE_CASE_SHARES = {'single': 0.03, 'invalid': 0.01, 'black': 0.01}  # of the images of a split
+FEWEST_WITH_EDGE_CASES = 8  # a smaller split has no edge cases; from here on at least one of each kind
 HANDS_AT = np.array([0.0, 0.0, 1.05])  # m, world: about where the real set's hands are
-PICTURE_SIZES = ((512, 334), (334, 512))  # height, width
-DARKEST_GREY, BLACK_GAIN = 13.0, 0.05  # of 255: preparation drops pictures below a mean of 10
+IMAGE_SIZES = ((512, 334), (334, 512))  # height, width
+DARKEST_GREY, BLACK_GAIN = 13.0, 0.05  # of 255: preparation drops images below a mean of 10
 TORSO_SHOWN = 0.6  # share of the sequences with somebody's chest behind the hands
 JPEG_QUALITY = 93
 
@@ -66,7 +66,7 @@ JPEG_QUALITY = 93
 class Settings(NamedTuple):
     """Everything that determines the data set."""
 
-    frames: tuple[int, int, int]  # pictures of train, val, test
+    frames: tuple[int, int, int]  # images of train, val, test
     seed: int
     camera_spread: float  # degrees
     source: str
@@ -81,9 +81,9 @@ class Sequence(NamedTuple):
     capture: int
     kind: str  # 'interacting', 'single' or 'invalid'
     first_frame: int  # its number within the capture
-    first_id: int  # of its pictures, within the split
+    first_id: int  # of its images, within the split
     views: tuple[int, ...]  # cameras of each time step
-    black: tuple[int, ...]  # which of its pictures are almost black
+    black: tuple[int, ...]  # which of its images are almost black
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,24 +94,26 @@ class Sequence(NamedTuple):
 def plan(settings: Settings) -> list[Sequence]:
     """The sequences to generate. Splits share no captures, and so no subjects and cameras."""
     sequences, next_capture = [], 0
-    for split, pictures in zip(SPLITS, settings.frames):
-        if not pictures:
+    for split, images in zip(SPLITS, settings.frames):
+        if not images:
             continue
         rng = np.random.default_rng([settings.seed, SPLITS.index(split)])
-        odd = {
-            kind: max(1, round(share * pictures)) if pictures >= FEWEST_WITH_ODD else 0
-            for kind, share in ODD_SHARES.items()
+        edge_cases = {
+            kind: max(1, round(share * images)) if images >= FEWEST_WITH_EDGE_CASES else 0
+            for kind, share in EDGE_CASE_SHARES.items()
         }
         runs = []  # (kind, views of each step)
         for kind, count in (
-            ('interacting', pictures - odd['single'] - odd['invalid']),
-            ('single', odd['single']),
-            ('invalid', odd['invalid']),
+            ('interacting', images - edge_cases['single'] - edge_cases['invalid']),
+            ('single', edge_cases['single']),
+            ('invalid', edge_cases['invalid']),
         ):
             steps = [min(VIEWS, count - begin) for begin in range(0, count, VIEWS)]
             runs += [(kind, tuple(steps[begin : begin + STEPS])) for begin in range(0, len(steps), STEPS)]
-        captures = min(len(runs), MOST_CAPTURES[split], max(2, pictures // PICTURES_PER_CAPTURE[split]))
-        black = set(rng.permutation(sum(sum(views) for kind, views in runs if kind == 'interacting'))[: odd['black']])
+        captures = min(len(runs), MOST_CAPTURES[split], max(2, images // IMAGES_PER_CAPTURE[split]))
+        black = set(
+            rng.permutation(sum(sum(views) for kind, views in runs if kind == 'interacting'))[: edge_cases['black']]
+        )
         frames, first_id = dict.fromkeys(range(captures), 100), 0
         for number, (kind, views) in enumerate(runs):
             capture = number % captures
@@ -165,7 +167,7 @@ def sample_camera(rng: np.random.Generator, spread: float, taken: set[str]) -> C
     roll = np.radians(rng.normal(0, 4))
     down = np.cross(forward, right)
     right, down = np.cos(roll) * right + np.sin(roll) * down, np.cos(roll) * down - np.sin(roll) * right
-    size = PICTURE_SIZES[int(rng.random() < 0.5)]
+    size = IMAGE_SIZES[int(rng.random() < 0.5)]
     focal = rng.uniform(1200, 1330)
     grey = bool(rng.random() < GREY_CAMERAS)
     name = None
@@ -210,6 +212,7 @@ def choose_cameras(cameras: tuple[Camera, ...], points: np.ndarray, count: int, 
 class Actors(NamedTuple):
     """The hands that every sequence shares."""
 
+    models: HandPair
     layer: TwoHandLayer
     charts: tuple[SkinChart, SkinChart]
     loops: tuple[tuple[int, ...], tuple[int, ...]]  # round the wrists
@@ -218,9 +221,11 @@ class Actors(NamedTuple):
 
 @lru_cache(maxsize=1)
 def _actors(source: str, path: str) -> Actors:
-    hands = load_hands(source, path)
-    charts = chart_skin(hands.left), chart_skin(hands.right)
-    return Actors(TwoHandLayer(hands), charts, (wrist_loop(hands.left), wrist_loop(hands.right)), arm_faces(hands))
+    models = load_hands(source, path)
+    charts = chart_skin(models.left), chart_skin(models.right)
+    return Actors(
+        models, TwoHandLayer(models), charts, (wrist_loop(models.left), wrist_loop(models.right)), arm_faces(models)
+    )
 
 
 @lru_cache(maxsize=32)
@@ -266,7 +271,7 @@ def set_scene(settings: Settings, sequence: Sequence, rng: np.random.Generator) 
     placement = sample_placement_name(rng) if sequence.kind == 'interacting' else 'gesture'
     shown = (int(rng.integers(2)),) if single else (LEFT, RIGHT)
     hand_type = SIDES[shown[0]] if single else 'interacting'
-    path = sample_path(steps, placement, rng, actors.layer, betas)
+    path = sample_path(steps, placement, rng, actors.models, betas)
 
     # The middle of the hands wanders a little about one place of the world.
     wander = np.cumsum(rng.normal(0, 0.004, (steps, 3)), 0) + rng.normal(0, 0.006, 3)
@@ -298,12 +303,10 @@ def set_scene(settings: Settings, sequence: Sequence, rng: np.random.Generator) 
 
 def paint_backdrop(scene: Scene, step: int, camera: Camera, person: Person, rng: np.random.Generator) -> np.ndarray:
     """A camera's background, display values (H, W, 3)."""
-    picture = sample_background(camera.size, rng)
+    image = sample_background(camera.size, rng)
     if scene.torso and camera.rotation[2, 2] > 0.2:  # from behind, the chest would hide the hands
-        draw_torso(
-            picture, lambda points: camera.project(HANDS_AT + points), scene.elbows[step] - HANDS_AT, person, rng
-        )
-    return picture
+        draw_torso(image, lambda points: camera.project(HANDS_AT + points), scene.elbows[step] - HANDS_AT, person, rng)
+    return image
 
 
 def photograph(scene: Scene, step: int, camera: Camera, backdrop: np.ndarray) -> np.ndarray:
@@ -350,11 +353,11 @@ def make_sequence(settings: Settings, sequence: Sequence, root: Path) -> dict:
             camera, number = cameras[index], len(record['images'])
             if index not in backdrops:
                 backdrops[index] = paint_backdrop(scene, step, camera, person, rng)
-            picture = photograph(scene, step, camera, backdrops[index])
+            image = photograph(scene, step, camera, backdrops[index])
             file_name = f'Capture{sequence.capture}/{scene.name}/cam{camera.name}/image{frame}.jpg'
-            write_picture(
+            write_image(
                 root / 'images' / sequence.split / file_name,
-                develop(picture, camera, black=number in sequence.black, rng=rng),
+                develop(image, camera, black=number in sequence.black, rng=rng),
             )
             record['images'].append(
                 {
@@ -382,9 +385,9 @@ def make_sequence(settings: Settings, sequence: Sequence, root: Path) -> dict:
     return record
 
 
-def write_picture(path: Path, picture: np.ndarray) -> None:
+def write_image(path: Path, image: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(path), picture, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]):
+    if not cv2.imwrite(str(path), image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]):
         raise UserError(f'{path} could not be written. Check disk space and permissions.')
 
 
@@ -423,11 +426,11 @@ def _grain() -> np.ndarray:
     return (1.6 * np.random.default_rng(0).standard_normal((640, 640, 1))).astype(np.float32)
 
 
-def develop(picture: np.ndarray, camera: Camera, *, black: bool, rng: np.random.Generator) -> np.ndarray:
+def develop(image: np.ndarray, camera: Camera, *, black: bool, rng: np.random.Generator) -> np.ndarray:
     """Display values (H, W, 3) -> uint8 BGR as this camera stores it."""
-    values: np.ndarray = np.float32(255 * camera.gain) * picture
-    top, left = rng.integers(0, 640 - max(picture.shape[:2]), 2)
-    values += _grain()[top : top + picture.shape[0], left : left + picture.shape[1]]
+    values: np.ndarray = np.float32(255 * camera.gain) * image
+    top, left = rng.integers(0, 640 - max(image.shape[:2]), 2)
+    values += _grain()[top : top + image.shape[0], left : left + image.shape[1]]
     grey = cv2.cvtColor(values, cv2.COLOR_BGR2GRAY)
     if camera.grey:
         values = cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR)
