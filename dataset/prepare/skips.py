@@ -31,7 +31,7 @@ class Skip(NamedTuple):
 class Skipped:
     """Skipped frames: image ids by reason, and a sentence for each damaged one."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.image_ids: dict[str, list[int]] = {}
         self.damage: dict[str, str] = {}
 
