@@ -201,7 +201,7 @@ def forward(setting: Setting) -> Table:
         f'Forward, batch {setting.batch}',
         'ResNet-50',
         rows_of(seconds, 'ResNet-50'),
-        'The exported forms leave out what only training needs (dense heads, the last way back).',
+        "The exported forms omit what only training needs (dense heads, the last stage's output map).",
     )
 
 
@@ -288,15 +288,15 @@ def synthetic_step(setting: Setting, batch: int, *words: str, compile: bool = Fa
 def synthetic_target(setting: Setting, batch: int):
     cfg = synthetic_config(setting, 'packed', 'TRAIN.BATCH_SIZE', '4', 'TRAIN.WORKERS', '0')
     loader, _ = training_loader(cfg)
-    made = build_batch_maker(cfg, load_hands('standin')).to(setting.device)(next(iter(loader))).target
-    return type(made)(*(values.repeat(-(-batch // 4), *[1] * (values.ndim - 1))[:batch] for values in made))
+    target = build_batch_maker(cfg, load_hands('standin')).to(setting.device)(next(iter(loader))).target
+    return type(target)(*(values.repeat(-(-batch // 4), *[1] * (values.ndim - 1))[:batch] for values in target))
 
 
 def step(setting: Setting) -> Table:
-    made = synthetic_step(setting, setting.batch)
-    seconds = in_turn({'ResNet-50': made.bare, 'DIR': made.network}, setting.repeats, setting.device)
+    training = synthetic_step(setting, setting.batch)
+    seconds = in_turn({'ResNet-50': training.bare, 'DIR': training.network}, setting.repeats, setting.device)
     rows = rows_of(seconds, 'ResNet-50')
-    del made
+    del training
     here = ('--threads', str(torch.get_num_threads()), '--batch', str(setting.batch), *setting.opts)
     for what in ('nothing', 'bare', 'network'):
         command = [sys.executable, __file__, '--peak', what, '--data', str(synthetic_data(setting)), *here]
@@ -317,9 +317,9 @@ def _peak_memory() -> float:
 
 def print_peak(setting: Setting, what: str) -> None:
     """Peak memory of three steps, in a process of its own."""
-    made = synthetic_step(setting, setting.batch)
+    training = synthetic_step(setting, setting.batch)
     for _ in range(3 if what != 'nothing' else 0):
-        (made.bare if what == 'bare' else made.network)()
+        (training.bare if what == 'bare' else training.network)()
     if setting.device.type == 'cuda':
         print(torch.cuda.max_memory_allocated() / 1e9)
     else:

@@ -10,7 +10,7 @@ import itertools
 import json
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,18 +28,18 @@ VARIANTS = 1000  # different bounding boxes and fits: enough that no reader gain
 
 
 class Sequence(NamedTuple):
-    """What the cameras of a capture see together."""
+    """A recording by all cameras of one capture."""
 
     capture: int
     name: str
     hand_type: str
     cameras: list[str]
     steps: list[int]  # frame_idx
-    pictures: int  # the last of them may be missing, so that the number of frames comes out as asked for
+    images: int  # at most cameras x steps; a truncated last sequence yields the exact number of frames
 
 
 def make_sequences(frames: int, captures: int, seed: int) -> list[Sequence]:
-    """Sequences of ``frames`` pictures in all, spread evenly over the captures."""
+    """Sequences with ``frames`` images in total, spread evenly over the captures."""
     draw = random.Random(seed)
     sequences = []
     for capture in range(captures):
@@ -51,17 +51,17 @@ def make_sequences(frames: int, captures: int, seed: int) -> list[Sequence]:
                 break
             length = min(draw.randint(*STEPS), -(-left // len(cameras)))
             steps = list(range(step, step + 3 * length, 3))
-            pictures = min(length * len(cameras), left)
+            images = min(length * len(cameras), left)
             kind = HAND_TYPES[number % len(HAND_TYPES)]
-            sequences.append(Sequence(capture, f'{number:04}_{kind[:2]}_made', kind, cameras, steps, pictures))
-            left, step = left - pictures, steps[-1] + 100
+            sequences.append(Sequence(capture, f'{number:04}_{kind[:2]}_synth', kind, cameras, steps, images))
+            left, step = left - images, steps[-1] + 100
     return sequences
 
 
 def image_entries(sequences: list[Sequence]) -> Iterator[str]:
     number = 0
     for one in sequences:
-        pairs = itertools.islice(itertools.product(enumerate(one.cameras), one.steps), one.pictures)
+        pairs = itertools.islice(itertools.product(enumerate(one.cameras), one.steps), one.images)
         for (place, camera), step in pairs:
             width, height = (512, 334) if place % 4 == 0 else (334, 512)
             yield (
@@ -79,7 +79,7 @@ def annotation_entries(sequences: list[Sequence], seed: int) -> Iterator[str]:
     number = 0
     for one in sequences:
         type_valid = {step: int(draw.random() >= TYPE_NOT_VALID) for step in one.steps}
-        for step in itertools.islice(itertools.cycle(one.steps), one.pictures):
+        for step in itertools.islice(itertools.cycle(one.steps), one.images):
             yield (
                 f'{{"id": {number}, "image_id": {number}, "bbox": {next(boxes)}, '
                 f'"joint_valid": {valid[one.hand_type]}, "hand_type": "{one.hand_type}", '
@@ -127,14 +127,14 @@ def joint_entries(one: Sequence, variants: list[str], draw: random.Random) -> It
         )
 
 
-def by_capture(sequences: list[Sequence], entries) -> Iterator[str]:
+def by_capture(sequences: list[Sequence], entries: Callable[[Sequence], Iterable[str]]) -> Iterator[str]:
     """``"capture": {...}`` of all its sequences together."""
     for capture, group in itertools.groupby(sequences, lambda one: one.capture):
         yield f'"{capture}": {{{", ".join(itertools.chain.from_iterable(map(entries, group)))}}}'
 
 
 def write_parts(path: Path, parts: list[tuple[str, Iterable[str], str]]) -> None:
-    """Each part: opening, entries with commas between them, closing."""
+    """Write each part: its opening, comma-separated entries, its closing."""
     with atomic_file(path) as file:
         for opening, entries, closing in parts:
             file.write(opening.encode())
@@ -144,7 +144,7 @@ def write_parts(path: Path, parts: list[tuple[str, Iterable[str], str]]) -> None
 
 
 def write_annotations(root: Path, split: str, frames: int, captures: int, *, joints: bool, seed: int = 0) -> None:
-    """The files of one split, and its empty picture folder."""
+    """Write the files of one split and create its empty image folder."""
     draw = random.Random(seed)
 
     def numbers(count: int, size: float) -> list[float]:
@@ -179,13 +179,13 @@ def write_annotations(root: Path, split: str, frames: int, captures: int, *, joi
 
 @user_facing
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see ``--help``."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--frames', type=int, required=True, help='pictures of the split, about half interacting')
+    parser.add_argument('--frames', type=int, required=True, help='images of the split, about half interacting')
     parser.add_argument('--out', type=Path, required=True)
     parser.add_argument('--split', choices=SPLITS, default='train')
     parser.add_argument('--captures', type=int, default=26)
-    parser.add_argument('--joints', action='store_true', help='joint_3d too')
+    parser.add_argument('--joints', action='store_true', help='also write joint_3d')
     arguments = parser.parse_args(argv)
     for name in ('frames', 'captures'):
         if (given := getattr(arguments, name)) < 1:

@@ -10,7 +10,7 @@ FRAMES = 3000
 
 @pytest.fixture(scope='module')
 def split(tmp_path_factory):
-    root = tmp_path_factory.mktemp('made')
+    root = tmp_path_factory.mktemp('synthetic')
     assert main(['--frames', str(FRAMES), '--out', str(root), '--split', 'val', '--captures', '3', '--joints']) == 0
     return RawSplit(root, 'val')
 
@@ -29,6 +29,6 @@ def test_synthetic_annotations_have_the_layout_of_the_data_set(split):
         assert valid.all(1).tolist() == [frame.hand_type != 'right', frame.hand_type != 'left']
 
 
-def test_synthetic_annotations_refuse_nonsense(tmp_path, capsys):
+def test_synthetic_annotations_need_a_positive_number_of_frames(tmp_path, capsys):
     assert main(['--frames', '0', '--out', str(tmp_path)]) == 2
     assert '--frames is 0; it must be at least 1' in capsys.readouterr().err
