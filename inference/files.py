@@ -1,6 +1,6 @@
-"""Files of a reconstruction: overlays, views from the side and from above, meshes and numbers (docs/formats.md).
+"""Write reconstructions as overlays, side and top views, meshes, JSON and CSV (docs/formats.md).
 
-Reconstructions and tensors are on the CPU here (``Reconstruction.cpu``).
+Reconstructions and tensors must be on the CPU (``Reconstruction.cpu``).
 """
 
 import json
@@ -19,7 +19,7 @@ from utils.drawing import HAND_COLOURS_BGR, mesh_overlay, write_image
 from utils.files import write_atomically, write_json
 from utils.hand import JOINT_NAMES, SIDES
 
-FORMAT = 'dir-hands-1'  # of hands.json; raised when a value changes its meaning
+FORMAT = 'dir-hands-1'  # of hands.json; increment it when the meaning of a value changes
 LONGEST_SIDE = 1920  # pixels: larger images are reduced for their overlay
 VIEW_SIDE = 384  # pixels: side of the views from the side and from above
 VIEW_BACKGROUND_BGR = (245, 245, 245)
@@ -33,7 +33,7 @@ VIEWS = {
 
 
 class Shown(NamedTuple):
-    """An image as its overlay shows it."""
+    """The image that an overlay is drawn on."""
 
     image: np.ndarray  # (h, w, 3) uint8 BGR, at most 1920 pixels a side
     to_image: np.ndarray  # (3, 3) pixels of the whole image -> pixels of ``image``
@@ -51,12 +51,12 @@ def reduced(image: np.ndarray) -> Shown:
 
 
 def view(vertices: Tensor, turn: np.ndarray, models: HandPair) -> np.ndarray:
-    """Both hands (2, 778, 3) m from another direction, on a plain ground with a bar of 5 cm -> (384, 384, 3) uint8."""
+    """Render both hands (2, 778, 3) m from another direction, with a 5 cm scale bar -> (384, 384, 3) uint8 BGR."""
     vertices = vertices @ torch.from_numpy(turn).T
     middle = (vertices.amin((0, 1)) + vertices.amax((0, 1))) / 2
     vertices = vertices - middle
     half = max(float(vertices[..., :2].abs().amax()), 1e-3)
-    distance = 20 * half  # so far off that the bar is true for all depths
+    distance = 20 * half  # far enough that the bar is to scale at every depth
     focal = VIEW_SIDE / 2 * VIEW_FILL * distance / half
     vertices = vertices + torch.tensor([0.0, 0.0, distance + float(vertices[..., 2].abs().amax())])
     centre = VIEW_SIDE / 2
@@ -106,10 +106,10 @@ def _material(colour_bgr: tuple[int, int, int]) -> trimesh.visual.material.PBRMa
 
 
 def write_meshes(folder: Path, vertices: Tensor, models: HandPair) -> None:
-    """left.obj, right.obj, and hands.glb with both: camera axes, metres.
+    """Write left.obj, right.obj, and hands.glb with both hands: camera axes, metres.
 
-    In the GLB a node above them turns camera axes (y down, z forward) into glTF's (y up, z towards the viewer), so
-    that viewers show the hands upright; the vertices themselves stay as they are.
+    A parent node in the GLB rotates camera axes (y down, z forward) to glTF's (y up, z towards the viewer), so that
+    viewers show the hands upright. The vertices themselves are not rotated.
     """
     scene, upright = trimesh.Scene(), np.diag([1.0, -1.0, -1.0, 1.0])
     for side, mesh in meshes(vertices, models).items():
@@ -122,7 +122,7 @@ def write_meshes(folder: Path, vertices: Tensor, models: HandPair) -> None:
 
 
 def as_numbers(hands: Reconstruction) -> dict[str, Any]:
-    """One reconstruction (no leading axis) as hands.json and a line of hands.jsonl hold it."""
+    """The values of one reconstruction (no leading axis), as stored in hands.json and in a line of hands.jsonl."""
 
     def plain(values: Tensor) -> list:
         return np.round(values.double().numpy(), 6).tolist()
@@ -178,7 +178,7 @@ def joint_row(hands: Reconstruction) -> list[str]:
 
 
 def csv_line(values: list) -> bytes:
-    """Numbers, and names without commas."""
+    """One line of CSV; values must not contain commas."""
     return (','.join(map(str, values)) + '\n').encode()
 
 

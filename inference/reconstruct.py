@@ -32,7 +32,7 @@ from utils.training import autocast, set_float32_precision
 
 Box = tuple[float, float, float, float]  # x, y of the upper left corner, width, height; pixels
 SMALLEST_SIDE = 8  # pixels: of a box or image in which hands can be found
-SMALL_HANDS = 0.4  # of the crop's side; the network was trained on hands that take 0.8 of it
+SMALL_HANDS = 0.4  # of the crop's side; smaller hands are predicted badly: in training they fill 0.8 of it
 
 
 class Crop(NamedTuple):
@@ -59,9 +59,7 @@ class Reconstruction(NamedTuple):
     intrinsics: Tensor  # (N, 3, 3) of the image, pixels: as passed, or assumed
     to_crop: Tensor  # (N, 3, 3) image pixels -> pixels of the 256 crop
     residual_px: Tensor  # (N,) crop pixels, RMS: projected joints against joints_px; large if 3D and 2D contradict
-    size_in_crop: (
-        Tensor  # (N,) extent of both hands in the crop, as a share of its side; small ones are predicted badly
-    )
+    size_in_crop: Tensor  # (N,) extent of both hands, as a share of the crop's side; see SMALL_HANDS
 
     def one(self, number: int) -> 'Reconstruction':
         """The result of one crop, without the leading axis."""
@@ -79,10 +77,10 @@ def assumed_intrinsics(width: int, height: int, focal: float | None = None) -> n
 
 
 def cut_crop(image: np.ndarray, box: Box | None = None, intrinsics: np.ndarray | None = None) -> Crop:
-    """Cut the square around ``box``, of which the box's longer side spans 0.8; without a box, around the whole image.
+    """Crop the square around ``box``, whose longer side fills 0.8 of it; without a box, around the whole image.
 
-    image (H, W, 3) uint8 BGR; intrinsics (3, 3) of it. Outside of the image it is black. Raises UserError if
-    image or box cannot be used.
+    image (H, W, 3) uint8 BGR; intrinsics (3, 3) of it, assumed by default. Pixels outside the image are black. Raises
+    UserError for an invalid image or box.
     """
     if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
         what = f'{image.dtype} {image.shape}' if isinstance(image, np.ndarray) else type(image).__name__
@@ -170,7 +168,7 @@ class Reconstructor:
 
         boxes: (x, y, width, height) pixels, or None for the whole image; pass an image with two people twice.
         intrinsics: (3, 3) pixels, one for all or one each; None assumes them (``assumed_intrinsics``). Raises
-        UserError for anything but an image, a box outside of it, and a wrong number of boxes or intrinsics.
+        UserError for an invalid image, a box outside its image, and a wrong number of boxes or intrinsics.
         """
         count = len(images_bgr)
         boxes = [None] * count if boxes is None else boxes
@@ -231,7 +229,7 @@ def placed_in_image(hands: HandPrediction, crops: Sequence[Crop]) -> Reconstruct
 
 
 def load_reconstructor(checkpoint: str | Path, *, device: str = 'auto', overrides: Sequence[str] = ()) -> Reconstructor:
-    """A checkpoint (ours or the published one, a file or a run folder) -> a ``Reconstructor``.
+    """Load a checkpoint (ours or the published one, a file or a run folder) as a ``Reconstructor``.
 
     device: 'auto' (CUDA if there is one), 'cpu', 'cuda' or 'cuda:N'. overrides: KEY VALUE ..., for instance MANO.PATH
     and the folder of the hand model's files. Raises UserError if checkpoint, hand model or device cannot be used.
