@@ -32,6 +32,7 @@ try:
 
     from dataset import open_split
     from dataset.hand_model_record import HAND_MODEL_RECORD, check_hand_model_record
+    from dataset.prepared import RECORD, partial_folder
     from models.backbone import Backbone, load_imagenet
     from models.hands import load_hands
     from utils.config import add_config_arguments, load_config
@@ -209,9 +210,9 @@ def check_split(what: str, cfg: CfgNode, *, split: str) -> Check:
 
 def _unusable_split(what: str, cfg: CfgNode, folder: Path, problem: str, *, absent: bool) -> Check:
     """Report a split that cannot be opened: training can do without test, and without val where it is missing."""
-    split, partial_folder = folder.name, folder.with_name(f'{folder.name}.partial')
-    half = absent and partial_folder.is_dir()
-    found = f'only half prepared ({partial_folder})' if half else f'none in {folder.parent}' if absent else 'damaged'
+    split, partial = folder.name, partial_folder(folder)
+    half = absent and partial.is_dir()
+    found = f'only half prepared ({partial})' if half else f'none in {folder.parent}' if absent else 'damaged'
     if split == 'test' or (split == 'val' and absent):
         if absent and not half:  # the check of train has reported the loader's error already
             hands = ' MANO.SOURCE standin' if cfg.MANO.SOURCE == 'standin' else ''
@@ -229,7 +230,7 @@ def _unusable_split(what: str, cfg: CfgNode, folder: Path, problem: str, *, abse
 
 def _with_preparation(check: Check, folder: Path, samples: int) -> Check:
     """Add the counts of preparation.json; data sets prepared by other tools have none."""
-    file = folder / 'preparation.json'
+    file = folder / RECORD
     if not file.exists():
         return check
     try:
@@ -239,7 +240,7 @@ def _with_preparation(check: Check, folder: Path, samples: int) -> Check:
     except (UserError, KeyError, TypeError, ValueError, AttributeError):
         return check._replace(
             mark=NOTE,
-            found=f'{check.found}; preparation.json is damaged',
+            found=f'{check.found}; {RECORD} is damaged',
             todo=f'{file} is only a record of the preparation; training does not read it.',
         )
     check = check._replace(found=f'{check.found}; {frames:,} frames, {skipped:,} skipped, {damaged:,} of them damaged')

@@ -48,7 +48,7 @@ def markdown_tables(runs: list[Run]) -> str:
     for measured_on in dict.fromkeys(run.measured_on for run in runs):
         rows = [row(run, runs[0]) for run in runs if run.measured_on == measured_on]
         best = {
-            title: (max if column.higher_is_better else min)(values)
+            title: column.best(values)
             for title, column in COLUMNS.items()
             if len(values := [r[title] for r in rows if r[title] is not None]) > 1
         }

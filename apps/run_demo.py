@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 from dataset.batch import build_batch_maker
 from dataset.loader import evaluation_split
 from evaluation.pictures import draw_samples, spread_over
+from evaluation.registry import headline
 from models.checkpoint import load_model
 from utils.errors import UserError, user_facing
 from utils.files import read_json, write_json
@@ -96,24 +97,17 @@ def draw_test_samples(run: Path, data: Path, opts: list[str], path: Path) -> Pat
 
 def comparison_table(trained: dict, baseline: dict) -> str:
     """The headline figures of both evaluations side by side, with their ratio."""
-    rows = [
-        (title, trained[key]['all'], baseline[key]['all'], unit)
-        for title, key, unit in (
-            ('joint mean error', 'joint_mm', 'mm'),
-            ('vert mean error', 'vert_mm', 'mm'),
-            ('pixel joint mean error', 'joint_px', 'px'),
-            ('pixel vert mean error', 'vert_px', 'px'),
-        )
-    ]
-    rows.append(('root error', trained['root_mm'], baseline['root_mm'], 'mm'))
     lines = [
         f'{trained["frames"]} test frames; {trained["protocol"]["description"]}',
         f'{"":24}{"trained":>12}{"constant":>12}{"ratio":>8}',
     ]
-    lines += [
-        f'{title:24}{ours:>9.2f} {unit}{constant:>9.2f} {unit}{ours / constant:>8.2f}'
-        for title, ours, constant, unit in rows
-    ]
+    for metric in headline():
+        ours, constant = (
+            summary[metric.key]['all'] if metric.per_hand else summary[metric.key] for summary in (trained, baseline)
+        )
+        lines.append(
+            f'{metric.title:24}{ours:>9.2f} {metric.unit}{constant:>9.2f} {metric.unit}{ours / constant:>8.2f}'
+        )
     return '\n'.join(lines)
 
 

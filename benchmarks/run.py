@@ -29,8 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -68,7 +67,7 @@ from models.checkpoint import to_device
 from models.hands import load_hands
 from models.trainer import Trainer
 from utils.config import load_config, split_off_pairs
-from utils.distributed import choose_device, keep_freed_memory, usable_cores
+from utils.distributed import choose_device, keep_freed_memory, torch_threads, usable_cores
 from utils.errors import UserError, user_facing
 from utils.files import write_atomically, write_json
 from utils.training import autocast, build_optimizer, compiled, set_float32_precision
@@ -127,15 +126,6 @@ def in_turn(contestants: dict[str, Callable[[], object]], repeats: int, device: 
             if round_:
                 seconds[name].append(time.perf_counter() - begin)
     return seconds
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Set PyTorch's number of threads within the block and restore it afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
 
 
 def _wait(device: torch.device) -> None:
@@ -397,7 +387,7 @@ def synthetic_data(setting: Setting) -> Path:
     if not (setting.work / 'bare').exists():
         raw, folder = setting.work / 'raw', setting.work / 'folder'
         _run(synthesize.main, '--save_path', raw, '--frames', SYNTHETIC_FRAMES, '0', '0')
-        with threads(1):  # the command sets it permanently
+        with torch_threads(1):  # the command sets it permanently
             _run(interhand.main, '--data_path', raw, '--save_path', folder, '--workers', 1, 'MANO.SOURCE', 'standin')
         for name, more in (('packed', ()), ('bits', ('--masks', 'bits')), ('bare', ('--no-targets',))):
             _run(pack_command.main, '--data_path', folder, '--save_path', setting.work / name, '--workers', 1, *more)
@@ -474,7 +464,7 @@ def augmentation(setting: Setting) -> Table:
         cfg = synthetic_config(setting, *words, 'TRAIN.WORKERS', '0')
         samples[title] = parts_of(next(iter(training_loader(cfg)[0])), setting.batch)[0]
         makers[title] = build_batch_maker(cfg, load_hands('standin')).to(setting.device)
-    with threads(1):
+    with torch_threads(1):
         seconds = in_turn(
             {title: partial(maker, samples[title]) for title, maker in makers.items()}, setting.repeats, setting.device
         )
@@ -526,7 +516,7 @@ def prepare(setting: Setting) -> Table:
     split, models = RawSplit(synthetic_data(setting) / 'raw', 'train'), load_hands('standin')
     preparer = FramePreparer(models, canonical_colours(models))
     rates = []
-    with threads(1):
+    with torch_threads(1):
         for number in range(setting.repeats):
             out = setting.work / f'prepared{number}'
             begin = time.perf_counter()

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.config import add_flag
 from utils.errors import UserError, user_facing
 from utils.files import read_json
 
@@ -98,8 +99,7 @@ def measured_rate(path: str) -> float:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--samples-per-second', type=float, help='training throughput of one device')
-    parser.add_argument('--samples_per_second', type=float, help=argparse.SUPPRESS)
+    add_flag(parser, '--samples-per-second', type=float, help='training throughput of one device')
     parser.add_argument('--benchmark', metavar='FILE', help='benchmark.json of benchmarks/run.py, instead')
     parser.add_argument('--devices', type=int, nargs='+', default=[1, 8, 64])
     parser.add_argument('--batch', type=int, default=Run().batch, help='over all devices (default: %(default)s)')

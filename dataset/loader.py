@@ -11,7 +11,7 @@ from dataset import open_split
 from dataset.augmentation import AugmentationRanges
 from dataset.batch import learns_dense
 from dataset.prepared import PreparedSplit, Sample
-from utils.distributed import rank_and_world, usable_cores
+from utils.distributed import rank_and_world, usable_cores, use_one_thread
 from utils.errors import UserError
 
 
@@ -101,16 +101,9 @@ def _loader(dataset: PreparedSplit, *, batch_size: int, sampler: Iterable, worke
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_worker_setup,
+        worker_init_fn=use_one_thread,
     )
 
 
 def _fetched_batch(batch: Any) -> Sample:
     return batch  # ``__getitems__`` has already batched it
-
-
-def _worker_setup(worker: int) -> None:
-    import cv2
-
-    torch.set_num_threads(1)
-    cv2.setNumThreads(0)  # 1 would join the parent's threads, which a fork does not copy, and hang

@@ -1,15 +1,10 @@
 """Read a packed data set; dataset/prepare/pack.py describes its files."""
 
-import sys
-from pathlib import Path
-
-if __name__ == '__main__':
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import json
 import mmap
 import zlib
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np

@@ -4,7 +4,7 @@ To add a metric, add an entry to ``METRICS`` and its definition to docs/protocol
 order everywhere.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -35,6 +35,10 @@ class TableColumn(NamedTuple):
     digits: int = 2
     higher_is_better: bool = False
 
+    def best(self, values: Iterable[float]) -> float:
+        """The best of several runs' values."""
+        return max(values) if self.higher_is_better else min(values)
+
 
 class Metric(NamedTuple):
     """How one metric is measured, aggregated and shown. Every part is optional but the key."""
@@ -42,9 +46,7 @@ class Metric(NamedTuple):
     key: str  # in metrics.json
     title: str = ''  # on the console
     unit: str = ''
-    measure: Callable[[Comparison], Tensor] | None = (
-        None  # values of a batch: (B,), (B, 2) or (B, 2, ...); NaN: missing
-    )
+    measure: Callable[[Comparison], Tensor] | None = None  # a batch's values: (B,), (B, 2, ...); NaN: missing
     column: str = ''  # of the measured values, if it is not the key
     per_hand: bool = False  # the values are (B, 2), the figure is {'left', 'right', 'all'}
     headline: bool = False  # depends on the protocol: measured for every stage and every protocol, and printed first
@@ -77,6 +79,22 @@ class Metric(NamedTuple):
         value = summary[self.key]
         figures = [f'{side} {value[side]:.3f}' for side in value] if isinstance(value, dict) else [f'{value:.3f}']
         return [f'{self.title + ":":24}' + ', '.join(f'{figure} {self.unit}'.rstrip() for figure in figures)]
+
+
+def error(
+    key: str, title: str, unit: str, *, per_hand: bool = True, aggregate: Callable[[Samples], Any] | None = None
+) -> Metric:
+    """An error of ``sample_errors`` as a headline metric."""
+    return Metric(
+        key,
+        title,
+        unit,
+        measure=lambda comparison: comparison.errors[key],
+        per_hand=per_hand,
+        headline=True,
+        aggregate=aggregate,
+        table=TableColumn(key.replace('_', ' '), (key, 'all') if per_hand else (key,)),
+    )
 
 
 def hidden(key: str, measure: Callable[[Comparison], Tensor], *, headline: bool = False) -> Metric:
@@ -168,51 +186,11 @@ def _segmentation_lines(summary: dict[str, Any]) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 METRICS: tuple[Metric, ...] = (
-    Metric(
-        'joint_mm',
-        'joint mean error',
-        'mm',
-        measure=lambda comparison: comparison.errors['joint_mm'],
-        per_hand=True,
-        headline=True,
-        aggregate=mean_joint_error,
-        table=TableColumn('joint mm', ('joint_mm', 'all')),
-    ),
-    Metric(
-        'vert_mm',
-        'vert mean error',
-        'mm',
-        measure=lambda comparison: comparison.errors['vert_mm'],
-        per_hand=True,
-        headline=True,
-        table=TableColumn('vert mm', ('vert_mm', 'all')),
-    ),
-    Metric(
-        'joint_px',
-        'pixel joint mean error',
-        'px',
-        measure=lambda comparison: comparison.errors['joint_px'],
-        per_hand=True,
-        headline=True,
-        table=TableColumn('joint px', ('joint_px', 'all')),
-    ),
-    Metric(
-        'vert_px',
-        'pixel vert mean error',
-        'px',
-        measure=lambda comparison: comparison.errors['vert_px'],
-        per_hand=True,
-        headline=True,
-        table=TableColumn('vert px', ('vert_px', 'all')),
-    ),
-    Metric(
-        'root_mm',
-        'root error',
-        'mm',
-        measure=lambda comparison: comparison.errors['root_mm'],
-        headline=True,
-        table=TableColumn('root mm', ('root_mm',)),
-    ),
+    error('joint_mm', 'joint mean error', 'mm', aggregate=mean_joint_error),
+    error('vert_mm', 'vert mean error', 'mm'),
+    error('joint_px', 'pixel joint mean error', 'px'),
+    error('vert_px', 'pixel vert mean error', 'px'),
+    error('root_mm', 'root error', 'mm', per_hand=False),
     hidden('joints_mm', lambda comparison: comparison.errors['joints_mm'], headline=True),
     Metric(
         'pa_joint_mm',

@@ -20,6 +20,7 @@ from evaluation.summary import format_breakdown, format_grid, format_summary
 from models.checkpoint import to_device
 from models.hands import load_hands
 from utils import distributed
+from utils.config import add_flag
 from utils.errors import UserError
 from utils.files import write_atomically, write_json
 
@@ -37,27 +38,21 @@ class Measured(NamedTuple):
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of every evaluation: protocol, split and subset, output, configuration keys."""
-
-    def add_flag(name: str, **options: Any) -> None:
-        # The spelling with an underscore, of earlier versions, still works.
-        parser.add_argument(name, **options)
-        hidden = {'dest': name.strip('-').replace('-', '_'), 'help': argparse.SUPPRESS, 'default': argparse.SUPPRESS}
-        parser.add_argument('--' + hidden['dest'], **options | hidden)
-
     parser.add_argument('--protocol', choices=PROTOCOLS, default='published', help='default: %(default)s')
     parser.add_argument('--root_joint', type=int, choices=(0, 9), help='0 wrist, 9 middle MCP; overrides --protocol')
     parser.add_argument(
         '--no-scale', action='store_true', help='without scale alignment by bone 0-9; overrides --protocol'
     )
-    add_flag('--all-protocols', action='store_true', help='also root {0, 9} x scale {on, off}')
+    add_flag(parser, '--all-protocols', action='store_true', help='also root {0, 9} x scale {on, off}')
     parser.add_argument(
         '--annotations',
         metavar='INTERHAND',
         help='folder with the downloaded annotations/, for protocols with annotated joints (internet)',
     )
     parser.add_argument('--split', default='test', choices=('train', 'val', 'test'))
-    add_flag('--image-ids', metavar='FILE', help='only these image ids of data.json: a text file or a JSON list')
+    add_flag(parser, '--image-ids', metavar='FILE', help='only these image ids of data.json, a text file or JSON list')
     add_flag(
+        parser,
         '--annotation-ids',
         metavar='FILE',
         help='only these annotation ids, e.g. the human-annotated frames (aid_human_annot_test.txt)',

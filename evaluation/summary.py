@@ -7,8 +7,6 @@ from evaluation.metrics import Protocol
 from evaluation.registry import METRICS, Metric, headline
 from utils.hand import SIDES
 
-PER_HAND = tuple(metric.key for metric in headline() if metric.per_hand)
-
 
 def summarise(samples: Samples, protocol: Protocol, metrics: tuple[Metric, ...] = METRICS) -> dict[str, Any]:
     """The headline figures, left / right / all (their plain mean), with the number of frames and the protocol."""

@@ -1,11 +1,4 @@
-"""Reconstruct hands in camera coordinates, in metres, from images; the interface for apps/demo.py and other programs.
-
-from inference import load_reconstructor
-
-reconstruct = load_reconstructor('checkpoint/xxx', device='auto')
-hands = reconstruct(images_bgr, boxes)          # lists: (H, W, 3) uint8 and (x, y, width, height) in pixels
-hands.vertices                                  # (N, 2, 778, 3) m: left hand, right hand; camera axes
-"""
+"""Reconstruct hands in camera coordinates, in metres, from images, for apps/demo.py and other programs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -194,7 +187,7 @@ class Reconstructor:
         images = torch.from_numpy(np.stack([crop.image for crop in crops]))
         with autocast(self.precision, self.device):
             hands = self.network(self.network.preprocess(images)).stages[-1]
-        if not bool(hands.vertices.isfinite().all() & hands.offset.isfinite().all()):
+        if not bool(hands.finite.all()):
             raise UserError(
                 'The network predicts NaN or infinity: the checkpoint is damaged, or its training diverged.'
             )

@@ -22,6 +22,11 @@ class HandPrediction(NamedTuple):
     vertices_uv: Tensor  # (B, 2, 778, 2) in [-1, 1] of the crop
     joints_uv: Tensor  # (B, 2, 21, 2)
 
+    @property
+    def finite(self) -> Tensor:
+        """(B,) bool: both hands and the offset of a sample are finite."""
+        return self.vertices.flatten(1).isfinite().all(1) & self.offset.isfinite().all(1)
+
     def detach(self) -> 'HandPrediction':
         return HandPrediction(*(tensor.detach() for tensor in self))
 

@@ -11,6 +11,7 @@ from dataset import loader
 from dataset.loader import EpochSampler, evaluation_loader, training_loader
 from dataset.prepared import InterHandDataset
 from utils.config import load_config
+from utils.distributed import use_one_thread
 from utils.errors import UserError, user_facing
 
 
@@ -123,7 +124,7 @@ def test_a_loader_process_starts_after_its_parent_has_used_opencv_threads():
     try:
         cv2.resize(np.ones((1500, 1500), np.float32), (300, 300))
         time.sleep(0.2)  # until they sleep
-        process = get_context('fork').Process(target=loader._worker_setup, args=(0,))
+        process = get_context('fork').Process(target=use_one_thread)
         process.start()
         process.join(20)
         process.kill()

@@ -273,7 +273,7 @@ def test_an_interrupted_run_resumes_to_the_same_files(tree, monkeypatch, stop_af
     assert prepare(root, save_path) == 130
     assert not (save_path / 'train').exists()
     with open(save_path / 'train.partial' / 'journal.jsonl', 'ab') as journal:
-        journal.write(b'{"next": 99, "ski')  # a line that a kill cut short
+        journal.write(b'{"next": 99, "ski')  # a line that a kill truncated
     monkeypatch.setattr(preparation, 'write_frame', write)
     prepared_again = []
     real_task = preparation.frame_task

@@ -146,7 +146,7 @@ READERS = {
 
 
 @pytest.mark.parametrize('kind', READERS)
-@pytest.mark.parametrize('damage', ['missing', 'empty', 'cut short', 'another file'])
+@pytest.mark.parametrize('damage', ['missing', 'empty', 'truncated', 'another file'])
 def test_a_bad_file_is_one_sentence_that_names_it(tree, kind, damage):
     path = annotation_file(tree[0], kind)
     content = path.read_bytes()
@@ -154,7 +154,7 @@ def test_a_bad_file_is_one_sentence_that_names_it(tree, kind, damage):
         path.unlink()
     else:
         path.write_bytes(
-            {'empty': b'', 'cut short': content[: len(content) // 2], 'another file': b'[1, 2, 3]'}[damage]
+            {'empty': b'', 'truncated': content[: len(content) // 2], 'another file': b'[1, 2, 3]'}[damage]
         )
     with pytest.raises(UserError) as error:
         READERS[kind](RawSplit(tree[0], 'train'))

@@ -151,6 +151,14 @@ def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = 
     parser.add_argument('opts', nargs='*', metavar='KEY VALUE', help='single keys, e.g. TRAIN.BATCH_SIZE 32')
 
 
+def add_flag(parser: argparse.ArgumentParser, name: str, **options: Any) -> None:
+    """Add a hyphenated flag, and without help the spelling with underscores of earlier versions."""
+    parser.add_argument(name, **options)
+    dest = name.strip('-').replace('-', '_')
+    hidden = {'dest': dest, 'help': argparse.SUPPRESS, 'default': argparse.SUPPRESS}
+    parser.add_argument(f'--{dest}', **options | hidden)
+
+
 def split_off_pairs(words: list[str]) -> tuple[list[str], list[str]]:
     """Words that a multi-valued option consumed -> (its own, KEY VALUE pairs it swallowed).
 

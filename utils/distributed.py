@@ -6,8 +6,11 @@ Whatever mixes the samples of a batch does: batch norms, and losses over all pix
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
+import cv2
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -36,6 +39,23 @@ def choose_device(name: str) -> torch.device:
 def usable_cores() -> int:
     """Cores that this process may run on: a container or a job scheduler may grant fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def use_one_thread(worker: int = 0) -> None:
+    """Compute with one thread in this process, one of several that share the cores; a DataLoader passes ``worker``."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)  # not 1: that joins the parent's threads, which a fork does not copy, and hangs
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Set PyTorch's number of threads within the block and restore it afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def start(device: str) -> torch.device:

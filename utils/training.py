@@ -100,23 +100,22 @@ class StopRequest:
         self.requested = True
 
 
+def complete_lines(path: Path) -> list[str]:
+    """The lines of a log.jsonl but for truncated ones: a kill leaves one, and a resumed run appends after it."""
+    lines = path.read_text('utf-8', errors='replace').splitlines()
+    return [line for line in lines if line.startswith('{') and line.endswith('}')]
+
+
 class RunLog:
     """log.jsonl (one object per line) and TensorBoard in ``folder``; records after ``step`` are discarded on resume."""
 
     def __init__(self, folder: str | Path, *, step: int):
         self.path = Path(folder) / LOG_NAME
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in self._lines() if json.loads(line)['step'] <= step]
+        lines = complete_lines(self.path) if self.path.exists() else []
+        kept = [line for line in lines if json.loads(line)['step'] <= step]
         write_atomically(self.path, ''.join(line + '\n' for line in kept).encode())
         self.board = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-
-    def _lines(self) -> list[str]:
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text().splitlines()
-        return [
-            line for line in lines if line.startswith('{') and line.endswith('}')
-        ]  # a kill may truncate the last one
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append one line, and its numbers to TensorBoard as scalars ``kind/name``."""

@@ -12,7 +12,6 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 
@@ -26,7 +25,7 @@ from dataset.prepare.split import FORMAT, merge_splits, prepare_split, settings_
 from dataset.vertex_colours import canonical_colours, load_colours
 from models.hands import load_hands
 from utils.config import add_config_arguments, load_config, split_off_pairs
-from utils.distributed import usable_cores
+from utils.distributed import usable_cores, use_one_thread
 from utils.errors import UserError, user_facing
 from utils.rasterizer import RENDERERS
 
@@ -39,7 +38,7 @@ def _start_worker(mano: tuple[str, str], colours: np.ndarray, renderer: str) -> 
     global _preparer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _use_one_thread()
+    use_one_thread()
     _preparer = FramePreparer(load_hands(*mano), colours, renderer)
 
 
@@ -53,11 +52,6 @@ def _end_with_parent() -> None:
 def _work(tasks: list[FrameTask]) -> list[PreparedFrame | Skip]:
     assert _preparer is not None  # set when the process starts
     return _preparer(tasks)
-
-
-def _use_one_thread() -> None:
-    torch.set_num_threads(1)
-    cv2.setNumThreads(0)  # not 1: that waits for the parent's threads, which a fork does not copy
 
 
 def ordered_map(executor: Executor, function: Callable, items: Iterable, ahead: int) -> Iterator:
@@ -120,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.merge:
         merge_splits(todo, save_path)
         return
-    _use_one_thread()
+    use_one_thread()
     preparer = FramePreparer(models, colours, arguments.renderer)
     preparer.rasterize(
         torch.ones(1, 3, 3), torch.tensor([[0, 1, 2]]), torch.eye(3)[None], (4, 4)

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset.hand_model_record import HAND_MODEL_RECORD, check_hand_model_record, write_hand_model_record
-from dataset.prepare.raw import SPLITS, RawSplit, RecordError, find_splits
+from dataset.prepare.raw import SPLITS, RawSplit, RecordError, annotation_file, find_splits
 from manopth import HandPair
 from manopth.fitting import PointModel, fit_hands, fittable, place_points
 from manopth.rotations import matrix_to_axis_angle
@@ -287,10 +287,8 @@ def main(arguments: list[str] | None = None) -> None:
     there = find_splits(options.data_path)
     splits = [RawSplit(options.data_path, name) for name in options.splits or there]
     redone = {split.split for split in splits} if options.overwrite else set()
-    files = {
-        name: options.data_path / 'annotations' / name / f'InterHand2.6M_{name}_MANO_NeuralAnnot.json' for name in there
-    }
-    kept = [path for name, path in files.items() if path.exists() and name not in redone]
+    files = (annotation_file(options.data_path, name, 'MANO_NeuralAnnot') for name in there if name not in redone)
+    kept = [path for path in files if path.exists()]
     check_mixing(options.data_path, kept, models)
     for split in splits:
         print(fit_split(split, models, overwrite=options.overwrite, device=device), flush=True)

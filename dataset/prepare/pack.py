@@ -27,7 +27,6 @@ import shutil
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import cv2
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -48,7 +47,7 @@ from dataset.packed import (
 from dataset.prepare.raw import SPLITS
 from dataset.prepare.resumable import already_complete, publish, refuse_other_settings
 from dataset.prepared import LABEL_SHAPES, RECORD, InterHandDataset, partial_folder
-from utils.distributed import usable_cores
+from utils.distributed import usable_cores, use_one_thread
 from utils.errors import UserError, user_facing
 from utils.files import read_json, sha256_of_file, write_atomically, write_json
 
@@ -116,7 +115,7 @@ def pack_split(
             sampler=range(done, len(source)),
             num_workers=workers,
             collate_fn=list,
-            worker_init_fn=_one_thread,
+            worker_init_fn=use_one_thread,
         )
         with tqdm(total=len(source), initial=done, desc=split, unit='sample') as progress:
             for chunk in loader:
@@ -177,10 +176,6 @@ def _finish(source: InterHandDataset, partial: Path, folder: Path, head: dict) -
     (folder / HEAD).unlink()
     size = sum((folder / name).stat().st_size for name in files)
     print(f'{folder.name}: {head["samples"]:,} samples, {size:,} bytes')
-
-
-def _one_thread(worker: int) -> None:
-    cv2.setNumThreads(0)
 
 
 @user_facing

@@ -129,6 +129,11 @@ def find_splits(data_path: str | Path) -> list[str]:
     return found
 
 
+def annotation_file(data_path: str | Path, split: str, kind: str) -> Path:
+    """The annotation file of a kind: data, camera, joint_3d, MANO_NeuralAnnot."""
+    return Path(data_path) / 'annotations' / split / f'InterHand2.6M_{split}_{kind}.json'
+
+
 class RawSplit:
     """One split, whose files are read on first use; every reader raises UserError that names a bad file."""
 
@@ -142,8 +147,8 @@ class RawSplit:
             raise UserError(f'{self.images} does not exist. Unpack the images of {split} there.')
 
     def file(self, kind: str) -> Path:
-        """The annotation file of a kind: data, camera, joint_3d, MANO_NeuralAnnot."""
-        return self.root / 'annotations' / self.split / f'InterHand2.6M_{self.split}_{kind}.json'
+        """See ``annotation_file``."""
+        return annotation_file(self.root, self.split, kind)
 
     def image_path(self, frame: Frame) -> Path:
         return self.images / frame.file_name

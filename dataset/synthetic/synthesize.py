@@ -10,9 +10,7 @@ import argparse
 import json
 import multiprocessing
 import re
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from dataset.hand_model_record import write_hand_model_record
+from dataset.prepare.raw import annotation_file
 from dataset.prepare.resumable import refuse_other_settings
 from dataset.prepared import partial_folder
 from dataset.synthetic.appearance import (
@@ -42,8 +41,8 @@ from dataset.synthetic.appearance import (
 from dataset.synthetic.poses import ELBOWS, HandPath, sample_path, sample_placement_name
 from manopth import HandPair, TwoHandLayer
 from models.hands import load_hands
-from utils.config import add_config_arguments, load_config, split_off_pairs
-from utils.distributed import usable_cores
+from utils.config import add_config_arguments, add_flag, load_config, split_off_pairs
+from utils.distributed import torch_threads, usable_cores
 from utils.errors import UserError, user_facing
 from utils.files import read_json, write_atomically
 from utils.hand import INTERHAND_TO_JOINTS, LEFT, NUM_JOINTS, RIGHT, SIDES
@@ -237,17 +236,6 @@ def _person(settings: Settings, capture: int) -> tuple[Person, torch.Tensor]:
     return person, torch.from_numpy(betas).float().expand(2, 10)
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Use one thread, so that sums do not depend on the machine; several processes are faster anyway."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 class Scene(NamedTuple):
     """A sequence before rendering; V vertices and F faces of the visible arms. World axes, metres."""
 
@@ -318,7 +306,7 @@ def photograph(scene: Scene, step: int, camera: Camera, backdrop: np.ndarray) ->
     )
 
 
-@one_thread()
+@torch_threads(1)  # sums must not depend on the machine; several processes are faster anyway
 @torch.no_grad()
 def make_sequence(settings: Settings, sequence: Sequence, root: Path) -> dict:
     """Generate one sequence: write its images under ``root`` -> its part of the annotation files."""
@@ -449,8 +437,7 @@ def develop(image: np.ndarray, camera: Camera, *, black: bool, rng: np.random.Ge
 
 def write_annotations(root: Path, split: str, records: list[dict], settings: Settings) -> None:
     """Write the four annotation files of a split."""
-    folder = root / 'annotations' / split
-    folder.mkdir(parents=True, exist_ok=True)
+    (root / 'annotations' / split).mkdir(parents=True, exist_ok=True)
     data: dict[str, list] = {'images': [], 'annotations': []}
     cameras: dict[str, dict] = {}
     joints: dict[str, dict] = {}
@@ -468,7 +455,7 @@ def write_annotations(root: Path, split: str, records: list[dict], settings: Set
             cameras[capture]['focal'][camera.name] = camera.focal.tolist()
             cameras[capture]['princpt'][camera.name] = camera.centre.tolist()
     for name, content in (('data', data), ('camera', cameras), ('joint_3d', joints), ('MANO_NeuralAnnot', mano)):
-        (folder / f'InterHand2.6M_{split}_{name}.json').write_text(json.dumps(content))
+        annotation_file(root, split, name).write_text(json.dumps(content))
 
 
 def synthesize(save_path: Path, settings: Settings, *, workers: int) -> list[dict]:
@@ -487,20 +474,18 @@ def synthesize(save_path: Path, settings: Settings, *, workers: int) -> list[dic
     claim_folder(unfinished, settings, models)
     records_folder.mkdir(exist_ok=True)
 
-    records = {}
-    pending = []
+    def record_of(sequence: Sequence) -> Path:
+        return records_folder / f'{sequence.split}_{sequence.number}.json'
+
+    records, pending = {}, []
     for sequence in sequences:
-        done = records_folder / f'{sequence.split}_{sequence.number}.json'
-        if done.exists():
-            records[sequence] = json.loads(done.read_text())
+        if record_of(sequence).exists():
+            records[sequence] = read_json(record_of(sequence))
         else:
             pending.append(sequence)
 
     def keep(sequence: Sequence, record: dict) -> None:
-        done = records_folder / f'{sequence.split}_{sequence.number}.json'
-        aside = done.with_suffix('.part')
-        aside.write_text(json.dumps(record))
-        aside.rename(done)
+        write_atomically(record_of(sequence), json.dumps(record).encode(), durable=False)
         records[sequence] = record
         progress.update(len(record['images']))
 
@@ -560,9 +545,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         'split (default: 2000 100 200)',
     )
     parser.add_argument('--seed', type=int, default=0, help='equal seeds yield equal data (default: 0)')
-    parser.add_argument(
+    add_flag(
+        parser,
         '--camera-spread',
-        '--camera_spread',
         type=float,
         default=60.0,
         metavar='DEGREES',

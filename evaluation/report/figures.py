@@ -2,14 +2,8 @@
 
 from typing import NamedTuple
 
-from evaluation.registry import compared
-from evaluation.runs import FIGURES
-from evaluation.summary import PER_HAND
 from utils.hand import SIDES
 
-COMPARED = FIGURES  # title -> keys in metrics.json
-HIGHER_IS_BETTER = tuple(column.title for column in compared() if column.higher_is_better)  # of COMPARED
-PER_HAND_FIGURES = PER_HAND  # keys whose value is {'left', 'right', 'all'}
 ERRORS = {'joint error': ('joint_mm', 'all'), 'vert error': ('vert_mm', 'all'), 'root error': ('root_mm',)}
 OPTIONAL_COLUMNS = {'box_iou': 'box IoU', 'distance_mm': 'distance mm', 'penetration_mm': 'penetration mm'}
 

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from evaluation.report.figures import OPTIONAL_COLUMNS, PER_HAND_FIGURES
+from evaluation.registry import headline
+from evaluation.report.figures import OPTIONAL_COLUMNS
 from evaluation.runs import Run
 from evaluation.samples import KINDS, SAMPLES_VERSION
 from utils.errors import UserError
 from utils.hand import FINGERS, JOINT_NAMES, NUM_FACES, NUM_VERTICES
-from utils.training import LOG_NAME
+from utils.training import LOG_NAME, complete_lines
 
 PER_SAMPLE_COLUMNS = ('joint_mm_left', 'joint_mm_right', 'vert_mm_left', 'vert_mm_right', 'root_mm')
 
@@ -29,7 +30,7 @@ EVALUATE_AGAIN = 'Evaluate the run again with apps/eval_interhand.py --out.'
 # (schema of each item, ...).
 NUMBER, FIGURE = 'a number', 'a number, or null if it was not measured'
 SIDED = {'left': FIGURE, 'right': FIGURE, 'all': FIGURE}
-HEADLINE = dict.fromkeys(PER_HAND_FIGURES, SIDED) | {'root_mm': FIGURE}
+HEADLINE = {metric.key: SIDED for metric in headline() if metric.per_hand} | {'root_mm': FIGURE}
 PENETRATION = {'share': FIGURE, 'mean_mm': FIGURE, 'worst_mm': FIGURE}
 REQUIRED = {**HEADLINE, 'frames': int, 'data': str, 'protocol': {'name': str, 'description': str}}
 OPTIONAL = {
@@ -234,9 +235,7 @@ def read_log(path: Path | None) -> Log | None:
     if path is None:
         return None
     log = Log(path, [], {})
-    for line in path.read_text('utf-8', errors='replace').splitlines():
-        if not (line.startswith('{') and line.endswith('}')):
-            continue  # a killed run leaves a truncated line, and resuming appends after it
+    for line in complete_lines(path):
         try:
             record = json.loads(line)
             kind, step = record['kind'], record['step']

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from evaluation.registry import TableColumn, compared
 from evaluation.report.charts import Axis, Chart, Series, axis_of, bar_chart, line_chart, sparkline
-from evaluation.report.figures import BINNED, COMPARED, ERRORS, FURTHER, HIGHER_IS_BETTER, OPTIONAL_COLUMNS
+from evaluation.report.figures import BINNED, ERRORS, FURTHER, OPTIONAL_COLUMNS
 from evaluation.report.hands import hand_diagram, spoken
 from evaluation.report.inputs import Evaluated, Log, PerSample, value_of
 from evaluation.report.views import Block, Card, Section, Span, Table, Text, number
@@ -69,7 +70,7 @@ def headline(runs: Runs) -> Section:
     if len(runs) > 1:
         first = runs[0].run
         rows.append([f'differs from {first.name} in', *(differences(run.run, first) or '–' for run in runs)])
-    rows += [[title, *(_compared(run, runs, title) for run in runs)] for title in COMPARED]
+    rows += [[column.title, *(_compared(run, runs, column) for run in runs)] for column in compared()]
     caption = 'Metrics of the last stage, with 95 % bootstrap intervals in brackets and each hand below'
     table = Table(caption, ['', *(run.label for run in runs)], rows, 'headline')
     glances = [Block(heading=f'{run.label} at a glance', items=items) for run in runs if (items := glance(run))]
@@ -82,13 +83,13 @@ def _frames(run: Evaluated) -> Text:
     return [f'{run.metrics["frames"]:,} of ', data, f', {subset["description"]}' if subset else '']
 
 
-def _compared(run: Evaluated, runs: Runs, title: str) -> Text:
+def _compared(run: Evaluated, runs: Runs, column: TableColumn) -> Text:
     """A metric with its interval and per-hand values; marked if it is the best of its group."""
-    keys, higher = COMPARED[title], title in HIGHER_IS_BETTER
-    value, digits = figure(run.metrics, keys), 4 if higher else 2
+    keys, digits = column.keys, column.digits
+    value = figure(run.metrics, keys)
     rivals = [figure(other.metrics, keys) for other in runs if other.group == run.group]
     rivals = [rival for rival in rivals if rival is not None]
-    best = len(rivals) > 1 and value == (max if higher else min)(rivals)
+    best = len(rivals) > 1 and value == column.best(rivals)
     parts: list[str | Span] = [Span(number(value, digits), 'best') if best else number(value, digits)]
     if interval := figure(run.metrics, ('interval_95', *keys)):
         parts.append(Span(f' [{number(interval[0], digits)}, {number(interval[1], digits)}]', 'quiet'))
