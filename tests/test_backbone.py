@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torchvision
-from test_dir import images, made_target, tiny_config, tiny_model
+from tiny import images, made_target, tiny_config, tiny_model
 
 from inference.folding import fold_batch_norms
 from models import build_criterion

@@ -3,23 +3,11 @@
 import json
 
 import pytest
+from tiny import TINY
 
 from benchmarks import run, scaling
 
-TINY = [
-    'MODEL.BACKBONE',
-    'resnet18',
-    'MODEL.IMAGE_SIZE',
-    '64',
-    'MODEL.MAP_CHANNELS',
-    '16',
-    'MODEL.STAGES',
-    '1',
-    'TRAIN.BATCH_SIZE',
-    '4',
-    'DEVICE',
-    'cpu',
-]
+SMALL = [*TINY, 'MODEL.STAGES', '1', 'TRAIN.BATCH_SIZE', '4', 'DEVICE', 'cpu']
 
 
 def test_measurements_are_written_with_the_machine_and_ratios(tmp_path, monkeypatch, capsys):
@@ -27,7 +15,7 @@ def test_measurements_are_written_with_the_machine_and_ratios(tmp_path, monkeypa
     monkeypatch.setattr(run, 'PACKED_SAMPLES', 1000)
     monkeypatch.setattr(run, 'inference_forms', lambda model, *_: {'DIR, eager': model})  # exports are tested elsewhere
     names = ['forward', 'projection', 'throughput', 'loader', 'opening', 'augmentation', 'waiting', 'preparation']
-    assert run.main(['--only', *names, '--batch', '2', '--repeats', '1', '--out', str(tmp_path), *TINY]) == 0
+    assert run.main(['--only', *names, '--batch', '2', '--repeats', '1', '--out', str(tmp_path), *SMALL]) == 0
     content = json.loads((tmp_path / 'benchmark.json').read_text())
     assert content['machine']['torch'] and content['machine']['cores'] >= 1
     assert len(content['tables']) == len(names)

@@ -3,6 +3,7 @@ import pickle
 
 import pytest
 import torch
+from tiny import TINY
 
 from manopth import HandPair
 from models import build_model
@@ -18,27 +19,14 @@ from models.checkpoint import (
 from utils.config import flatten, load_config
 from utils.errors import UserError
 
-TINY = [
-    'MODEL.BACKBONE',
-    'resnet18',
-    'MODEL.IMAGE_SIZE',
-    '64',
-    'MODEL.MAP_CHANNELS',
-    '16',
-    'MODEL.PRETRAINED',
-    'false',
-    'MODEL.STAGES',
-    '0',
-    'MANO.SOURCE',
-    'standin',
-]
+NO_STAGES = [*TINY, 'MODEL.STAGES', '0']
 
 
 @pytest.fixture(scope='module')
 def trained(standin):
     """(network, its configuration)."""
     torch.manual_seed(3)
-    cfg = load_config(None, TINY)
+    cfg = load_config(None, NO_STAGES)
     return build_model(cfg, standin).eval(), cfg
 
 
@@ -53,7 +41,7 @@ def saved(trained, standin, tmp_path_factory):
 @pytest.fixture
 def small(standin):
     """Arguments of ``save_checkpoint`` around a layer, for tests that write."""
-    return {'model': torch.nn.Linear(2, 3), 'cfg': load_config(None, TINY), 'hand_model': standin.identity}
+    return {'model': torch.nn.Linear(2, 3), 'cfg': load_config(None, NO_STAGES), 'hand_model': standin.identity}
 
 
 def test_a_network_comes_back_with_its_configuration(trained, saved):
@@ -75,7 +63,7 @@ def test_overrides_go_over_the_checkpoints_configuration(saved):
 def test_the_file_holds_tensors_numbers_and_strings_only(saved):
     content = torch.load(saved, weights_only=True)
     assert content['format'] == FORMAT and content['epoch'] == 7 and content['best'] == 1.5
-    assert load_config(base=content['config']) == load_config(None, TINY)
+    assert load_config(base=content['config']) == load_config(None, NO_STAGES)
     assert not any({778, 1538} & set(value.shape) for value in content['model'].values())
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 import trimesh
 from PIL import Image
-from test_dir import tiny_config, tiny_model
 from test_media import write_frames
+from tiny import tiny_config, tiny_model
 
 from apps import demo
 from inference import boxes, job

@@ -3,6 +3,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torchvision
+from tiny import images, made_target, tiny_config, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -14,47 +15,6 @@ from models.predictions import CAMERA, POSE, ROOT_ROTATION, SHAPE, Target
 from utils.config import load_config
 from utils.errors import UserError
 from utils.hand import NUM_FACES, NUM_JOINTS, NUM_VERTICES
-
-TINY = [
-    'MODEL.BACKBONE',
-    'resnet18',
-    'MODEL.IMAGE_SIZE',
-    '64',
-    'MODEL.MAP_CHANNELS',
-    '16',
-    'MODEL.PRETRAINED',
-    'false',
-    'MANO.SOURCE',
-    'standin',
-]
-
-
-def tiny_config(**changes):
-    """tiny_config(STAGES=1): a small network with these MODEL keys changed."""
-    return load_config(None, TINY + [text for key, value in changes.items() for text in (f'MODEL.{key}', str(value))])
-
-
-def tiny_model(standin, **changes):
-    torch.manual_seed(0)
-    return build_model(tiny_config(**{'INIT': 'identity', **changes}), standin)
-
-
-def images(batch: int, size: int = 64) -> torch.Tensor:
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
-
-
-def made_target(batch: int) -> Target:
-    g = torch.Generator().manual_seed(2)
-    joints, vertices = (0.1 * torch.randn(batch, 2, n, 3, generator=g) for n in (NUM_JOINTS, NUM_VERTICES))
-    joints_uv, vertices_uv = (0.5 * torch.randn(batch, 2, n, 2, generator=g) for n in (NUM_JOINTS, NUM_VERTICES))
-    return Target(
-        vertices,
-        joints,
-        vertices_uv,
-        joints_uv,
-        torch.randint(3, (batch, 64, 64), generator=g),
-        torch.rand(batch, 3, 64, 64, generator=g),
-    )
 
 
 def check_shapes(output, *, batch: int, stages: int, map_size: int) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from tiny import TINY
 
 from apps import export as command
 from inference import export
@@ -20,21 +21,8 @@ from utils.config import load_config
 from utils.errors import UserError
 from utils.hand import NUM_JOINTS, NUM_VERTICES
 
-SIZE = 64
-TINY = [
-    'MODEL.BACKBONE',
-    'resnet18',
-    'MODEL.IMAGE_SIZE',
-    str(SIZE),
-    'MODEL.MAP_CHANNELS',
-    '16',
-    'MODEL.PRETRAINED',
-    'false',
-    'MODEL.INIT',
-    'identity',
-    'MANO.SOURCE',
-    'standin',
-]
+SIZE = 64  # of TINY
+IDENTITY = [*TINY, 'MODEL.INIT', 'identity']
 MISSING = [name for name in export.FORMATS['onnx'].packages if importlib.util.find_spec(name) is None]
 # Tracing two stages takes the better part of a minute: those who have the optional packages take the time.
 STAGES = ['MODEL.STAGES', '0' if MISSING else '2']
@@ -50,7 +38,7 @@ def images(batch: int) -> torch.Tensor:
 def checkpoint(standin, tmp_path_factory) -> Path:
     """A network whose hands lie in the picture and depend on it."""
     torch.manual_seed(0)
-    cfg = load_config(None, TINY + STAGES)
+    cfg = load_config(None, IDENTITY + STAGES)
     model = build_model(cfg, standin)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -163,7 +151,7 @@ def test_what_was_written_is_described_and_nothing_else_is_there(exported, stand
 
 @torch.no_grad()
 def test_what_only_training_needs_stays_behind(standin):
-    model = build_model(load_config(None, TINY), standin).eval()
+    model = build_model(load_config(None, IDENTITY), standin).eval()
     lean = for_inference(model)
     kept = list(lean.state_dict())
     assert not any('dense_heads' in name or 'stages.1.projection' in name for name in kept)

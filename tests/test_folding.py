@@ -1,13 +1,11 @@
 import pytest
 import torch
-from test_dir import images, tiny_model
+from tiny import images, tiny_model
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from inference.folding import fold_batch_norms, for_inference
-from models import build_model
 from models.backbone import Backbone
-from utils.config import load_config
 
 
 def with_statistics(model: nn.Module, image: torch.Tensor) -> nn.Module:
@@ -25,24 +23,8 @@ def norms(model: nn.Module) -> int:
 
 @torch.no_grad()
 def test_folded_network_computes_the_same_with_fewer_norms(standin):
-    torch.manual_seed(0)
-    cfg = load_config(
-        None,
-        [
-            'MODEL.BACKBONE',
-            'resnet18',
-            'MODEL.IMAGE_SIZE',
-            '64',
-            'MODEL.MAP_CHANNELS',
-            '16',
-            'MODEL.PRETRAINED',
-            'false',
-            'MODEL.INIT',
-            'identity',
-        ],
-    )
     image = torch.randn(4, 3, 64, 64, dtype=torch.float64)
-    model = with_statistics(build_model(cfg, standin).double(), image)
+    model = with_statistics(tiny_model(standin).double(), image)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     folded = fold_batch_norms(model)
     expected, got = model(image), folded(image)

@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from test_batch import MOVES
 
 from manopth.rotations import axis_angle_to_matrix
 from utils.geometry import (
@@ -122,19 +123,7 @@ MOVE = {'flip': False, 'scale': 1.0, 'angle': 0.0, 'shift': (0.0, 0.0)}
 
 
 @pytest.mark.parametrize('size', [256, 128, 64])
-@pytest.mark.parametrize(
-    'move',
-    [
-        {},
-        {'angle': 0.7},
-        {'scale': 1.1},
-        {'shift': (7.5, -3.25)},
-        {'flip': True},
-        {'angle': -2.5, 'scale': 0.9, 'shift': (-9.0, 4.5)},
-        {'angle': 1.3, 'scale': 1.07, 'shift': (3.0, 8.0), 'flip': True},
-        {'angle': math.pi, 'flip': True},
-    ],
-)
+@pytest.mark.parametrize('move', MOVES)
 def test_warp_matches_opencv(move, size):
     flip, scale, angle, shift = (move.get(name, default) for name, default in MOVE.items())
     image_map = similarity_about_centre(*(torch.tensor(value, dtype=torch.float64) for value in (scale, angle, shift)))

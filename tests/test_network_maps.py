@@ -1,6 +1,6 @@
 import pytest
 import torch
-from test_dir import images, tiny_model
+from tiny import images, tiny_model
 
 from evaluation.network_maps import forward_with_maps
 from models.bone_projection import draw

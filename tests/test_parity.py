@@ -6,14 +6,32 @@ The numbers lie outside the repository: in shared/parity next to it, or where th
 import importlib.util
 import json
 import os
-import re
-from copy import deepcopy
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from published_functions import (  # noqa: F401  (pytest collects the tests)
+    FLOORS,
+    OUR_CLASSES,
+    Arrays,
+    by_published_name,
+    check_figures,
+    check_terms,
+    check_training_terms,
+    close,
+    losses_and_gradients,
+    losses_and_gradients_in_training_mode,
+    test_graph_layer,
+    test_hand_layer,
+    test_hand_layer_of_the_data,
+    test_mesh_losses,
+    test_pixelwise_losses,
+    test_projecting_back,
+    test_rotations,
+    test_sampling_at_the_joints,
+    test_transformer,
+)
 from torch.utils.data import default_collate
 
 from apps import eval_interhand
@@ -22,39 +40,21 @@ from dataset.batch import BatchMaker
 from dataset.prepared import InterHandDataset
 from evaluation.metrics import JointRegressor, Protocol, sample_errors
 from evaluation.summary import summarise
-from manopth import ManoLayer, TwoHandLayer
-from manopth.rotations import axis_angle_to_matrix, symmetric_6d_to_matrix
-from models import build_criterion, losses, published
-from models.bone_projection import bone_weights, draw
+from manopth import ManoLayer
+from models import build_criterion, published
 from models.hands import load_hands
-from models.predictions import DIROutput, Target
+from models.predictions import Target
 from models.preprocessing import IMAGENET_STD, Preprocessing
 from utils.config import load_config
 from utils.errors import UserError
-from utils.hand import BONES, HAND_SCALE, PUBLISHED_LEFT_MIDDLE_TIP, SIDES, TIP_VERTICES
+from utils.hand import HAND_SCALE, SIDES
 
 PARITY = Path(os.environ.get('DIR_PARITY') or Path(__file__).resolve().parents[2] / 'shared' / 'parity')
 pytestmark = pytest.mark.skipif(
     not (PARITY / 'recipe.py').is_file(),
     reason=f"the published network's numbers are not here: no {PARITY} (DIR_PARITY)",
 )
-FLOORS = 20  # times the rounding noise of float32, per tensor: noise_floor.json
 GREY_LEVELS = 1.5  # half a level where the published loader rounds after a warp, and a JPEG decoder's own
-OUR_CLASSES = [0, 2, 1]  # the published class 1 is the right hand; the swap is its own inverse
-
-
-class Arrays:
-    """An .npz as tensors."""
-
-    def __init__(self, name: str):
-        self.file = np.load(PARITY / name)
-
-    def __call__(self, key: str) -> torch.Tensor:
-        return torch.from_numpy(self.file[key])
-
-    def hands(self, key: str) -> torch.Tensor:
-        """``key`` holds '{}' for the side -> (B, 2, ...)."""
-        return torch.stack([self(key.format(side)) for side in SIDES], 1)
 
 
 def read(name: str):
@@ -68,18 +68,14 @@ def module(name: str):
     return loaded
 
 
-def close(ours, theirs, tolerance: float) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
-
-
 @pytest.fixture(scope='module')
-def hand_models():
+def hands():
     return load_hands('files', str(PARITY))
 
 
 @pytest.fixture(scope='module')
 def units():
-    return Arrays('units.npz')
+    return Arrays(PARITY / 'units.npz')
 
 
 @pytest.fixture(scope='module')
@@ -101,7 +97,7 @@ def network(weights):
 
 @pytest.fixture(scope='module')
 def image():
-    return Arrays('input.npz')('img')
+    return Arrays(PARITY / 'input.npz')('img')
 
 
 # The map
@@ -162,15 +158,7 @@ def test_what_never_runs_is_filled_in_with_the_published_constants(weights, netw
         assert idle or torch.equal(value, weights[key]), key
 
 
-# Single functions
-
-
-def test_hand_layer(hand_models, units):
-    pose, betas = (units(f'mano/{key}')[:, None].expand(-1, 2, -1) for key in ('pose6d45', 'beta'))
-    left_tips = (*TIP_VERTICES[:2], PUBLISHED_LEFT_MIDDLE_TIP, *TIP_VERTICES[3:])
-    hands = TwoHandLayer(hand_models, tip_vertices=[left_tips, TIP_VERTICES])(pose[..., :6], pose[..., 6:], betas)
-    close(hands.vertices, units.hands('mano/{}/verts'), 5e-7)
-    close(hands.joints, units.hands('mano/{}/joints'), 5e-7)
+# Single functions: see also published_functions
 
 
 @pytest.mark.parametrize('side', SIDES)
@@ -189,104 +177,7 @@ def test_one_hand_layer(units, side):
     close(joints / 1000, units(f'mano/{side}/joints'), 5e-7)
 
 
-def test_hand_layer_of_the_data(hand_models, units):
-    root, pca, betas, place = (
-        units(key)[:, None] for key in ('mano_intag/R', 'mano_intag/pca', 'mano/beta', 'mano_intag/trans')
-    )
-    hands = TwoHandLayer(hand_models)(root.expand(-1, 2, -1, -1), pca.expand(-1, 2, -1), betas.expand(-1, 2, -1))
-    close(hands.vertices + place[:, None], units.hands('mano_intag/{}/verts'), 1e-6)
-    close(hands.joints + place[:, None], units.hands('mano_intag/{}/joints'), 1e-6)
-
-
-def test_rotations(units):
-    close(axis_angle_to_matrix(units('rodrigues/axis')), units('rodrigues/intag'), 2e-6)
-    close(axis_angle_to_matrix(units('rodrigues/axis')).flatten(1), units('rodrigues/manopth'), 2e-6)
-    close(symmetric_6d_to_matrix(units('rot6d/in')), units('rot6d/robust'), 2e-6)
-
-
-def test_projecting_back(units):
-    uv = units('bone_proj/uv')[:, None].repeat(1, 2, 1, 1).requires_grad_()
-    feature = units('bone_proj/feat')[:, None].repeat(1, 2, 1, 1).requires_grad_()
-    for size, radius, name in ((32, 2.0, 'bone_proj/out_s32_d2'), (16, 1.0, 'bone_proj/out')):
-        drawn = draw(bone_weights(uv, size=size, radius=radius), feature[:, :, torch.tensor(BONES)])
-        for hand in drawn.chunk(2, 1):
-            close(hand, units(name), 1e-5)
-    weight = torch.from_numpy(module('recipe').u('unit.bp_w', (2, 1280, 16, 16))).float()
-    (drawn * torch.cat([weight, weight], 1)).sum().backward()
-    for ours, name in ((uv.grad, 'bone_proj/grad_uv'), (feature.grad, 'bone_proj/grad_feat')):
-        theirs = units(name)
-        for hand in range(2):
-            close(ours[:, hand], theirs, 1e-4 * theirs.abs().max().item())
-
-
-@torch.no_grad()
-def test_graph_layer(network, units):
-    layer = deepcopy(network.stages[0].interaction.graph[0])
-    layer.norm = torch.nn.Identity()
-    tokens = units('gcn/x')[:, None].expand(-1, 2, -1, -1)
-    positive = layer(tokens)
-    layer.bias.neg_()
-    # Without its norm the layer is linear in front of the ReLU: both halves give the whole.
-    close((positive - layer(-tokens))[:, 0], units('gcn/out'), 2e-5)
-
-
-@torch.no_grad()
-def test_transformer(network, units):
-    interaction = network.stages[0].interaction
-    tokens = interaction.head(interaction.transformer(units('ste/x').view(2, 2, 21, 128)))
-    close(tokens.flatten(1, 2), units('ste/out'), 5e-5)
-
-
-@torch.no_grad()
-def test_sampling_at_the_joints(network, units):
-    stage = network.stages[0]
-    x = torch.from_numpy(module('recipe').u('unit.imgfeat', (2, 256, 16, 16))).float()
-    uv = units('img2joint/uv')[:, None].expand(-1, 2, -1, -1)
-    hands = SimpleNamespace(joints_uv=uv, joints=torch.zeros(2, 2, 21, 3))
-    seen = stage.tokens(x, hands) - stage.position(hands.joints)
-    close(seen[:, 0].transpose(1, 2).flatten(1), units('img2joint/out'), 5e-5)
-
-
-def test_pixelwise_losses(hand_models, units):
-    logits, labels = units('lovasz/logits'), units('lovasz/labels')
-    close(losses.lovasz_softmax(logits, labels), units('lovasz/on_logits'), 1e-6)
-    close(losses.lovasz_softmax(logits.softmax(1), labels), units('lovasz/on_softmax'), 1e-6)
-    criterion = build_criterion(load_config(None, ['LOSS.WEIGHT.SEGMENTATION', '1']), hand_models)
-    nowhere = torch.zeros(2, 2, 21, 3)
-    terms = criterion(
-        DIROutput([], logits, torch.zeros(2, 3, 8, 8)),
-        Target(torch.zeros(2, 2, 778, 3), nowhere, nowhere, nowhere, labels, torch.zeros(2, 3, 8, 8)),
-    )
-    close(terms['segmentation'], units('ce/out'), 1e-6)
-
-
-def test_mesh_losses(hand_models, units):
-    close(losses.huber(units('smoothl1/a'), units('smoothl1/b')), units('smoothl1/out'), 1e-8)
-    faces = torch.tensor(np.stack([model.faces for model in hand_models]))
-    ours, theirs = (losses.face_edges(units(f'mesh/{key}')[:, None].expand(-1, 2, -1, -1), faces) for key in 'ab')
-    close(losses.edge_length_loss(ours, theirs), torch.stack([units('mesh/edge'), units('mesh/edge_r')]), 1e-6)
-    close(losses.normal_loss(ours, theirs), torch.stack([units('mesh/normal'), units('mesh/normal_r')]), 1e-6)
-
-
 # The network in evaluation mode
-
-
-def by_published_name(output: DIROutput) -> dict[str, torch.Tensor]:
-    named = {'seg': output.segmentation[:, OUR_CLASSES], 'dense': output.dense}
-    for stage, hands in enumerate(output.stages):
-        named[f'stage{stage}/pd_offset'] = hands.offset
-        for name, tensor in (
-            ('mano_para', hands.parameters),
-            ('proj', hands.parameters[..., 61:]),
-            ('mano_pose', hands.parameters[..., :51]),
-            ('mano_beta', hands.parameters[..., 51:61]),
-            ('joint_uv', hands.joints_uv),
-            ('mesh_uv', hands.vertices_uv),
-            ('joint_xyz', hands.joints),
-            ('mesh_xyz', hands.vertices),
-        ):
-            named |= {f'stage{stage}/pd_{name}_{side}': tensor[:, hand] for hand, side in enumerate(SIDES)}
-    return named
 
 
 def features(network, number: int) -> dict[str, tuple[torch.nn.Module, object]]:
@@ -331,11 +222,11 @@ def test_outputs_and_intermediate_maps(network, image, floor):
     finally:
         for hook in hooks:
             hook.remove()
-    expected = Arrays('eval_outputs.npz')
+    expected = Arrays(PARITY / 'eval_outputs.npz')
     assert len(expected.file) >= 45
     for name in expected.file:
         close(outputs[name], expected(name), floor[name])
-    maps = Arrays('eval_features.npz')
+    maps = Arrays(PARITY / 'eval_features.npz')
     assert seen.keys() == table.keys()
     for name, ours in seen.items():
         close(ours, maps(name), floor[name])
@@ -344,7 +235,7 @@ def test_outputs_and_intermediate_maps(network, image, floor):
 @torch.no_grad()
 def test_outputs_centred_on_another_joint(network, image, floor, monkeypatch):
     monkeypatch.setattr(network.hand_head, 'root_joint', 9)
-    outputs, expected = by_published_name(network(image)), Arrays('eval_outputs_root9.npz')
+    outputs, expected = by_published_name(network(image)), Arrays(PARITY / 'eval_outputs_root9.npz')
     assert len(expected.file) >= 45
     for name in expected.file:
         close(outputs[name], expected(name), floor[name])
@@ -353,17 +244,10 @@ def test_outputs_centred_on_another_joint(network, image, floor, monkeypatch):
 # Losses and gradients
 
 
-def published_term(name: str) -> str:
-    hand = re.fullmatch(r'(joint|vertex)_(uv|xyz)_(left|right)_(\d)', name)
-    if hand:
-        return f'{"mesh" if hand[1] == "vertex" else "joint"}_{hand[3]}_{hand[2]}_{hand[4]}'
-    return {'segmentation': 'seg'}.get(name, name)
-
-
 @pytest.fixture(scope='module')
-def objective(hand_models):
+def objective(hands):
     """(criterion, target): these numbers were made with targets centred on joint 9 and hands centred on the wrist."""
-    arrays = Arrays('targets.npz')
+    arrays = Arrays(PARITY / 'targets.npz')
     labels = torch.tensor(OUR_CLASSES)[arrays('seg')[:, 0].long()]
     target = Target(
         arrays.hands('mesh_3d_{}'),
@@ -373,12 +257,7 @@ def objective(hand_models):
         labels,
         arrays('dense'),
     )
-    return build_criterion(load_config(None, ['ROOT_JOINT', '9']), hand_models), target
-
-
-def check_terms(terms: dict[str, torch.Tensor], expected: dict[str, float], tolerance: float) -> None:
-    for name, value in terms.items():
-        assert value.item() == pytest.approx(expected[published_term(name)], rel=tolerance), name
+    return build_criterion(load_config(None, ['ROOT_JOINT', '9']), hands), target
 
 
 def compare_gradients(ours: dict[str, torch.Tensor], reference: dict, *, relative: float) -> int:
@@ -397,34 +276,19 @@ def compare_gradients(ours: dict[str, torch.Tensor], reference: dict, *, relativ
 
 
 def test_losses_and_gradients_with_frozen_norms(network, image, objective):
-    reference, (criterion, target) = read('train_bn_frozen.json'), objective
-    try:
-        terms = criterion(network(image), target)
-        total = sum(terms.values())
-        total.backward()
-        gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
-    finally:
-        network.zero_grad(set_to_none=True)
+    reference = read('train_bn_frozen.json')
+    terms, gradients = losses_and_gradients(network, image, objective)
     assert len(terms) == len(reference['losses']) == 42
     check_terms(terms, reference['losses'], 1e-5)
-    assert total.item() == pytest.approx(reference['total'], rel=1e-5)
-
+    assert sum(terms.values()).item() == pytest.approx(reference['total'], rel=1e-5)
     assert compare_gradients(gradients, reference['grads'], relative=2e-3) == 0
 
 
 def test_losses_and_gradients_in_training_mode(network, image, objective):
-    """In float64: in float32 a cell of the drawn map lies on its border and moves gradients by several percent."""
-    reference, (criterion, target) = read('train.json'), objective
-    model = deepcopy(network).double().train()
-    target = Target(*(x.double() if x.is_floating_point() else x for x in target))
-    terms = deepcopy(criterion).double()(model(image.double()), target)
-    total = sum(terms.values())
-    total.backward()
+    reference = read('train.json')
+    _, terms, gradients = losses_and_gradients_in_training_mode(network, image, objective)
     assert len(terms) == len(reference['losses']) == 42
-    dense = ('segmentation', 'lovasz', 'dense')
-    check_terms({name: value for name, value in terms.items() if name not in dense}, reference['losses'], 2e-5)
-    check_terms({name: terms[name] for name in dense}, reference['losses'], 2e-3)
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    check_training_terms(terms, reference['losses'])
     assert compare_gradients(gradients, reference['grads'], relative=1e-2) == 0
 
 
@@ -464,14 +328,14 @@ def test_losses_and_running_statistics_in_training_mode(network, image, objectiv
 # Data and figures
 
 
-def make_batch(hand_models, split: str, indices, **augmentation):
+def make_batch(hands, split: str, indices, **augmentation):
     data = InterHandDataset(PARITY / 'data' / 'interhand2.6m', split)
     samples = [data[index]._replace(augmentation=parameters(**augmentation)) for index in indices]
-    return BatchMaker(hand_models)(default_collate(samples))
+    return BatchMaker(hands)(default_collate(samples))
 
 
-def test_items_of_the_test_split(hand_models):
-    batch, items = make_batch(hand_models, 'test', range(16)), Arrays('data/dataset_test_items.npz')
+def test_items_of_the_test_split(hands):
+    batch, items = make_batch(hands, 'test', range(16)), Arrays(PARITY / 'data/dataset_test_items.npz')
     close(batch.target.joints, items.hands('joint_3d_{}'), 1e-6)
     close(batch.target.vertices, items.hands('mesh_3d_{}'), 1e-6)
     close(batch.target.joints_uv, items.hands('joint_2d_{}')[..., :2], 2e-6)
@@ -484,17 +348,11 @@ def test_items_of_the_test_split(hand_models):
 
 
 @pytest.mark.parametrize('case', range(4))
-def test_training_items_under_fixed_augmentation(hand_models, case):
-    items = Arrays('data/dataset_train_fixed_aug.npz')
+def test_training_items_under_fixed_augmentation(hands, case):
+    items = Arrays(PARITY / 'data/dataset_train_fixed_aug.npz')
     scale, degrees, right, down, flip = items.file['cfgs'][case].tolist()
     batch = make_batch(
-        hand_models,
-        'train',
-        range(2),
-        scale=scale,
-        angle=float(np.radians(degrees)),
-        shift=(right, down),
-        flip=bool(flip),
+        hands, 'train', range(2), scale=scale, angle=float(np.radians(degrees)), shift=(right, down), flip=bool(flip)
     )
     for sample in range(2):
 
@@ -512,26 +370,14 @@ def test_training_items_under_fixed_augmentation(hand_models, case):
         assert (labels != batch.target.segmentation[sample]).float().mean() < 5e-4
 
 
-def check_figures(summary: dict, expected: dict[str, float]) -> None:
-    for ours, theirs, unit in (
-        ('joint_mm', 'joints', 'mm'),
-        ('vert_mm', 'verts', 'mm'),
-        ('joint_px', 'joints_2d', 'px'),
-        ('vert_px', 'verts_2d', 'px'),
-    ):
-        for side in (*SIDES, 'all'):
-            assert summary[ours][side] == pytest.approx(expected[f'{theirs}_{side}_{unit}'], abs=0.01), (ours, side)
-    assert summary['root_mm'] == pytest.approx(expected['root_mm'], abs=0.01)
-
-
 @pytest.mark.parametrize('root', [0, 9])
 @pytest.mark.parametrize('scale', [True, False])
-def test_evaluation_figures(hand_models, root, scale):
-    items, outputs = Arrays('data/dataset_test_items.npz'), Arrays('eval_net_outputs16.npz')
+def test_evaluation_figures(hands, root, scale):
+    items, outputs = Arrays(PARITY / 'data/dataset_test_items.npz'), Arrays(PARITY / 'eval_net_outputs16.npz')
     expected = read('eval.json')['runs'][f'root{root}_scale{"On" if scale else "Off"}']
     protocol = Protocol(root, scale)
     errors = sample_errors(
-        JointRegressor(hand_models),
+        JointRegressor(hands),
         outputs.hands('stage2/pd_mesh_xyz_{}'),
         outputs('stage2/pd_offset'),
         true_vertices=items.hands('mesh_3d_{}'),
@@ -543,10 +389,10 @@ def test_evaluation_figures(hand_models, root, scale):
 
 
 @torch.no_grad()
-def test_the_road_from_file_to_estimate(network, hand_models):
+def test_the_road_from_file_to_estimate(network, hands):
     """Two samples from their files through the network, against what the published network made of them."""
-    outputs = Arrays('eval_net_outputs16.npz')
-    batch = make_batch(hand_models, 'test', range(2))
+    outputs = Arrays(PARITY / 'eval_net_outputs16.npz')
+    batch = make_batch(hands, 'test', range(2))
     hands = network(network.preprocess.normalise(batch.image)).stages[-1]
     close(hands.vertices, outputs.hands('stage2/pd_mesh_xyz_{}')[:2], 1e-3)
     close(hands.offset * HAND_SCALE, outputs('stage2/pd_offset')[:2] * HAND_SCALE, 1e-3)

@@ -2,7 +2,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from test_dir import TINY, tiny_model
+from tiny import TINY, tiny_model
 
 from dataset.batch import build_batch_maker
 from dataset.loader import evaluation_split

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from raw_tree import annotation_file, make_raw_tree
-from test_dir import tiny_config, tiny_model
+from tiny import tiny_config, tiny_model
 
 from dataset import interhand
 from dataset.batch import build_batch_maker

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from test_dir import tiny_model
+from tiny import tiny_model
 
 from inference.files import LONGEST_SIDE, SCALE_BAR, VIEW_SIDE, VIEWS, draw_overlay, reduced, view
 from inference.reconstruct import Reconstructor

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_dir import TINY, tiny_model
+from tiny import TINY, tiny_model
 
 from dataset.batch import build_batch_maker
 from dataset.loader import evaluation_loader, evaluation_split
@@ -31,22 +31,18 @@ TOY_HEADLINE = Metric(
 )
 
 
+def evaluated(path, standin, **options):
+    """An evaluation of the split val, and its data set."""
+    cfg = load_config(None, [*TINY, 'DATASET.PATH', str(path)])
+    dataset = evaluation_split(cfg, 'val')
+    loader, batch_maker = evaluation_loader(dataset, cfg), build_batch_maker(cfg, standin)
+    return evaluate(tiny_model(standin), loader, batch_maker, network_root=0, protocol=Protocol(), **options), dataset
+
+
 @pytest.fixture(scope='module')
 def evaluation(tiny_prepared, standin):
     """An evaluation with two more metrics, and its data set."""
-    cfg = load_config(None, [*TINY, 'DATASET.PATH', str(tiny_prepared)])
-    dataset = evaluation_split(cfg, 'val')
-    result = evaluate(
-        tiny_model(standin),
-        evaluation_loader(dataset, cfg),
-        build_batch_maker(cfg, standin),
-        network_root=0,
-        protocol=Protocol(),
-        grid=GRID[:2],
-        details=True,
-        metrics=(*METRICS, TOY, TOY_HEADLINE),
-    )
-    return result, dataset
+    return evaluated(tiny_prepared, standin, grid=GRID[:2], details=True, metrics=(*METRICS, TOY, TOY_HEADLINE))
 
 
 def test_one_entry_adds_a_metric_to_json_csv_console_and_table(evaluation):
@@ -79,15 +75,7 @@ def test_keys_and_columns_are_unique():
 
 
 def test_headline_evaluation_measures_no_details(evaluation, tiny_prepared, standin):
-    cfg = load_config(None, [*TINY, 'DATASET.PATH', str(tiny_prepared)])
-    dataset = evaluation[1]
-    result = evaluate(
-        tiny_model(standin),
-        evaluation_loader(dataset, cfg),
-        build_batch_maker(cfg, standin),
-        network_root=0,
-        protocol=Protocol(),
-    )
+    result, _ = evaluated(tiny_prepared, standin)
     assert result.details is None and set(result.stages[0]) == {m.name for m in METRICS if m.headline}
     torch.testing.assert_close(result.stages[-1]['root_mm'], evaluation[0].stages[-1]['root_mm'])
     with pytest.raises(ValueError, match='details=True'):

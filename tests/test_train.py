@@ -20,7 +20,7 @@ from models import build_model, trainer
 from models.checkpoint import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = [
+DEMO = [
     '--cfg',
     'configs/demo.yaml',
     'MODEL.IMAGE_SIZE',
@@ -46,8 +46,12 @@ TINY = [
 ]
 
 
+def arguments(data: Path, out: Path, *more: str) -> list[str]:
+    return [*DEMO, 'DATASET.PATH', str(data), 'OUTPUT_DIR', str(out), *more]
+
+
 def run(data: Path, out: Path, *more: str) -> int:
-    return train.main([*TINY, 'DATASET.PATH', str(data), 'OUTPUT_DIR', str(out), *more])
+    return train.main(arguments(data, out, *more))
 
 
 @pytest.fixture(scope='module')
@@ -102,7 +106,7 @@ def test_tensorboard_holds_sheets_and_histograms_of_sample_errors(finished):
 
 def test_training_changes_every_weight(finished, standin):
     torch.manual_seed(0)  # as train.py does before it builds the network
-    fresh = build_model(train.load_config('configs/demo.yaml', TINY[2:]), standin)
+    fresh = build_model(train.load_config('configs/demo.yaml', DEMO[2:]), standin)
     after = content(finished / 'latest.pth')['model']
     assert [name for name, value in fresh.named_parameters() if torch.equal(after[name], value)] == []
 
@@ -119,17 +123,7 @@ def test_another_seed_is_another_run(finished, tiny_prepared, tmp_path):
 
 def test_killed_run_resumes_to_the_same_bits(finished, tiny_prepared, tmp_path):
     out = tmp_path / 'killed'
-    command = [
-        sys.executable,
-        'train.py',
-        *TINY,
-        'DATASET.PATH',
-        str(tiny_prepared),
-        'OUTPUT_DIR',
-        str(out),
-        'TRAIN.SAVE_EVERY',
-        '1',
-    ]
+    command = [sys.executable, 'train.py', *arguments(tiny_prepared, out, 'TRAIN.SAVE_EVERY', '1')]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
     while not (out / 'latest.pth').exists() and process.poll() is None and time.time() < deadline:
@@ -294,15 +288,7 @@ def test_two_processes_survive_the_loss_of_one_and_match_a_single_process(finish
         '--max-restarts',
         '1',
         'train.py',
-        *TINY,
-        'DATASET.PATH',
-        str(tiny_prepared),
-        'OUTPUT_DIR',
-        str(out),
-        'TRAIN.SAVE_EVERY',
-        '1',
-        'TRAIN.PICTURES',
-        '0',
+        *arguments(tiny_prepared, out, 'TRAIN.SAVE_EVERY', '1', 'TRAIN.PICTURES', '0'),
     ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.time() + 120
@@ -363,7 +349,7 @@ def test_moving_average_is_the_best_and_resumes_exactly(tiny_prepared, tmp_path,
 
 def one_step(data: Path, *words: str, evaluation_mode: bool = False) -> tuple[dict, dict]:
     """Loss terms and gradients of a step with learning rate 0."""
-    words = [*TINY[2:], 'DATASET.PATH', str(data), 'TRAIN.WEIGHT_DECAY', '0', *words]
+    words = [*DEMO[2:], 'DATASET.PATH', str(data), 'TRAIN.WEIGHT_DECAY', '0', *words]
     training = train.build_training(train.load_config('configs/demo.yaml', words), torch.device('cpu'), fresh=True)
     training.trainer.model.train(not evaluation_mode)
     terms = train.train_step(training, next(iter(training.loader)), 0.0)

@@ -3,6 +3,7 @@ import signal
 
 import pytest
 import torch
+from tiny import TINY
 from torch import nn
 
 from models import build_model
@@ -35,29 +36,12 @@ def test_short_runs_have_positive_rates(total, warmup):
 
 @pytest.fixture(scope='module')
 def network(standin):
-    return build_model(tiny_config(), standin)
-
-
-def tiny_config(*changes: str):
-    return load_config(
-        None,
-        [
-            'MODEL.BACKBONE',
-            'resnet18',
-            'MODEL.MAP_CHANNELS',
-            '16',
-            'MODEL.PRETRAINED',
-            'false',
-            'MANO.SOURCE',
-            'standin',
-            *changes,
-        ],
-    )
+    return build_model(load_config(None, TINY), standin)
 
 
 @pytest.mark.parametrize('decay_all', ['true', 'false'])
 def test_every_parameter_is_optimised_once(network, decay_all):
-    optimizer = build_optimizer(network, tiny_config('TRAIN.DECAY_ALL', decay_all))
+    optimizer = build_optimizer(network, load_config(None, [*TINY, 'TRAIN.DECAY_ALL', decay_all]))
     held = [id(p) for group in optimizer.param_groups for p in group['params']]
     assert sorted(held) == sorted(id(p) for p in network.parameters())
     decays = [group['weight_decay'] for group in optimizer.param_groups]
@@ -66,7 +50,7 @@ def test_every_parameter_is_optimised_once(network, decay_all):
 
 
 def test_norms_biases_and_positions_are_not_decayed_without_decay_all(network):
-    decayed, free = build_optimizer(network, tiny_config('TRAIN.DECAY_ALL', 'false')).param_groups
+    decayed, free = build_optimizer(network, load_config(None, [*TINY, 'TRAIN.DECAY_ALL', 'false'])).param_groups
     free, decayed = ({id(p) for p in group['params']} for group in (free, decayed))
     norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
     spared = 0
