@@ -22,6 +22,7 @@ from yacs.config import CfgNode
 
 from dataset import PreparedSplit, Sample
 from dataset.batch import BatchMaker, build_batch_maker, parts_of
+from dataset.damage import DAMAGED, DamageRecord
 from dataset.hand_model_record import check_hand_model_record
 from dataset.loader import EpochSampler, evaluation_split, training_loader
 from evaluation.validation import validate
@@ -39,6 +40,7 @@ FREE_KEYS = (
     'DEVICE',
     'OUTPUT_DIR',
     'DATASET.PATH',
+    'DATASET.TOLERATED_DAMAGE',
     'MANO.PATH',
     'MODEL.PRETRAINED',
     'MODEL.BACKBONE_WEIGHTS',
@@ -130,10 +132,17 @@ def fit(run: Training, progress: Progress) -> int:
     """The epoch loop -> exit code."""
     cfg, stop, steps_done = run.cfg, StopRequest(), progress.epoch * run.sampler.steps + progress.step
     log = RunLog(run.folder, step=steps_done) if distributed.is_main() else None
+    damage = DamageRecord(
+        cast(PreparedSplit, run.loader.dataset),
+        run.folder / DAMAGED,
+        step=steps_done,
+        share=cfg.DATASET.TOLERATED_DAMAGE,
+        log=log.write if log else None,
+    )
     with tqdm(total=run.total_steps, initial=steps_done, unit='step', mininterval=1, disable=log is None) as bar:
         while progress.epoch < cfg.TRAIN.EPOCHS:
             bar.set_description(f'epoch {progress.epoch + 1}/{cfg.TRAIN.EPOCHS}')
-            if not train_one_epoch(run, progress, stop=stop, log=log, bar=bar):
+            if not train_one_epoch(run, progress, damage, stop=stop, log=log, bar=bar):
                 save_latest(run, progress)
                 bar.write(f'Stopped after step {progress.step} of epoch {progress.epoch + 1}; continue with --resume.')
                 return 130
@@ -147,7 +156,9 @@ def fit(run: Training, progress: Progress) -> int:
     return 0
 
 
-def train_one_epoch(run: Training, progress: Progress, *, stop: StopRequest, log: RunLog | None, bar: tqdm) -> bool:
+def train_one_epoch(
+    run: Training, progress: Progress, damage: DamageRecord, *, stop: StopRequest, log: RunLog | None, bar: tqdm
+) -> bool:
     """Train the epoch that ``progress`` points at, from its step on; False if it was asked to stop before the end."""
     cfg = run.cfg
     run.trainer.train()
@@ -156,6 +167,7 @@ def train_one_epoch(run: Training, progress: Progress, *, stop: StopRequest, log
     waits = Waits(run.loader)
     for samples in waits:
         step = progress.epoch * run.sampler.steps + progress.step
+        damage.note(samples.damage, step=step + 1, epoch=progress.epoch, device=run.trainer.device)
         rate = learning_rate(step, total=run.total_steps, base=cfg.TRAIN.LR, warmup=cfg.TRAIN.WARMUP_STEPS)
         terms = train_step(run, samples, rate)
         progress.step += 1

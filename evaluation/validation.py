@@ -43,12 +43,14 @@ def validate(
         protocol=Protocol(cfg.ROOT_JOINT, scale=True),
         title='validate',
         precision=cfg.EVAL.PRECISION,
+        tolerated_damage=cfg.DATASET.TOLERATED_DAMAGE,
     )
     if log:
         _log_figures(log, result, epoch=epoch, step=step)
         if cfg.TRAIN.PICTURES:
             # Every sheet goes to TensorBoard, predictions beside the truth to the run folder as well.
-            sheets = draw_sheets(model, dataset, spread_over(len(dataset), cfg.TRAIN.PICTURES), batch_maker)
+            shown = result.indices[spread_over(len(result.indices), cfg.TRAIN.PICTURES)].tolist()
+            sheets = draw_sheets(model, dataset, shown, batch_maker)
             write_image(Path(cfg.OUTPUT_DIR) / 'pictures' / f'epoch_{epoch:03d}.jpg', sheets['validation'])
             for name, sheet in sheets.items():
                 log.picture(name, sheet, step)
@@ -56,6 +58,8 @@ def validate(
 
 
 def _log_figures(log: RunLog, result: Evaluation, *, epoch: int, step: int) -> None:
+    if result.damage:
+        log.write('val_damage', step, epoch=epoch, damaged=len(result.damage), files=[one.file for one in result.damage])
     for stage, errors in enumerate(result.stages):
         summary = result.summary(stage)
         figures = {f'{name}_{side}': value for name in LOGGED_FIGURES for side, value in summary[name].items()}
