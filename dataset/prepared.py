@@ -14,9 +14,10 @@ from torch.utils.data import Dataset, get_worker_info
 
 from dataset.augmentation import AugmentationParameters, AugmentationRanges, draw_augmentations
 from utils.errors import UserError
-from utils.files import read_image, read_pickle
+from utils.files import read_pickle
 from utils.geometry import CROP_SIZE
 from utils.hand import SIDES
+from utils.images import ImageError, read_image
 
 FOLDERS = {'img': 'jpg', 'mask': 'jpg', 'dense': 'jpg', 'anno': 'pkl'}  # of a split -> extension of their files
 RECORD = 'preparation.json'  # counts of kept and skipped frames, with the reasons
@@ -210,17 +211,19 @@ class InterHandDataset(PreparedSplit):
 
     def image(self, kind: str, index: int) -> np.ndarray:
         path = self.path(kind, index)
-        try:
-            image = read_image(path)
-        except OSError:
-            image = None
-        return checked_crop(image, str(path), advice=PREPARE_AGAIN)
+        return checked_crop(lambda: read_image(path), str(path), advice=PREPARE_AGAIN)
 
 
-def checked_crop(image: np.ndarray | None, name: str, *, advice: str) -> np.ndarray:
-    """Return ``image``; raises UserError with ``advice`` if it is None or not 256 x 256 pixels."""
-    if image is None:
-        raise UserError(f'{name} is missing or not a readable image; {advice}.')
+def checked_crop(read: Callable[[], np.ndarray], name: str, *, advice: str) -> np.ndarray:
+    """Return the image; raises UserError with ``advice`` if it cannot be read, is damaged or not 256 x 256 pixels."""
+    try:
+        image = read()
+    except FileNotFoundError:
+        raise UserError(f'{name} is missing; {advice}.') from None
+    except OSError as error:
+        raise UserError(f'{name} cannot be read ({error.strerror}); {advice}.') from None
+    except ImageError as error:
+        raise UserError(f'{name} is {error}; {advice}.') from None
     if image.shape[:2] != (CROP_SIZE, CROP_SIZE):
         raise UserError(
             f'{name} is {image.shape[1]} x {image.shape[0]} pixels, but prepared crops are {CROP_SIZE} x '
