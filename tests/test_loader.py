@@ -165,4 +165,4 @@ def test_a_loader_process_reports_invalid_input_in_one_sentence(tiny_prepared, t
     batches._iterator._shutdown_workers()  # the garbage collector would take five seconds
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if line.startswith('error: ')] == lines[-1:]
-    assert lines[-1].startswith(f'error: {tmp_path}/val/img/1.jpg is missing or not a readable image')
+    assert lines[-1].startswith(f'error: {tmp_path}/val/img/1.jpg is empty')

@@ -172,7 +172,7 @@ def test_power_cut_that_lost_pictures_costs_only_those(tiny_prepared, packed, tm
         (lambda f: overwrite(f / 'labels.npy', 0, b'x'), r'labels\.npy cannot be read'),
         (
             lambda f: overwrite(f / 'samples.bin', 0, bytes(3000)),
-            r'The img picture of .*samples\.bin\[0\] is missing or',
+            r'The img image of .*samples\.bin\[0\] is not an image',
         ),
     ],
 )
@@ -215,7 +215,7 @@ def test_packing_again_or_differently(tiny_prepared, spoilt, capsys):
         (['--data_path', 'nowhere', '--save_path', 'there'], 'nowhere has none of the splits'),
         (['--verify', 'nowhere'], 'nowhere has none of the splits'),
         (['--data_path', '{data}', '--save_path', '{data}'], 'is the data set itself'),
-        (['--data_path', '{data}', '--save_path', '{tmp}', '--splits', 'val'], 'val/img/1.jpg is missing or not'),
+        (['--data_path', '{data}', '--save_path', '{tmp}', '--splits', 'val'], 'val/img/1.jpg is not an image'),
     ],
 )
 def test_mistakes(tiny_prepared, tmp_path, capsys, arguments, message):

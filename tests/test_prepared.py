@@ -126,9 +126,9 @@ def test_empty_split(tmp_path):
 @pytest.mark.parametrize(
     'content, message',
     [
-        (b'', 'is missing or not a readable image'),
-        (b'not an image', 'is missing or not a readable image'),
-        (None, 'is missing or not a readable image'),
+        (b'', 'is empty'),
+        (b'not an image', 'is not an image'),
+        (None, 'is missing'),
         (cv2.imencode('.jpg', np.zeros((200, 256, 3), np.uint8))[1].tobytes(), 'is 256 x 200 pixels'),
         (cv2.imencode('.jpg', np.zeros((512, 512, 3), np.uint8))[1].tobytes(), 'is 512 x 512 pixels'),
     ],
