@@ -352,17 +352,22 @@ def _count(folder: Path, quarantined: Sequence[int]) -> int:
     for kind, suffix in ((kind, f'.{ending}') for kind, ending in FOLDERS.items()):
         if not (folder / kind).is_dir():
             raise UserError(f'{folder / kind} is missing, so {folder} is not a prepared split; {PREPARE_AGAIN}.')
-        stems = (entry.name.removesuffix(suffix) for entry in os.scandir(folder / kind) if entry.name.endswith(suffix))
+        stems = (
+            entry.name.removesuffix(suffix)
+            for entry in os.scandir(folder / kind)
+            if entry.name.endswith(suffix) and entry.is_file()  # pipes and devices can be read forever
+        )
         numbers[kind] = {int(stem) for stem in stems if stem.isdecimal()}
     highest = max(max(found, default=-1) for found in (*numbers.values(), quarantined))
-    expected = set(range(highest + 1)).difference(quarantined)
-    if not expected:
+    absent = set(quarantined)
+    samples = highest + 1 - len(absent)
+    if samples == 0:
         raise UserError(f'{folder} holds no samples; {PREPARE_AGAIN}.')
     for kind, found in numbers.items():
-        gaps = expected - found
-        if gaps:
+        if gaps := samples - len(found - absent):
+            first = next(number for number in range(highest + 1) if number not in found and number not in absent)
             raise UserError(
-                f'{folder / kind} has gaps: {len(gaps)} of its files are missing, the first is number {min(gaps)}. '
-                f'Copy it again, leave those samples out (python dataset/verify.py --quarantine), or {PREPARE_AGAIN}.'
+                f'{folder / kind} has gaps: {gaps} of its files are missing, the first is number {first}. Copy it '
+                f'again, leave those samples out (python dataset/verify.py --quarantine), or {PREPARE_AGAIN}.'
             )
-    return len(expected)
+    return samples

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 from manopth.errors import ManoError
+from utils.stopping import Stopped
 
 
 class UserError(Exception):
@@ -13,7 +14,8 @@ class UserError(Exception):
 
 
 def user_facing(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wrap a script's ``main``: UserError, ManoError or a full disk -> one line and exit code 2; Ctrl-C -> 130."""
+    """Wrap a script's ``main``: UserError, ManoError or a full disk -> one line and exit code 2; a stop signal
+    -> 128 + its number (Ctrl-C: 130)."""
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> int:
@@ -31,6 +33,9 @@ def user_facing(main: Callable[..., int | None]) -> Callable[..., int]:
                 f'error: {error.strerror}{where}; no partial file was written. Fix the cause and rerun the command.',
                 file=sys.stderr,
             )
+        except Stopped as stop:
+            print(f'\nstopped by {stop}; finished work is kept. Rerun the same command to continue.', file=sys.stderr)
+            return 128 + stop.number
         except KeyboardInterrupt:
             print('\ninterrupted; finished work is kept. Rerun the same command to continue.', file=sys.stderr)
             return 130
