@@ -27,10 +27,16 @@ MISSING, UNREADABLE, BAD_IMAGE, WRONG_SIZE, BAD_ANNOTATION, BAD_LABELS = (
 )
 
 # Errors of a disk or its network that often pass. ESTALE: the file was replaced on an NFS server.
-PASSING_ERRORS = tuple(
-    getattr(errno, name)
-    for name in 'EIO ESTALE ETIMEDOUT EREMOTEIO EAGAIN ECONNRESET ENETDOWN ENETUNREACH EHOSTDOWN EHOSTUNREACH'.split()
-    if hasattr(errno, name)
+PASSING_ERRORS = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EAGAIN,
+    errno.ECONNRESET,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
 )
 # Errors that are about this process and not about the file it opens.
 OWN_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)

@@ -43,7 +43,8 @@ def choose(
     lists = [(kind, path, read_ids(path)) for kind, path in files.items() if path]
     if lists or wanted:
         table = [
-            _identity(dataset, index) for index in tqdm(indices, desc='choose', unit='sample', leave=False, disable=None)
+            _identity(dataset, index)
+            for index in tqdm(indices, desc='choose', unit='sample', leave=False, disable=None)
         ]
         for kind, path, ids in lists:
             indices = [index for index in indices if (row := table[index]) is None or row[kind] in ids]

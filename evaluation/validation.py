@@ -59,7 +59,8 @@ def validate(
 
 def _log_figures(log: RunLog, result: Evaluation, *, epoch: int, step: int) -> None:
     if result.damage:
-        log.write('val_damage', step, epoch=epoch, damaged=len(result.damage), files=[one.file for one in result.damage])
+        files = [one.file for one in result.damage]
+        log.write('val_damage', step, epoch=epoch, damaged=len(files), files=files)
     for stage, errors in enumerate(result.stages):
         summary = result.summary(stage)
         figures = {f'{name}_{side}': value for name in LOGGED_FIGURES for side, value in summary[name].items()}

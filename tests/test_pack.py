@@ -98,9 +98,9 @@ def test_bits_go_there_and_back():
 
 def test_without_targets_it_says_how_to_go_on(tiny_prepared, tmp_path):
     assert run('--data_path', tiny_prepared, '--save_path', tmp_path / 'bare', '--no-targets', '--splits', 'train') == 0
-    with pytest.raises(UserError, match=r'without mask pictures: set DATASET.TARGETS render'):
+    with pytest.raises(UserError, match=r'without mask images: set DATASET.TARGETS render'):
         open_split(tmp_path / 'bare', 'train')
-    with pytest.raises(UserError, match=r'without dense pictures'):
+    with pytest.raises(UserError, match=r'without dense images'):
         open_split(tmp_path / 'bare', 'train', with_mask=False)
     bare = open_split(tmp_path / 'bare', 'train', with_mask=False, with_dense=False)
     assert torch.equal(bare[1].image, open_split(tiny_prepared, 'train')[1].image)
