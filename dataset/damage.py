@@ -55,6 +55,10 @@ class DamageError(UserError):
         self.reason = reason
 
 
+class TooMuchDamageError(UserError):
+    """More samples are damaged than DATASET.TOLERATED_DAMAGE allows."""
+
+
 class Damage(NamedTuple):
     """A damaged sample that was met. A batch lists those met while it was read."""
 
@@ -97,13 +101,13 @@ def tolerated(share: float, samples: int) -> int:
 
 
 def refuse_damage(found: Sequence[Damage], *, most: int, samples: int, folder: Path) -> None:
-    """Raises UserError, with the first sample, if more than ``most`` of ``samples`` are damaged."""
+    """Raises TooMuchDamageError, with the first sample, if more than ``most`` of ``samples`` are damaged."""
     if len(found) > most:
         at_least = 'At least ' if samples > len(found) else ''
-        raise UserError(
+        raise TooMuchDamageError(
             f'{at_least}{len(found):,} of {samples:,} samples of {folder} are damaged, but DATASET.TOLERATED_DAMAGE '
-            f'allows {most:,}. The first: {found[0].detail} List them all with python dataset/verify.py --path '
-            f'{folder.parent} --split {folder.name}, which can also quarantine them.'
+            f'allows {most:,}. The first: {found[0].detail} Restore them or raise DATASET.TOLERATED_DAMAGE; python '
+            f'dataset/verify.py --path {folder.parent} --split {folder.name} lists them all.'
         )
 
 
@@ -144,7 +148,7 @@ class DamageRecord:
         return [Damage(**{name: entry[name] for name in Damage._fields}) for entry in self.entries]
 
     def note(self, damage: Sequence[Damage], *, step: int, epoch: int, device: torch.device) -> None:
-        """Add what this process met in the batch of ``step``. Raises UserError, on all processes, past the limit."""
+        """Add what this process met in the batch of ``step``. Past the limit, all processes raise TooMuchDamageError."""
         count = distributed.mean_over_processes(torch.tensor(float(len(damage)), device=device))
         if not count:
             return

@@ -22,6 +22,10 @@ from utils.errors import UserError
 from utils.training import autocast, set_float32_precision
 
 
+class StoppedEarly(Exception):
+    """A process was asked to stop during an evaluation; raised on all of them."""
+
+
 class Evaluation(NamedTuple):
     """Per-sample values of the metrics, in the order of the split."""
 
@@ -124,13 +128,15 @@ def evaluate(
     title: str = 'evaluate',
     precision: str = 'float32',
     tolerated_damage: float = 0.0,
+    stopping: Callable[[], bool] = lambda: False,
     **judgement,
 ) -> Evaluation:
     """Evaluate every stage of ``model`` on ``loader`` (this process's share); the model's mode is restored.
 
     model: DIR or a module with its interface. precision: of the network, as EVAL.PRECISION. tolerated_damage: share of
-    the samples that may be damaged and are left out. judgement: keyword arguments of ``Judge``. Raises UserError naming
-    the samples if more are damaged or a prediction is not finite.
+    the samples that may be damaged and are left out. stopping: asked before each batch whether to raise StoppedEarly.
+    judgement: keyword arguments of ``Judge``. Raises UserError naming the samples if more are damaged or a prediction
+    is not finite.
     """
     set_float32_precision(precision)
     judge = Judge(batch_maker, **judgement).to(batch_maker.device)
@@ -140,7 +146,11 @@ def evaluate(
     damage: list[Damage] = []
     total = sum(distributed.gather_objects(len(loader.sampler)))  # type: ignore[arg-type]  # every sampler has a length
     limit: dict[str, Any] = {'most': tolerated(tolerated_damage, total), 'samples': total}
+    stopped = False
     for samples in tqdm(loader, desc=title, unit='batch', disable=not distributed.is_main(), leave=False):
+        stopped = stopping()
+        if stopped:
+            break
         damage += samples.damage
         refuse_damage(damage, **limit, folder=loader.dataset.folder)
         if not len(samples.index):
@@ -152,6 +162,8 @@ def evaluate(
         _check_finite(output, batch, loader.dataset)
         judged.append(judge(output, batch))
     model.train(was_training)
+    if distributed.any_process(stopped):
+        raise StoppedEarly
     damage = sorted(one for part in distributed.gather_objects(damage) for one in part)
     refuse_damage(damage, **limit, folder=loader.dataset.folder)
     return _gather(judged, judge)._replace(damage=tuple(damage))
