@@ -3,9 +3,10 @@
 A checkpoint records its configuration and the identity of its hand model, but none of that model's arrays.
 """
 
-import pickle
-import zipfile
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,12 +16,15 @@ from yacs.config import CfgNode
 from manopth import HandPair
 from models import DIR, build_model, published
 from models.hands import load_hands
+from utils import distributed
 from utils.config import flatten, load_config
 from utils.errors import UserError
-from utils.files import atomic_file
+from utils.files import partial_path
+from utils.tensor_files import check_archive, read_tensors, write_tensors
 
 Network = TypeVar('Network', bound=torch.nn.Module)
 FORMAT = 'dir-checkpoint-1'
+BEST, LATEST, PREVIOUS = 'best.pth', 'latest.pth', 'previous.pth'  # of a run folder
 # Prefixes of parameter names in checkpoints of earlier versions -> what they are called now.
 _RENAMED = {
     'backbone.stem.0.': 'backbone.conv1.',
@@ -37,16 +41,63 @@ def save_checkpoint(path: str | Path, *, model: torch.nn.Module, cfg: CfgNode, h
     )
 
 
-def write_tensors(path: str | Path, content: dict[str, Any]) -> None:
-    """``torch.save`` to a temporary file, then rename it; raises UserError if the disk is full."""
+def save_rotating(path: str | Path, *, model: torch.nn.Module, cfg: CfgNode, hand_model: str, **more: Any) -> None:
+    """``save_checkpoint``, keeping the file that it replaces as previous.pth, if that one is sound.
+
+    A kill between any two steps leaves at least as many sound checkpoints as there were.
+    """
+    path = Path(path)
+    with _second_name(path) as old:
+        save_checkpoint(path, model=model, cfg=cfg, hand_model=hand_model, **more)
+        if old is not None:
+            os.replace(old, path.with_name(PREVIOUS))
+
+
+@contextmanager
+def _second_name(path: Path) -> Iterator[Path | None]:
+    """Another name of a sound checkpoint (a copy, where the file system has no hard links), removed afterwards.
+
+    None if ``path`` is missing or damaged.
+    """
     try:
-        with atomic_file(path) as file:
-            torch.save(content, file)
-    except RuntimeError as error:  # torch raises this on a full disk
-        raise UserError(
-            f'Could not write {path} ({str(error).splitlines()[0]}): is the disk full? The previous checkpoint is '
-            'untouched.'
-        ) from None
+        check_archive(path)
+    except UserError:
+        yield None
+        return
+    name = partial_path(path.with_name(PREVIOUS))
+    try:
+        try:
+            os.link(path, name)
+        except OSError:
+            shutil.copyfile(path, name)
+        yield name
+    finally:
+        name.unlink(missing_ok=True)
+
+
+def has_checkpoint(folder: str | Path) -> bool:
+    """Whether ``folder`` holds a run that ``read_newest_sound`` would look at."""
+    return any((Path(folder) / name).exists() for name in (LATEST, PREVIOUS))
+
+
+def read_newest_sound(folder: str | Path) -> tuple[dict[str, Any], Path]:
+    """Read latest.pth or, if it is missing or damaged, previous.pth -> (content, its path).
+
+    The main process prints a line for each file passed over. Raises UserError with every reason if neither is sound.
+    """
+    refused = []
+    for name in (LATEST, PREVIOUS):
+        path = Path(folder) / name
+        try:
+            content = read_checkpoint(path)
+        except UserError as error:
+            refused.append(str(error))
+            continue
+        if distributed.is_main():
+            for reason in refused:
+                print(f'{reason} Continuing from {path}.', flush=True)
+        return content, path
+    raise UserError(f'{folder} holds no checkpoint to continue from. {" ".join(refused)}')
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -55,7 +106,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Parameter names of earlier versions are updated. Raises UserError if the file is missing, damaged, or has another
     format.
     """
+    path = _file_of(path)
     return _require_ours(read_tensors(path), path)
+
+
+def _file_of(path: str | Path) -> Path:
+    return Path(path) / BEST if Path(path).is_dir() else Path(path)
 
 
 def _require_ours(content: Any, path: str | Path) -> dict[str, Any]:
@@ -80,26 +136,6 @@ def _new_name(key: str) -> str:
         if name.startswith(old):
             return average + new + name.removeprefix(old)
     return key
-
-
-def read_tensors(path: str | Path) -> Any:
-    """Read a file written by ``torch.save`` to the CPU, without running code from it; of a folder, its best.pth.
-
-    Raises UserError if it is missing, damaged, or holds more than tensors, numbers, strings and containers of them.
-    """
-    path = Path(path)
-    if path.is_dir():
-        path = path / 'best.pth'
-    if not path.is_file():
-        raise UserError(f'The checkpoint {path} does not exist.')
-    try:
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f'The checkpoint {path} cannot be read: it is truncated, damaged, or holds more than tensors, numbers and '
-            f'strings ({reason[:120]}).'
-        ) from None
 
 
 def check_hand_model(content: dict[str, Any], hand_models: HandPair, *, path: str | Path) -> None:
@@ -145,6 +181,7 @@ def load_model(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     Reads this project's checkpoints and the published one, which it converts. Raises UserError for a file that cannot
     be read, is neither, or was trained on another hand model, and for overrides that change the network.
     """
+    path = _file_of(path)
     content = read_tensors(path)
     if published.is_published(content):
         model, cfg, rest = published.load_published(content, path=path, overrides=overrides)

@@ -350,9 +350,9 @@ def test_moving_average_is_the_best_and_resumes_exactly(tiny_prepared, tmp_path,
 def one_step(data: Path, *words: str, evaluation_mode: bool = False) -> tuple[dict, dict]:
     """Loss terms and gradients of a step with learning rate 0."""
     words = [*DEMO[2:], 'DATASET.PATH', str(data), 'TRAIN.WEIGHT_DECAY', '0', *words]
-    training = train.build_training(train.load_config('configs/demo.yaml', words), torch.device('cpu'), fresh=True)
+    training = train.build_training(train.load_config('configs/demo.yaml', words), torch.device('cpu'))
     training.trainer.model.train(not evaluation_mode)
-    terms = train.train_step(training, next(iter(training.loader)), 0.0)
+    terms = train.train_step(training, next(iter(training.loader)), 0.0).terms
     return terms, {
         name: value.grad for name, value in training.trainer.model.named_parameters() if value.grad is not None
     }

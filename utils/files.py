@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,17 +17,19 @@ import numpy as np
 from manopth import ManoError, safe_pickle
 from utils.errors import UserError
 
+_PARTIAL = re.compile(r'\..+\.[0-9a-f]{16}\.partial(\.[^.]+)?', re.DOTALL)  # names of ``partial_path``
+
 
 @contextmanager
 def atomic_file(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """A binary file that is renamed to ``path`` when the block succeeds, and removed when it fails.
 
-    Creates missing folders. ``durable`` waits for the disk: without it, a power cut can leave ``path`` empty.
+    Creates missing folders. ``durable`` waits for the disk: without it, a power cut can leave ``path`` empty. A killed
+    process leaves its temporary file; ``remove_stale_partials`` removes it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Tasks of a job array may write the same file from different machines with equal process ids.
-    aside = path.with_name(f'.{path.name}.{secrets.token_hex(8)}.partial')
+    aside = partial_path(path)
     try:
         with open(aside, 'wb') as file:
             yield file
@@ -37,6 +40,28 @@ def atomic_file(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO]
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def partial_path(path: Path, *, keep_suffix: bool = False) -> Path:
+    """A new name beside ``path`` for a file that is renamed to it when it is complete.
+
+    keep_suffix: for writers that choose a format by it.
+    """
+    # Tasks of a job array may write the same file from different machines with equal process ids.
+    return path.with_name(f'.{path.name}.{secrets.token_hex(8)}.partial{path.suffix if keep_suffix else ""}')
+
+
+def remove_stale_partials(folder: str | Path, *, recursive: bool = False) -> list[Path]:
+    """Remove the temporary files that killed processes left in ``folder`` -> their paths, sorted.
+
+    Only for a folder that this process owns (``utils.ownership.owned``): they may belong to a process that is writing.
+    """
+    folder = Path(folder)
+    found = folder.rglob('.*') if recursive else folder.glob('.*')
+    stale = sorted(path for path in found if _PARTIAL.fullmatch(path.name) and path.is_file())
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return stale
 
 
 def write_atomically(path: str | Path, content: bytes, *, durable: bool = True) -> None:

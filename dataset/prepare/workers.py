@@ -10,7 +10,7 @@ from multiprocessing import get_context
 
 from utils.distributed import use_one_thread
 from utils.errors import UserError
-from utils.stopping import blocked_stop_signals, check_stop, shield_worker
+from utils.stopping import check_stop, holding_stop_signals, shield_worker
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def ordered_map(executor: Executor, function: Callable, items: Iterable, ahead: 
     """``executor.map`` that submits at most ``ahead`` items in advance, so that memory stays bounded."""
     waiting: deque[Future] = deque()
     for item in items:
-        with blocked_stop_signals():  # submitting starts processes, which are shielded only once they run
+        with holding_stop_signals():  # submitting starts processes, which are shielded only once they run
             waiting.append(executor.submit(function, item))
         if len(waiting) >= ahead:
             yield waiting.popleft().result()
