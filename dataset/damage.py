@@ -148,7 +148,7 @@ class DamageRecord:
         return [Damage(**{name: entry[name] for name in Damage._fields}) for entry in self.entries]
 
     def note(self, damage: Sequence[Damage], *, step: int, epoch: int, device: torch.device) -> None:
-        """Add what this process met in the batch of ``step``. Past the limit, all processes raise TooMuchDamageError."""
+        """Add what this process met in the batch of ``step``. Past the limit, all raise TooMuchDamageError."""
         count = distributed.mean_over_processes(torch.tensor(float(len(damage)), device=device))
         if not count:
             return
