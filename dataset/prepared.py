@@ -184,7 +184,8 @@ class PreparedSplit(Dataset):
         fields = self._empty_batch(len(pairs))
         rows = {name: tensor.numpy() for name, tensor in fields.items()}
         damage: dict[int, Damage] = {}
-        indices, drawn = [], []
+        indices: list[int] = []
+        drawn: list[tuple[int, int, int]] = []
         for index, epoch in pairs:
             found = self._find_readable(index, epoch, damage)
             if found is None:

@@ -1,7 +1,7 @@
 """Evaluate a network on a split: per-sample values of every metric, on one process or several."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from dataset.batch import Batch, BatchMaker
 from dataset.damage import Damage, refuse_damage, tolerated
+from dataset.prepared import PreparedSplit
 from evaluation.aggregation import Samples, choose_rows, concatenate
 from evaluation.comparison import Comparison
 from evaluation.metrics import JointRegressor, Protocol
@@ -145,14 +146,15 @@ def evaluate(
     judged: list[JudgedBatch] = []
     damage: list[Damage] = []
     total = sum(distributed.gather_objects(len(loader.sampler)))  # type: ignore[arg-type]  # every sampler has a length
-    limit: dict[str, Any] = {'most': tolerated(tolerated_damage, total), 'samples': total}
+    folder = cast(PreparedSplit, loader.dataset).folder
+    limit: dict[str, Any] = {'most': tolerated(tolerated_damage, total), 'samples': total, 'folder': folder}
     stopped = False
     for samples in tqdm(loader, desc=title, unit='batch', disable=not distributed.is_main(), leave=False):
         stopped = stopping()
         if stopped:
             break
         damage += samples.damage
-        refuse_damage(damage, **limit, folder=loader.dataset.folder)
+        refuse_damage(damage, **limit)
         if not len(samples.index):
             continue
         batch = batch_maker(samples)
@@ -165,7 +167,7 @@ def evaluate(
     if distributed.any_process(stopped):
         raise StoppedEarly
     damage = sorted(one for part in distributed.gather_objects(damage) for one in part)
-    refuse_damage(damage, **limit, folder=loader.dataset.folder)
+    refuse_damage(damage, **limit)
     return _gather(judged, judge)._replace(damage=tuple(damage))
 
 

@@ -43,7 +43,8 @@ def format_damage(damage: Sequence[Damage]) -> str:
     """The samples that were left out, one line each; empty without any."""
     if not damage:
         return ''
-    return f'{len(damage)} damaged samples were left out:\n' + ''.join(f'    {one.detail}\n' for one in damage)
+    what = 'sample was' if len(damage) == 1 else 'samples were'
+    return f'{len(damage)} damaged {what} left out:\n' + ''.join(f'    {one.detail}\n' for one in damage)
 
 
 def format_breakdown(summary: dict[str, Any], metrics: tuple[Metric, ...] = METRICS) -> str:

@@ -5,6 +5,7 @@ from contextlib import closing
 from pathlib import Path
 
 from torch import Tensor
+from tqdm import tqdm
 from yacs.config import CfgNode
 
 from dataset import PreparedSplit
@@ -14,6 +15,7 @@ from evaluation.aggregation import Samples
 from evaluation.evaluate import Evaluation, StoppedEarly, evaluate
 from evaluation.metrics import Protocol
 from evaluation.pictures import draw_sheets, spread_over
+from evaluation.summary import format_damage
 from models import DIR
 from utils import distributed
 from utils.drawing import write_image
@@ -72,6 +74,7 @@ def _log_figures(log: RunLog, result: Evaluation, *, epoch: int, step: int) -> N
     if result.damage:
         files = [one.file for one in result.damage]
         log.write('val_damage', step, epoch=epoch, damaged=len(files), files=files)
+        tqdm.write(format_damage(result.damage).rstrip())
     for stage, errors in enumerate(result.stages):
         summary = result.summary(stage)
         figures = {f'{name}_{side}': value for name in LOGGED_FIGURES for side, value in summary[name].items()}
