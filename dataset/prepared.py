@@ -1,7 +1,9 @@
 """Prepared data sets: the sample, the base class of all readers, and the reader of the field's folder of files."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -165,7 +167,7 @@ class PreparedSplit(Dataset):
     def is_readable(self, index: int) -> bool:
         """Whether sample ``index`` exists and is undamaged."""
         try:
-            self._read(index)
+            read_patiently(lambda: deque(self._arrays(index), maxlen=0), self.name(index))
         except DamageError:
             return False
         return True
@@ -187,14 +189,10 @@ class PreparedSplit(Dataset):
         indices: list[int] = []
         drawn: list[tuple[int, int, int]] = []
         for index, epoch in pairs:
-            found = self._find_readable(index, epoch, damage)
-            if found is None:
-                continue
-            read_index, arrays = found
-            for name, array in arrays.items():
-                rows[name][len(indices)] = array
-            indices.append(read_index)
-            drawn.append((self.seed, epoch, index))
+            found = self._fill_row({name: array[len(indices)] for name, array in rows.items()}, index, epoch, damage)
+            if found is not None:
+                indices.append(found)
+                drawn.append((self.seed, epoch, index))
         fields = {name: tensor[: len(indices)] for name, tensor in fields.items()}
         return Sample(
             **{'mask': None, 'dense': None, **fields},  # type: ignore[arg-type]  # the fields by name
@@ -203,16 +201,16 @@ class PreparedSplit(Dataset):
             damage=tuple(damage.values()),
         )
 
-    def _find_readable(
-        self, index: int, epoch: int, damage: dict[int, Damage]
-    ) -> tuple[int, dict[str, np.ndarray]] | None:
-        """The sample, or the one in its place, with its arrays; None if it is left out. Adds to ``damage``."""
+    def _fill_row(self, row: dict[str, np.ndarray], index: int, epoch: int, damage: dict[int, Damage]) -> int | None:
+        """Read the sample, or the one in its place, into ``row`` -> its index; None if it is left out. Adds to
+        ``damage``."""
         siblings = self.siblings(index)
         candidate = index
         for attempt in range(MOST_REPLACEMENTS):
             if candidate not in damage:
                 try:
-                    return candidate, self._read(candidate)
+                    read_patiently(partial(self._copy, candidate, row), self.name(candidate))
+                    return candidate
                 except DamageError as error:
                     if self.on_damage == 'raise':
                         raise
@@ -225,18 +223,19 @@ class PreparedSplit(Dataset):
             f'attempts. {next(iter(damage.values())).detail}'
         )
 
-    def _read(self, index: int) -> dict[str, np.ndarray]:
-        """Every array of one sample by its name in ``Sample``. Raises DamageError if one cannot be read."""
+    def _copy(self, index: int, row: dict[str, np.ndarray]) -> None:
+        for name, array in self._arrays(index):
+            row[name][...] = array
 
-        def read() -> dict[str, np.ndarray]:
-            arrays = {'image': self.image('img', index)}
-            if self.with_mask:
-                arrays['mask'] = self.mask(index)
-            if self.with_dense:
-                arrays['dense'] = self.image('dense', index)
-            return arrays | dict(zip(LABEL_SHAPES, self.labels(index), strict=True))
-
-        return read_patiently(read, self.name(index))
+    def _arrays(self, index: int) -> Iterator[tuple[str, np.ndarray]]:
+        """Every array of one sample with its name in ``Sample``, one at a time: memory for all of them at once would be
+        returned to the system and fetched again for every sample."""
+        yield 'image', self.image('img', index)
+        if self.with_mask:
+            yield 'mask', self.mask(index)
+        if self.with_dense:
+            yield 'dense', self.image('dense', index)
+        yield from zip(LABEL_SHAPES, self.labels(index), strict=True)
 
     def _empty_batch(self, size: int) -> dict[str, Tensor]:
         """Uninitialised tensors of every array of a batch."""

@@ -63,6 +63,7 @@ def test_other_settings_do_not_matter():
     assert environment['GOMP_SPINCOUNT'] == str(utils.SPIN_COUNT)
 
 
+@pytest.mark.slow  # trains beside a busy process
 def test_benchmark_measures_steps_alone_and_busy(capsys):
     small = ['MODEL.IMAGE_SIZE', '32', 'MODEL.MAP_CHANNELS', '8', 'MODEL.STAGES', '0', 'TRAIN.BATCH_SIZE', '2']
     assert busy.main(['--measure', '--steps', '1', *small]) == 0
