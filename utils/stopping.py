@@ -154,10 +154,15 @@ def obey_stop_signals() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+def requested_stop() -> int | None:
+    """The stop signal that has arrived within ``obey_stop_signals``."""
+    return None if _obeyed is None else _obeyed.number
+
+
 def check_stop() -> None:
     """Raise ``Stopped`` if a stop signal has arrived within ``obey_stop_signals``: call it between units of work."""
-    if _obeyed is not None and _obeyed.number is not None:
-        raise Stopped(_obeyed.number)
+    if (number := requested_stop()) is not None:
+        raise Stopped(number)
 
 
 @contextmanager
