@@ -107,8 +107,9 @@ def _pack_chunks(journal: Journal, packer: _Packer, head: dict[str, Any], worker
     if not journal.chunks:
         journal.begin(settings)
     refuse_other_settings(partial, journal.header, settings)
-    open_mode = 'r+b' if journal.chunks and all((partial / name).exists() for name in (LABELS, SAMPLES)) else 'w+b'
-    with open(partial / LABELS, open_mode) as labels, open(partial / SAMPLES, open_mode) as samples:
+    for name in (LABELS, SAMPLES):
+        (partial / name).touch()
+    with open(partial / LABELS, 'r+b') as labels, open(partial / SAMPLES, 'r+b') as samples:
         sound = _sound_chunks(journal, labels, samples, _labels_header(len(source)))
         if sound < len(journal.chunks):
             journal.shorten(sound)
