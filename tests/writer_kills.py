@@ -127,7 +127,10 @@ def main(argv: list[str] | None = None) -> int:
                 trial = root / f'{name}-{number}'
                 moments = [draw.uniform(0, seconds) for _ in range(draw.choice((1, 2)))]
                 hits += kill(writer, root, trial, moments)
-                equal += contents(trial) == contents(root / f'{name}-whole')
+                found, expected = contents(trial), contents(root / f'{name}-whole')
+                equal += found == expected
+                for path in sorted(path for path in found | expected if found.get(path) != expected.get(path)):
+                    print(f'{name}, killed after {moments} s: {path} differs')
                 shutil.rmtree(trial)
             print(f'{name:12}{seconds:>8.2f}{args.kills:>8}{hits:>8}{equal:>8}', flush=True)
             unequal += args.kills - equal

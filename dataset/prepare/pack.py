@@ -30,7 +30,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from dataset.hand_model_record import HAND_MODEL_RECORD
+from dataset.hand_model_record import claim_hand_model_record, recorded_hand_model
 from dataset.packed import FORMAT, LABELS, MANIFEST, PARTS, SAMPLES, pack_bits, read_manifest, record_type, verify_split
 from dataset.prepare.raw import SPLITS
 from dataset.prepare.resumable import JOURNAL, Journal, already_complete, growing, publish, refuse_other_settings
@@ -39,7 +39,7 @@ from dataset.prepare.workers import ordered_map, worker_pool
 from dataset.prepared import LABEL_SHAPES, RECORD, InterHandDataset, partial_folder
 from utils.distributed import usable_cores
 from utils.errors import UserError, user_facing
-from utils.files import read_json, sha256_of_file, write_atomically
+from utils.files import read_json, sha256_of_file
 from utils.stopping import check_stop, obey_stop_signals
 
 CHUNK = 64  # samples per task; the unit of the journal
@@ -248,8 +248,8 @@ def pack(args: argparse.Namespace) -> None:
         raise UserError(f'--save_path {save_path} is the data set itself. Choose another folder.')
     sources = [InterHandDataset(folder.parent, folder.name) for folder in _splits_in(args.data_path, args.splits)]
     save_path.mkdir(parents=True, exist_ok=True)
-    if (record := Path(args.data_path) / HAND_MODEL_RECORD).exists():
-        write_atomically(save_path / HAND_MODEL_RECORD, record.read_bytes())
+    if recorded := recorded_hand_model(args.data_path):
+        claim_hand_model_record(save_path, recorded)
     for source in sources:
         pack_split(source, save_path, masks=args.masks, targets=not args.no_targets, workers=args.workers)
 

@@ -45,7 +45,7 @@ from models.hands import load_hands
 from utils.config import add_config_arguments, add_flag, load_config, split_off_pairs
 from utils.distributed import torch_threads, usable_cores
 from utils.errors import UserError, user_facing
-from utils.files import read_json, write_atomically
+from utils.files import read_json, remove_stale_partials, write_atomically
 from utils.hand import INTERHAND_TO_JOINTS, LEFT, NUM_JOINTS, RIGHT, SIDES
 from utils.stopping import check_stop, obey_stop_signals
 
@@ -494,6 +494,7 @@ def synthesize(save_path: Path, settings: Settings, *, workers: int) -> list[dic
                 _refuse_other_images(unfinished, split, own, planned)
                 write_annotations(unfinished, split, own, settings)
         write_hand_model_record(unfinished, models)
+        remove_stale_partials(unfinished / 'annotations', recursive=True)
         publish(save_path, RECORD, about)
         (save_path / JOURNAL).unlink()
     return records
