@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,13 +20,16 @@ from raw_tree import make_raw_tree
 from writer_kills import contents
 
 from apps import report, run_demo
+from dataset.hand_model_record import claim_hand_model_record, recorded_hand_model
 from dataset.prepare import resumable
 from dataset.prepare.resumable import Journal, growing
 from dataset.prepare.skips import Skipped, finish
+from dataset.prepare.workers import ordered_map, worker_pool
 from dataset.prepared import FOLDERS
 from evaluation.session import owned_output, write_evaluation
 from utils.errors import UserError
 from utils.ownership import owned
+from utils.stopping import Stopped, obey_stop_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -89,7 +93,7 @@ def test_a_truncated_journal_is_the_beginning_of_itself(journal):
             assert Journal(journal).chunks == found.chunks
 
 
-def test_no_flipped_bit_changes_what_a_journal_says(journal):
+def test_no_flipped_bit_changes_the_content_of_a_journal(journal):
     content = journal.read_bytes()
     for place in range(len(content)):
         for bit in (0, 3, 6):
@@ -252,6 +256,33 @@ def test_packing_names_splits_that_are_not_finished(writers, root, tmp_path, cap
     assert 'val is prepared in shards' in capsys.readouterr().err and not (tmp_path / 'out').exists()
 
 
+def test_packing_refuses_a_source_that_lost_samples_or_changed_meanwhile(writers, root, tmp_path, monkeypatch, capsys):
+    data = shutil.copytree(root / 'prepared', tmp_path / 'data')
+    record = data / 'train' / 'preparation.json'
+    record.write_text('{"kept": 13}')
+    arguments = ['--data_path', str(data), '--save_path', str(tmp_path / 'out'), '--workers', '1']
+    assert writers['pack'].main(arguments) == 2
+    assert 'holds 12 samples, but preparation.json records 13' in capsys.readouterr().err
+    record.write_text('{"kept": 12}')
+    with monkeypatch.context() as patch:
+        patch.setattr(writer_kills.pack, '_finish', lambda *_: None)
+        assert writers['pack'].main(arguments) == 0
+    record.write_text('{"kept": 12, "settings": {}}')  # prepared again
+    assert writers['pack'].main(arguments) == 2
+    assert 'train.partial was created with other settings (source was' in capsys.readouterr().err
+
+
+def test_processes_that_begin_together_agree_on_the_hand_model(tmp_path):
+    claim_hand_model_record(tmp_path, 'standin:1:2')
+    (tmp_path / '.hand_model.json.0123456789abcdef.partial').write_bytes(b'of a killed process')
+    claim_hand_model_record(tmp_path, 'standin:1:2')
+    with pytest.raises(UserError, match='holds data of the hand model standin:1:2, but this data is of mano:3:4'):
+        claim_hand_model_record(tmp_path, 'mano:3:4')
+    claim_hand_model_record(tmp_path, 'mano:3:4', replace=True)
+    assert [path.name for path in tmp_path.iterdir()] == ['hand_model.json']
+    assert recorded_hand_model(tmp_path) == 'mano:3:4'
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Full disks, kills and stops
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,7 +290,7 @@ def test_packing_names_splits_that_are_not_finished(writers, root, tmp_path, cap
 
 @pytest.fixture(scope='module')
 def whole(writers, root):
-    """name -> what an uninterrupted run writes."""
+    """Name of a writer -> the files of an uninterrupted run."""
     known: dict[str, dict[str, bytes]] = {}
 
     def run(name: str) -> dict[str, bytes]:
@@ -337,6 +368,21 @@ def test_a_signal_to_the_whole_group_stops_at_the_next_chunk(root, tmp_path, nam
     assert f'Stopped by {number.name}. Finished work is kept; rerun the same command to continue.' in text
     assert wait_until(lambda: not lives(process.pid), 5)
     assert list(out.glob('*.partial/journal.jsonl')) and not list(out.glob('.*.lock'))
+
+
+@pytest.mark.slow  # starts processes that import torch
+def test_a_killed_worker_is_one_sentence():
+    message = 'A worker process was killed.*Use fewer than --workers 2.*rerun the same'
+    with pytest.raises(UserError, match=message), worker_pool(2) as pool:
+        list(ordered_map(pool, os._exit, [1, 1], 4))
+
+
+def test_the_demo_passes_a_stop_signal_on_to_its_step():
+    begin = time.monotonic()
+    with obey_stop_signals(), pytest.raises(Stopped, match='Stopped by SIGUSR1'):
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        run_demo.run_command('sleep', ['-c', 'import time; time.sleep(60)'])
+    assert time.monotonic() - begin < 20
 
 
 @pytest.mark.slow  # starts processes that import torch

@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
             seconds, hits, equal = time.monotonic() - begin, 0, 0
             for number in range(args.kills):
                 trial = root / f'{name}-{number}'
-                moments = [draw.uniform(0, seconds) for _ in range(draw.choice((1, 2)))]
+                moments = [draw.uniform(0, 0.8 * seconds) for _ in range(draw.choice((1, 2)))]
                 hits += kill(writer, root, trial, moments)
                 found, expected = contents(trial), contents(root / f'{name}-whole')
                 equal += found == expected
