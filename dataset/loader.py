@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -22,7 +23,7 @@ from utils.distributed import rank_and_world, usable_cores, use_one_thread
 from utils.errors import UserError
 from utils.stopping import holding_stop_signals, shield_worker
 
-_KILL_S = 5.0  # for a killed worker process to end
+_END_S = 5.0  # for a worker process to end
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -80,6 +81,7 @@ class Loader(DataLoader):
             **options,
         )
         self.processes: set[Any] = set()
+        self.failed = False
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # an iterator of the same items
         with self._reporting_failures():
@@ -94,6 +96,7 @@ class Loader(DataLoader):
                 _child_signals.install()
             while True:
                 with _child_signals.heard():
+                    self._check_processes()
                     try:
                         batch = next(iterator)
                     except StopIteration:
@@ -101,16 +104,23 @@ class Loader(DataLoader):
                 yield batch
 
     def close(self) -> None:
-        """End the worker processes now, whatever state they are in. A later iteration starts new ones."""
+        """End the worker processes within seconds, whatever state they are in. A later iteration starts new ones."""
         iterator, self._iterator = self._iterator, None
+        if self.failed:  # a hung process would be waited for
+            self._kill()
         if iterator is not None and self.num_workers:
-            with suppress(Exception):  # a queue may be broken by a killed worker
-                iterator._shutdown_workers()  # type: ignore[attr-defined]  # of the iterator with workers
+            # Apart, since it waits without a limit for a queue that a killed worker may have left half-written.
+            end = threading.Thread(target=iterator._shutdown_workers, daemon=True)  # type: ignore[attr-defined]
+            end.start()
+            end.join(2 * _END_S)
+        self._kill()
+        self.processes, self.failed = set(), False
+
+    def _kill(self) -> None:
         for process in self.processes:
             process.kill()
         for process in self.processes:
-            process.join(_KILL_S)
-        self.processes = set()
+            process.join(_END_S)
 
     @contextmanager
     def _reporting_failures(self) -> Iterator[None]:
@@ -119,7 +129,17 @@ class Loader(DataLoader):
         except (RuntimeError, OSError) as error:
             if not self.num_workers or (sentence := self._explained(str(error))) is None:
                 raise
+            self.failed = True
             raise WorkerError(sentence) from None
+
+    def _check_processes(self) -> None:
+        """Raise RuntimeError if a worker has ended meanwhile."""
+        for process in self.processes:
+            if not process.is_alive():
+                reason = f'exit code {process.exitcode}'
+                with suppress(ValueError):
+                    reason = signal.strsignal(-process.exitcode) or reason
+                raise RuntimeError(f'DataLoader worker (pid {process.pid}) has ended: {reason}')
 
     def _explained(self, message: str) -> str | None:
         """One sentence for an error of PyTorch's loader; None for anything else."""
@@ -149,32 +169,27 @@ class _ChildSignals:
 
     def __init__(self):
         self.handler: Callable[[int, FrameType | None], Any] | None = None
-        self.waiting = self.missed = False
+        self.waiting = False
 
     def install(self) -> None:
         """Wrap the handler that PyTorch has set with its first worker."""
         current = signal.getsignal(signal.SIGCHLD)
-        if callable(current) and current != self._note:
+        if callable(current) and current != self._pass_on:
             with suppress(ValueError):  # not the main thread: PyTorch has set none either
-                signal.signal(signal.SIGCHLD, self._note)
+                signal.signal(signal.SIGCHLD, self._pass_on)
                 self.handler = current
 
     @contextmanager
     def heard(self) -> Iterator[None]:
         self.waiting = True
         try:
-            if self.missed and self.handler:
-                self.missed = False
-                self.handler(signal.SIGCHLD, None)
             yield
         finally:
             self.waiting = False
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
         if self.waiting and self.handler:
             self.handler(number, frame)
-        else:
-            self.missed = True
 
 
 _child_signals = _ChildSignals()

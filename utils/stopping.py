@@ -19,7 +19,7 @@ from types import FrameType
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)
 )
-_PARENT_CHECKS_S = 1.0
+PARENT_CHECKS_S = 1.0
 _watched: set[int] = set()  # ids of the processes that already watch their launcher
 
 
@@ -169,8 +169,8 @@ def _end_with(parent: int) -> None:
     """End with the parent, also where ``prctl`` is missing or came too late, or at its TERM."""
     while os.getppid() == parent:
         if not hasattr(signal, 'sigtimedwait'):
-            time.sleep(_PARENT_CHECKS_S)
-        elif (sent := signal.sigtimedwait([signal.SIGTERM], _PARENT_CHECKS_S)) and sent.si_pid == parent:
+            time.sleep(PARENT_CHECKS_S)
+        elif (sent := signal.sigtimedwait([signal.SIGTERM], PARENT_CHECKS_S)) and sent.si_pid == parent:
             break
     os._exit(1)
 
@@ -184,6 +184,6 @@ def _follow_launcher() -> None:
 
 def _stop_with(launcher: int) -> None:
     while os.getppid() == launcher:
-        time.sleep(_PARENT_CHECKS_S)
+        time.sleep(PARENT_CHECKS_S)
     print('torchrun has ended; this process stops, too.', file=sys.stderr)
     os.kill(os.getpid(), signal.SIGTERM)
