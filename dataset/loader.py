@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -70,23 +71,26 @@ class Loader(DataLoader):
     the next batch is asked for, so that no update and no save is cut in two. ``close`` ends the workers.
     """
 
-    def __init__(self, dataset: Dataset, *, num_workers: int, timeout: float = 0.0, **options):
-        """timeout: seconds that a batch may take before its worker counts as hung; 0: no limit."""
+    def __init__(self, dataset: Dataset, *, num_workers: int, limit_s: float = 0.0, **options):
+        """limit_s: how long a batch may take before its worker counts as hung; 0: no limit.
+
+        PyTorch's own ``timeout`` waits without a limit for a process that answers nothing at all.
+        """
         super().__init__(
             dataset,
             num_workers=num_workers,
-            timeout=timeout if num_workers else 0,
             persistent_workers=num_workers > 0,
             worker_init_fn=partial(_start_worker, parent=os.getpid()),
             **options,
         )
-        self.processes: set[Any] = set()
-        self.failed = False
+        self.limit_s, self.processes = limit_s, set[Any]()
+        self.waiting_since: float | None = None
+        self.failed = self.hung = False
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # an iterator of the same items
         with self._reporting_failures():
             if self.processes or not self.num_workers:
-                with _child_signals.heard():
+                with self._waiting(), _child_signals.heard():
                     iterator = super().__iter__()
             else:
                 before = set(multiprocessing.active_children())
@@ -94,8 +98,10 @@ class Loader(DataLoader):
                     iterator = super().__iter__()
                 self.processes = set(multiprocessing.active_children()) - before
                 _child_signals.install()
+                if self.limit_s:
+                    threading.Thread(target=self._end_hung, args=(self.processes,), daemon=True).start()
             while True:
-                with _child_signals.heard():
+                with self._waiting(), _child_signals.heard():
                     self._check_processes()
                     try:
                         batch = next(iterator)
@@ -114,7 +120,7 @@ class Loader(DataLoader):
             end.start()
             end.join(2 * _END_S)
         self._kill()
-        self.processes, self.failed = set(), False
+        self.processes, self.failed, self.hung = set(), False, False
 
     def _kill(self) -> None:
         for process in self.processes:
@@ -123,10 +129,29 @@ class Loader(DataLoader):
             process.join(_END_S)
 
     @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        self.waiting_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self.waiting_since = None
+
+    def _end_hung(self, processes: set[Any]) -> None:
+        """Kill the workers when a batch takes too long: what waits for them then fails."""
+        while self.processes is processes:
+            time.sleep(min(1.0, self.limit_s / 4))
+            since = self.waiting_since
+            if since is not None and time.monotonic() - since > self.limit_s:
+                self.hung = True
+                for process in processes:
+                    process.kill()
+                return
+
+    @contextmanager
     def _reporting_failures(self) -> Iterator[None]:
         try:
             yield
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, EOFError) as error:
             if not self.num_workers or (sentence := self._explained(str(error))) is None:
                 raise
             self.failed = True
@@ -144,6 +169,11 @@ class Loader(DataLoader):
     def _explained(self, message: str) -> str | None:
         """One sentence for an error of PyTorch's loader; None for anything else."""
         fewer = f'use fewer loader processes than {self.num_workers} (TRAIN.WORKERS, EVAL.WORKERS; 0 needs none)'
+        if self.hung:
+            return (
+                f'No loader process delivered a batch for {self.limit_s:g} s: the disk or network holding the data set '
+                'hangs, or a batch takes longer. Check it, or raise TRAIN.WORKER_TIMEOUT (0: no limit).'
+            )
         if 'Too many open files' in message or 'ancdata' in message:  # what a socket without a free descriptor reports
             return f'The loader processes hold too many open files. Raise the limit (ulimit -n 65536), or {fewer}.'
         if 'shared memory' in message or '(shm)' in message or 'Bus error' in message:
@@ -153,12 +183,7 @@ class Loader(DataLoader):
                 f'The loader processes ran out of shared memory (/dev/shm: {message[:80]}). Enlarge it '
                 f'(docker run --shm-size=8g or --ipc=host), or {fewer}.'
             )
-        if 'timed out after' in message:
-            return (
-                f'No loader process delivered a batch for {self.timeout:.0f} s: the disk or network holding the data '
-                'set hangs, or a batch takes longer. Check it, or raise TRAIN.WORKER_TIMEOUT (0: no limit).'
-            )
-        if 'DataLoader worker' in message or 'Pin memory thread' in message:
+        if 'DataLoader worker (pid' in message or 'Pin memory thread' in message:
             what = message.splitlines()[0].rstrip('. ')
             return f'A loader process ended ({what}), often because the machine is out of memory. Then {fewer}.'
         return None
@@ -249,7 +274,7 @@ def _loader(dataset: PreparedSplit, cfg: CfgNode, *, batch_size: int, sampler: I
         batch_size=batch_size,
         sampler=sampler,
         num_workers=workers,
-        timeout=cfg.TRAIN.WORKER_TIMEOUT,
+        limit_s=cfg.TRAIN.WORKER_TIMEOUT,
         collate_fn=_fetched_batch,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,

@@ -33,8 +33,8 @@ class Numbers(Dataset):
         return torch.tensor(index)
 
 
-def loader(error: Exception | None = None, *, workers: int = 1, timeout: float = 60.0) -> Loader:
-    return Loader(Numbers(error), num_workers=workers, timeout=timeout, batch_size=2)
+def loader(error: Exception | None = None, *, workers: int = 1, limit_s: float = 60.0) -> Loader:
+    return Loader(Numbers(error), num_workers=workers, limit_s=limit_s, batch_size=2)
 
 
 def processes() -> list:
@@ -80,7 +80,7 @@ def test_a_process_killed_while_its_batch_is_waited_for():
                 os.kill(os.getpid(), signal.SIGKILL)
             return torch.tensor(index)
 
-    numbers = Loader(Slow(), num_workers=1, timeout=60.0, batch_size=2)
+    numbers = Loader(Slow(), num_workers=1, limit_s=60.0, batch_size=2)
     begin = time.monotonic()
     with pytest.raises(WorkerError, match='A loader process ended'):
         list(numbers)
@@ -89,13 +89,13 @@ def test_a_process_killed_while_its_batch_is_waited_for():
 
 
 def test_a_hanging_process_is_reported_within_the_limit_and_ended():
-    numbers = loader(timeout=0.5)
+    numbers = loader(limit_s=0.5)
     batches = iter(numbers)
     next(batches)
     (process,) = processes()
     os.kill(process.pid, signal.SIGSTOP)
     begin = time.monotonic()
-    with pytest.raises(WorkerError, match=r'No loader process delivered a batch for 0 s.*TRAIN\.WORKER_TIMEOUT'):
+    with pytest.raises(WorkerError, match=r'No loader process delivered a batch for 0.5 s.*TRAIN\.WORKER_TIMEOUT'):
         list(batches)
     numbers.close()
     assert processes() == [] and time.monotonic() - begin < 10
