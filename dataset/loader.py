@@ -6,9 +6,11 @@ import shutil
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from multiprocessing import get_start_method
 from types import FrameType
 from typing import Any
 
@@ -80,7 +82,8 @@ class Loader(DataLoader):
             dataset,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
-            worker_init_fn=partial(_start_worker, parent=os.getpid()),
+            # A server that forks would be their parent otherwise.
+            worker_init_fn=partial(_start_worker, parent=os.getpid() if get_start_method() == 'fork' else None),
             **options,
         )
         self.limit_s, self.processes = limit_s, set[Any]()
@@ -99,7 +102,8 @@ class Loader(DataLoader):
                 self.processes = set(multiprocessing.active_children()) - before
                 _child_signals.install()
                 if self.limit_s:
-                    threading.Thread(target=self._end_hung, args=(self.processes,), daemon=True).start()
+                    arguments = weakref.ref(self), self.processes, self.limit_s
+                    threading.Thread(target=_end_hung, args=arguments, daemon=True).start()
             while True:
                 with self._waiting(), _child_signals.heard():
                     self._check_processes()
@@ -135,17 +139,6 @@ class Loader(DataLoader):
             yield
         finally:
             self.waiting_since = None
-
-    def _end_hung(self, processes: set[Any]) -> None:
-        """Kill the workers when a batch takes too long: what waits for them then fails."""
-        while self.processes is processes:
-            time.sleep(min(1.0, self.limit_s / 4))
-            since = self.waiting_since
-            if since is not None and time.monotonic() - since > self.limit_s:
-                self.hung = True
-                for process in processes:
-                    process.kill()
-                return
 
     @contextmanager
     def _reporting_failures(self) -> Iterator[None]:
@@ -189,6 +182,22 @@ class Loader(DataLoader):
         return None
 
 
+def _end_hung(loader: 'weakref.ref[Loader]', processes: set[Any], limit_s: float) -> None:
+    """Kill the workers when a batch takes too long: what waits for them then fails."""
+    while True:
+        time.sleep(min(1.0, limit_s / 4))
+        owner = loader()
+        if owner is None or owner.processes is not processes:
+            return
+        since = owner.waiting_since
+        if since is not None and time.monotonic() - since > limit_s:
+            owner.hung = True
+            for process in processes:
+                process.kill()
+            return
+        del owner
+
+
 class _ChildSignals:
     """PyTorch's SIGCHLD handler, called only while a batch is waited for."""
 
@@ -220,7 +229,7 @@ class _ChildSignals:
 _child_signals = _ChildSignals()
 
 
-def _start_worker(worker: int, *, parent: int) -> None:
+def _start_worker(worker: int, *, parent: int | None) -> None:
     shield_worker(parent)
     use_one_thread()
 
