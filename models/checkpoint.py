@@ -253,8 +253,12 @@ def load_model(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
         model, cfg, rest = published.load_published(content, path=path, overrides=overrides)
         return Loaded(model, cfg, {REST: rest, 'hand_model': model.hands.identity})
     content = _require_ours(content, path)
+    try:
+        trained = flatten(load_config(None, base=content['config']))
+    except UserError as error:
+        raise UserError(f'{path} cannot be used: {error}') from None
     cfg = load_config(None, overrides, base=content['config'])
-    trained, now = flatten(load_config(None, base=content['config'])), flatten(cfg)
+    now = flatten(cfg)
     changed = [key for key in now if now[key] != trained[key] and (key.startswith('MODEL.') or key == 'ROOT_JOINT')]
     if changed:
         raise UserError(
