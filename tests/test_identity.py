@@ -112,7 +112,7 @@ def test_probes_cover_the_set():
 
 
 def test_a_large_set_takes_less_than_a_second(tmp_path, original):
-    """400,000 samples, of which only the probed annotations are on the disk, beside a record as long as a million ids."""
+    """400,000 samples, of which only the probed annotations exist, beside a record as long as a million ids."""
     folder = tmp_path / 'train'
     (folder / 'anno').mkdir(parents=True)
     (folder / RECORD).write_text(json.dumps({'skipped_image_ids': 'x' * 8_000_000}))
