@@ -30,7 +30,7 @@ BEST, LATEST, PREVIOUS = 'best.pth', 'latest.pth', 'previous.pth'  # of a run fo
 REST = 'published_rest'  # entries of a published checkpoint that have no counterpart in the network
 _REST = f'{REST}.'  # prefix of their names in safetensors files, beside the network's own
 TRAINING_STATE = ('optimizer', 'average')  # entries that only a resumed run needs
-_DEEPEST = 8  # levels of a configuration
+_DEEPEST = 8  # levels of a configuration or record
 # Prefixes of parameter names in checkpoints of earlier versions -> what they are called now.
 _RENAMED = {
     'backbone.stem.0.': 'backbone.conv1.',
@@ -163,13 +163,10 @@ def _require_ours(content: Any, path: Path) -> dict[str, Any]:
         if published.is_published(content):
             instead = 'it has the published form: apps/convert_checkpoint.py converts it'
         raise UserError(f'{path} is not a checkpoint of this project; {instead}.')
-    sound = {
-        'model': _is_state(content.get('model')),
-        'average': 'average' not in content or _is_state(content['average']),
-        'config': isinstance(content.get('config'), dict) and _is_plain(content['config']),
-        'hand_model': isinstance(content.get('hand_model'), str),
-    }
-    if bad := [key for key in sound if not sound[key]]:
+    required = {'model': _is_state, 'config': _is_plain_mapping, 'hand_model': lambda value: isinstance(value, str)}
+    optional = {'average': _is_state, 'progress': _is_plain_mapping, 'record': _is_plain_mapping}
+    checks = required | {key: check for key, check in optional.items() if key in content}
+    if bad := [key for key, check in checks.items() if not check(content.get(key))]:
         raise UserError(f'{path} is not a whole checkpoint: its entry {bad[0]!r} is missing or malformed.')
     states = {part: _renamed(content[part]) for part in ('model', 'average') if part in content}
     return content | states
@@ -181,13 +178,17 @@ def _is_state(value: Any) -> bool:
     )
 
 
+def _is_plain_mapping(value: Any) -> bool:
+    return isinstance(value, dict) and _is_plain(value)
+
+
 def _is_plain(value: Any, depth: int = 0) -> bool:
-    """Whether ``value`` consists of what ``to_plain`` returns."""
+    """Whether ``value`` consists of text, numbers and a few levels of containers."""
     if isinstance(value, dict):
         return depth < _DEEPEST and all(isinstance(k, str) and _is_plain(v, depth + 1) for k, v in value.items())
     if isinstance(value, (list, tuple)):
         return depth < _DEEPEST and all(_is_plain(item, depth + 1) for item in value)
-    return isinstance(value, (str, int, float))
+    return value is None or isinstance(value, (str, int, float))
 
 
 def _renamed(state: dict[str, Any]) -> dict[str, Any]:

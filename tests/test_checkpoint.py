@@ -166,6 +166,8 @@ for _ in range(50):
         changed_content(config=nested),
         changed_content(config={'NO_SUCH_KEY': 4}),
         changed_content(hand_model=None),
+        changed_content(record=[]),
+        changed_content(progress={'epoch': torch.zeros(1)}),
     ],
 )
 def test_other_files_are_refused_by_path(make, saved, tmp_path, monkeypatch):
