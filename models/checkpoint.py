@@ -223,6 +223,11 @@ def load_state(model: torch.nn.Module, state: dict[str, torch.Tensor], *, path: 
         for key in own.keys() & state.keys()
         if own[key].shape != state[key].shape
     ]
+    odd += [  # other precisions are converted
+        f'{key} is {state[key].dtype}, not {own[key].dtype}'
+        for key in own.keys() & state.keys()
+        if own[key].is_floating_point() != state[key].is_floating_point() or state[key].is_complex()
+    ]
     odd += [f'{key} is missing' for key in own.keys() - state.keys()]
     odd += [f'{key} is not part of this network' for key in state.keys() - own.keys()]
     if odd:

@@ -189,6 +189,10 @@ def test_another_networks_weights_are_refused(trained, saved):
     key = next(iter(state))
     with pytest.raises(UserError, match=rf'a.pth does not fit this network: {key} is \(2,\), not \('):
         load_state(model, state | {key: torch.zeros(2)}, path='a.pth')
+    for kind in (torch.int64, torch.complex64):
+        with pytest.raises(UserError, match=rf'a.pth does not fit this network: {key} is {kind}, not torch.float32'):
+            load_state(model, state | {key: state[key].to(kind)}, path='a.pth')
+    load_state(model, state | {key: state[key].double()}, path='a.pth')
     with pytest.raises(UserError, match=r'is missing.* and \d+ more'):
         load_state(model, {}, path='a.pth')
     with pytest.raises(UserError, match='a.pth does not fit this network: more is not part of this network'):

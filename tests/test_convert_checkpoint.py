@@ -79,6 +79,16 @@ def test_two_norms_that_the_published_code_counts_apart_come_back_apart(net, sta
     assert published.whole_published(model.state_dict(), cfg, rest)[key] == 7
 
 
+def test_published_weights_of_another_type_are_listed(net):
+    key = next(key for key in net if key.endswith('num_batches_tracked'))
+    changed = net | {'decoder.seg.3.bias': net['decoder.seg.3.bias'].half(), key: net[key].float()}
+    with pytest.raises(UserError, match=r'2 of another type: .*decoder.seg.3.bias is torch.float16') as refused:
+        published.load_published({'net': changed}, path='DIR.pth', overrides=HANDS)
+    assert f'{key} is torch.float32' in str(refused.value)
+    with pytest.raises(UserError, match='963 missing: .*; 1 unknown: 3'):
+        published.load_published({'net': {3: torch.zeros(1)}}, path='DIR.pth', overrides=HANDS)
+
+
 @pytest.mark.parametrize(
     'key, value', [('MODEL.STAGES', '1'), ('MODEL.BACKBONE', 'resnet18'), ('MODEL.DENSE_HEADS', 'false')]
 )

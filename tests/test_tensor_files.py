@@ -1,5 +1,6 @@
 """Files of tensors: what is written comes back, and what is damaged or hostile is refused in one sentence."""
 
+import errno
 import io
 import os
 import pickle
@@ -97,6 +98,23 @@ def test_a_file_that_goes_on_after_its_end_is_refused(path, sealed, unsealed):
 def test_the_format_before_pytorch_1_6_is_named(path):
     torch.save(CONTENT, path, _use_new_zipfile_serialization=False)
     assert_refused(path, 'format of PyTorch before 1.6')
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(path, sealed, monkeypatch):
+    path.write_bytes(sealed)
+    monkeypatch.setattr(torch, 'load', raising(OSError(errno.EIO, 'Input/output error')))
+    assert_refused(path, r'odd.pth cannot be read: Input/output error\.')
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        monkeypatch.setattr(torch, 'load', raising(error))
+        with pytest.raises(type(error)):
+            read_tensors(path)
+
+
+def raising(error):
+    def load(*_, **__):
+        raise error
+
+    return load
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
             metadata = dict(file.metadata() or {})
             # Copies: the originals are mapped from the file and would change with it.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dictionary
-    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError, OverflowError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f'The checkpoint {path} cannot be read: it is truncated, damaged, or no safetensors file ({reason[:120]}).'

@@ -95,11 +95,14 @@ def read_tensors(path: str | Path) -> Any:
             content = torch.load(file, map_location='cpu', weights_only=True)
             _check_tensors(content, file.seek(0, io.SEEK_END))
             return content
+    except OSError as error:
+        raise UserError(f'The checkpoint {path} cannot be read: {error.strerror or error}.') from None
     except Exception as error:  # the unpickler raises nearly all kinds for a hostile file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            raise  # no fault of the file, whose sizes were checked
         raise UserError(
             f'The checkpoint {path} cannot be read: it is truncated, damaged, or holds more than tensors, numbers and '
-            f'strings ({reason[:120]}).'
+            f'strings ({_reason(error)}).'
         ) from None
 
 
@@ -108,8 +111,12 @@ def check_archive(path: str | Path) -> None:
     try:
         with open(path, 'rb') as file:
             _check_archive(file)
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f'{path} is truncated or damaged ({error}).') from None
+    except Exception as error:  # zipfile, too, raises many kinds
+        raise UserError(f'{path} is truncated or damaged ({_reason(error)}).') from None
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
 def _check_archive(file: BinaryIO) -> None:
