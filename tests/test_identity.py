@@ -7,7 +7,7 @@ import pytest
 from prepared_tree import make_annotations, write_prepared
 
 from dataset import open_split, pack
-from dataset.identity import PROBES, check_data_identity, data_identity, probe_indices, split_identity
+from dataset.identity import PROBES, check_data_identity, data_identity, probe_indices
 from dataset.prepared import RECORD, PreparedSplit
 from utils.errors import UserError
 
@@ -28,7 +28,7 @@ def copy(original, tmp_path):
 
 
 def identity(root):
-    return split_identity(root, 'train')
+    return data_identity(open_split(root, 'train', with_mask=False, with_dense=False))
 
 
 def refusal(before, after) -> str:
@@ -88,7 +88,9 @@ def test_a_damaged_sample_does_not_count_as_other_data(original, copy):
 def test_several_sets_are_compared_one_by_one(original, tmp_path):
     write_prepared(tmp_path, 'train', 5)
     first, second = identity(original), identity(tmp_path)
-    check_data_identity([first, second], [first, second], path='latest.pth')
+    joined = open_split(tmp_path, 'train')
+    joined.parts = [open_split(root, 'train') for root in (original, tmp_path)]
+    check_data_identity([first, second], data_identity(joined), path='latest.pth')
     check_data_identity(first, [first], path='latest.pth')
     assert 'data set 1 of 2' in refusal([first, second], [second, first])
     assert 'on 2 data sets, but DATASET.PATH names 1' in refusal([first, second], [first])
