@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -49,6 +51,9 @@ DEMO = [
     'DEVICE',
     'cpu',
 ]
+
+
+TWICE = pytest.mark.slow  # trains at least once, and again after the resume
 
 
 def arguments(data: Path, out: Path, *more: str) -> list[str]:
@@ -171,6 +176,7 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert kills.differences(a, b, steps=4) == []
 
 
+@TWICE
 def test_interrupt_finishes_the_step_and_resumes_exactly(finished, tiny_prepared, tmp_path, monkeypatch, capsys):
     out = tmp_path / 'stopped'
     assert run_until_ctrl_c(monkeypatch, tiny_prepared, out) == 130
@@ -181,6 +187,7 @@ def test_interrupt_finishes_the_step_and_resumes_exactly(finished, tiny_prepared
     assert_same_run(finished, out)
 
 
+@TWICE
 def test_a_stop_during_validation_validates_after_the_resume(finished, tiny_prepared, tmp_path, monkeypatch, capsys):
     out, real_draw = tmp_path / 'stopped', validation.draw_sheets
 
@@ -198,6 +205,7 @@ def test_a_stop_during_validation_validates_after_the_resume(finished, tiny_prep
     assert_same_run(finished, out)
 
 
+@TWICE
 def test_a_stop_before_the_first_step(tiny_prepared, tmp_path, monkeypatch, capsys):
     real_log = train.RunLog
 
@@ -226,6 +234,7 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
+@TWICE
 def test_resume_auto_starts_falls_back_and_refuses(finished, tiny_prepared, tmp_path, monkeypatch, capsys):
     out = tmp_path / 'auto'
     words = (tiny_prepared, out, 'TRAIN.SAVE_EVERY', '1', '--resume', 'auto')
@@ -289,6 +298,7 @@ def test_a_run_folder_has_one_owner(finished, tiny_prepared, tmp_path, monkeypat
         owner.communicate()
 
 
+@TWICE
 def test_minutes_between_saves(tiny_prepared, tmp_path, monkeypatch):
     saved, real_save = [], train.save_rotating
 
@@ -324,6 +334,7 @@ def out_of_memory(kind: type[Exception], monkeypatch) -> None:
     monkeypatch.setattr(trainer, 'build_criterion', build)
 
 
+@TWICE
 @pytest.mark.parametrize('kind', [torch.OutOfMemoryError, MemoryError])
 def test_out_of_memory_saves_the_last_whole_step(finished, tiny_prepared, tmp_path, monkeypatch, capsys, kind):
     out = tmp_path / 'memory'
@@ -341,6 +352,7 @@ def test_out_of_memory_saves_the_last_whole_step(finished, tiny_prepared, tmp_pa
         assert_same_run(finished, out)
 
 
+@TWICE
 def test_half_an_update_is_not_saved(tiny_prepared, tmp_path, monkeypatch, capsys):
     real_step, calls = torch.optim.AdamW.step, []
 
@@ -356,6 +368,7 @@ def test_half_an_update_is_not_saved(tiny_prepared, tmp_path, monkeypatch, capsy
     assert progress(tmp_path / 'out') == (1, 0)
 
 
+@TWICE
 def test_a_killed_loader_process_costs_nothing(finished, tiny_prepared, tmp_path, monkeypatch, capsys):
     out = tmp_path / 'killed'
 
@@ -421,6 +434,42 @@ def test_full_disk_leaves_the_old_checkpoint(finished, tiny_prepared, tmp_path, 
     assert 'No space left on device' in capsys.readouterr().err
     assert (out / 'latest.pth').read_bytes() == old
     assert not list(out.glob('.*partial'))
+
+
+@TWICE
+def test_a_disk_that_fills_up_keeps_the_checkpoints(finished, tiny_prepared, tmp_path, monkeypatch, capsys):
+    out, limits = tmp_path / 'full', resource.getrlimit(resource.RLIMIT_FSIZE)
+    words = (tiny_prepared, out, 'TRAIN.SAVE_EVERY', '1')
+    try:
+        assert (
+            run_until(monkeypatch, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1])), *words) == 2
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert str(out / 'latest.pth') in error and 'disk full' in error
+    assert progress(out) == (1, 0) and progress(out, 'previous.pth') == (1, 0)
+    assert sorted(path.name for path in out.glob('.*')) == []
+    assert run(*words, '--resume') == 0
+    assert_same_run(finished, out)
+
+
+@pytest.mark.slow  # PyTorch is imported in a process of its own
+@pytest.mark.skipif(not shutil.which('unshare') or os.geteuid() != 0, reason='needs root to mount a file system')
+def test_a_read_only_folder_is_reported_before_training(tiny_prepared, tmp_path):
+    (tmp_path / 'disk').mkdir()
+    mount = f'mount -t tmpfs none {tmp_path}/disk && mkdir {tmp_path}/disk/run && mount -o remount,ro {tmp_path}/disk'
+    command = [sys.executable, 'train.py', *arguments(tiny_prepared, tmp_path / 'disk' / 'run')]
+    done = subprocess.run(
+        ['unshare', '-m', 'sh', '-c', f'{mount} && exec {shlex.join(command)}'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if 'mount' in done.stderr or 'unshare' in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.returncode == 2 and 'Traceback' not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith('error: Read-only file system')
 
 
 @pytest.mark.parametrize(
