@@ -13,6 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.stopping import end_at_stop_signals
+
+if __name__ == '__main__':
+    end_at_stop_signals()  # now: the imports below take seconds
+
 from evaluation.session import add_evaluation_arguments, evaluate_split, report
 from models.checkpoint import load_model
 from utils import distributed

@@ -102,7 +102,7 @@ class Job:
 
     @property
     def text(self) -> str:
-        return self.out.with_suffix('.log').read_text(errors='replace')
+        return self.out.with_suffix('.log').read_bytes().decode(errors='replace')  # which keeps carriage returns
 
     def members(self) -> list[int]:
         """Ids of all its processes; loader processes have the command line of the process that forked them."""

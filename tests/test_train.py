@@ -442,7 +442,8 @@ def test_a_disk_that_fills_up_keeps_the_checkpoints(finished, tiny_prepared, tmp
     words = (tiny_prepared, out, 'TRAIN.SAVE_EVERY', '1')
     try:
         assert (
-            run_until(monkeypatch, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1])), *words) == 2
+            run_until(monkeypatch, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20 * 2**20, limits[1])), *words)
+            == 2
         )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
