@@ -12,6 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.stopping import end_at_stop_signals
+
+if __name__ == '__main__':
+    end_at_stop_signals()  # now: the imports below take seconds
+
 from dataset import open_split
 from evaluation.baseline import ConstantPrediction, mean_prediction
 from evaluation.session import add_evaluation_arguments, evaluate_split, owned_output, report

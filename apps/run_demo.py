@@ -15,6 +15,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from utils.stopping import STOP_SIGNALS, Stopped, check_stop, end_at_stop_signals, obey_stop_signals, requested_stop
+
+if __name__ == '__main__':
+    end_at_stop_signals()  # now: the imports below take seconds
+
 from dataset.batch import build_batch_maker
 from dataset.loader import evaluation_split
 from evaluation.pictures import draw_samples, spread_over
@@ -23,7 +28,6 @@ from models.checkpoint import load_model
 from utils.errors import UserError, user_facing
 from utils.files import read_json, write_json
 from utils.ownership import owned
-from utils.stopping import STOP_SIGNALS, Stopped, check_stop, obey_stop_signals, requested_stop
 
 CONFIG = 'configs/demo.yaml'
 FRAMES = (2400, 60, 200)

@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 
 from dataset.batch import BatchMaker, build_batch_maker
 from dataset.hand_model_record import check_hand_model_record
+from dataset.identity import data_identity
 from dataset.loader import evaluation_loader, evaluation_split
 from dataset.prepared import PreparedSplit
 from dataset.subsets import AnnotatedJoints, Subset, choose
@@ -27,6 +28,7 @@ from utils.config import add_flag
 from utils.errors import UserError
 from utils.files import atomic_file, json_bytes
 from utils.ownership import owned
+from utils.run_record import record_rows, run_record
 from utils.stopping import first_process
 
 
@@ -129,7 +131,7 @@ def evaluate_split(model: torch.nn.Module, cfg: CfgNode, args: argparse.Namespac
 def report(measured: Measured, *, title: str, out: str | None, more: dict[str, Any]) -> dict[str, Any]:
     """Print the last stage's figures with their protocol; with ``out``, write the files that the report reads.
 
-    more: further keys of metrics.json. Returns the figures.
+    more: further keys of metrics.json, among them the record of the training as ``trained``. Returns the figures.
     """
     result, name, dataset, subset, model, batch_maker = measured
     summary = result.report()
@@ -146,8 +148,15 @@ def report(measured: Measured, *, title: str, out: str | None, more: dict[str, A
     print(f'\n{format_breakdown(summary)}')
     if result.grid:
         print(f'\n{format_grid(summary["protocols"])}')
+    evaluated = run_record(
+        hand_model=batch_maker.hands.identity,
+        data={dataset.folder.name: data_identity(dataset)},
+        device=batch_maker.device,
+    )
+    for what, record in (('trained', more.get('trained')), ('evaluated', evaluated)):
+        print(f'\n{what}:', *(f'    {row.title + ":":12} {row.text}' for row in record_rows(record)), sep='\n')
     if out:
-        source = {'version': METRICS_VERSION, 'model': title, 'data': str(dataset.folder)}
+        source = {'version': METRICS_VERSION, 'model': title, 'data': str(dataset.folder), 'evaluated': evaluated}
         write_evaluation(
             Path(out),
             {
