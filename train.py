@@ -32,6 +32,7 @@ from yacs.config import CfgNode
 
 from dataset import PreparedSplit, Sample
 from dataset.batch import BatchMaker, build_batch_maker, parts_of
+from dataset.damage import DAMAGED, DamageRecord, TooMuchDamageError
 from dataset.hand_model_record import check_hand_model_record
 from dataset.identity import check_data_identity, data_identity
 from dataset.loader import EpochSampler, Loader, WorkerError, evaluation_split, training_loader
@@ -64,6 +65,7 @@ FREE_KEYS = (
     'DEVICE',
     'OUTPUT_DIR',
     'DATASET.PATH',
+    'DATASET.TOLERATED_DAMAGE',
     'MANO.PATH',
     'MODEL.PRETRAINED',
     'MODEL.BACKBONE_WEIGHTS',
@@ -131,6 +133,7 @@ class Session:
     stop: StopRequest
     log: RunLog | None  # None in all processes but the main one
     bar: tqdm
+    damage: DamageRecord
     saved: Progress | None = None  # what latest.pth holds, if this session has written it
     saved_at: float = 0.0
 
@@ -220,9 +223,16 @@ def fit(run: Training, progress: Progress) -> int:
     if distributed.is_main():
         log = RunLog(run.folder, step=steps_done, validation_due=progress.validation_due)
         write_run_record(run.folder, run.record, config=to_plain(run.cfg))
+    damage = DamageRecord(
+        cast(PreparedSplit, run.loader.dataset),
+        run.folder / DAMAGED,
+        step=steps_done,
+        share=run.cfg.DATASET.TOLERATED_DAMAGE,
+        log=log.write if log else None,
+    )
     bar = tqdm(total=run.total_steps, initial=steps_done, unit='step', mininterval=1, disable=log is None)
     with bar, closing(log) if log else nullcontext():
-        session = Session(run, progress, stop, log, bar, saved_at=time.monotonic())
+        session = Session(run, progress, stop, log, bar, damage, saved_at=time.monotonic())
         try:
             finished = run_epochs(session)
         except Exception as error:
@@ -291,6 +301,9 @@ def train_one_epoch(session: Session) -> bool:
     waits = Waits(run.loader, while_waiting=session.stop.interruptible if alone else nullcontext)
     try:
         for samples in waits:
+            session.damage.note(
+                samples.damage, step=session.steps_done + 1, epoch=progress.epoch, device=run.trainer.device
+            )
             rate = learning_rate(
                 session.steps_done, total=run.total_steps, base=cfg.TRAIN.LR, warmup=cfg.TRAIN.WARMUP_STEPS
             )
@@ -402,7 +415,7 @@ def described(run: Training) -> dict[str, Any]:
 
 def failure(error: Exception, run: Training) -> str | None:
     """One sentence for a failure that the run survives, None for any other error."""
-    if isinstance(error, (WorkerError, distributed.LostProcessError)):
+    if isinstance(error, (TooMuchDamageError, WorkerError, distributed.LostProcessError)):
         return str(error)
     if not out_of_memory(error):
         return None

@@ -25,6 +25,8 @@ from urllib.parse import urlparse
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import utils  # noqa: F401  # before PyTorch, see there
+
 try:
     import torch
     import torchvision

@@ -38,6 +38,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import utils  # noqa: F401  # before PyTorch, see there
+
+# isort: split
 import torch
 
 from inference.export import (

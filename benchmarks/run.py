@@ -37,6 +37,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import utils  # noqa: F401  # before PyTorch, see there
+
+# isort: split
 import cv2
 import numpy as np
 import torch

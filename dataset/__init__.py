@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import utils  # noqa: F401  # before PyTorch, see there
 from dataset.packed import LABELS, MANIFEST, PackedDataset
 from dataset.prepared import InterHandDataset, PreparedSplit, Sample, partial_folder
 

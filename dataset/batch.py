@@ -100,7 +100,8 @@ def _stored_targets(samples: Sample) -> dict[str, Tensor]:
 
 
 def parts_of(samples: Sample, size: int) -> list[Sample]:
-    """Split a batch into parts of ``size`` samples; the last may be smaller."""
+    """Split a batch into parts of ``size`` samples, without its list of damage; the last may be smaller."""
+    samples = samples._replace(damage=())
 
     def part(begin: int) -> Sample:
         return _map_tensors(lambda leaves: leaves[0][begin : begin + size], samples)

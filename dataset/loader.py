@@ -245,6 +245,7 @@ def training_loader(cfg: CfgNode) -> tuple[Loader, EpochSampler]:
         seed=cfg.SEED,
         with_mask=from_files,
         with_dense=from_files and learns_dense(cfg),
+        on_damage='replace',
     )
     world = rank_and_world()[1]
     if cfg.TRAIN.BATCH_SIZE % (world * cfg.TRAIN.ACCUMULATE):
@@ -264,8 +265,9 @@ def training_loader(cfg: CfgNode) -> tuple[Loader, EpochSampler]:
 
 
 def evaluation_split(cfg: CfgNode, split: str) -> PreparedSplit:
-    """Open a split for evaluation: without augmentation and dense maps."""
-    return open_split(cfg.DATASET.PATH, split, with_mask=cfg.DATASET.TARGETS == 'files', with_dense=False)
+    """Open a split for evaluation: without augmentation and dense maps; batches leave damaged samples out."""
+    with_mask = cfg.DATASET.TARGETS == 'files'
+    return open_split(cfg.DATASET.PATH, split, with_mask=with_mask, with_dense=False, on_damage='leave out')
 
 
 def evaluation_loader(dataset: PreparedSplit, cfg: CfgNode, indices: Sequence[int] | None = None) -> Loader:

@@ -1,19 +1,21 @@
 """Read a packed data set; dataset/prepare/pack.py describes its files."""
 
 import json
-import mmap
+import os
 import zlib
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dataset.prepared import LABEL_SHAPES, PreparedSplit, checked_crop, partial_folder
+from dataset.damage import BAD_IMAGE, UNREADABLE, DamageError, read_quarantine
+from dataset.prepared import LABEL_SHAPES, PreparedSplit, check_finite, checked_crop, partial_folder
 from utils.errors import UserError
-from utils.files import decode_image, read_json, sha256_of_file
+from utils.files import read_json, sha256_of_file
 from utils.geometry import CROP_SIZE
 from utils.hand import MASK_THRESHOLD
+from utils.images import decode_image
 
 FORMAT = 'dir-packed-1'  # raised when older readers would misread it
 MANIFEST, LABELS, SAMPLES = 'manifest.json', 'labels.npy', 'samples.bin'
@@ -21,6 +23,7 @@ PARTS = ('img', 'mask', 'dense', 'entries')  # of a sample in samples.bin, in th
 PACK_AGAIN = 'copy it again, or pack the data set again (python dataset/pack.py)'
 
 
+@cache
 def record_type() -> np.dtype:
     """One sample in labels.npy: float32 labels as in ``dataset.prepared.Sample``, first byte, bytes of each part."""
     return np.dtype(
@@ -31,57 +34,68 @@ def record_type() -> np.dtype:
 
 class PackedDataset(PreparedSplit):
     """A packed split. Raises UserError if its files are missing, truncated or of another version, or if requested
-    masks or dense maps were not packed."""
+    masks or dense maps were not packed; DamageError on access to a damaged sample.
+
+    Samples are read, not mapped into memory: where a disk fails, a mapping ends the process with SIGBUS.
+    """
 
     def __init__(self, path: str | Path, split: str, **options):
         folder = Path(path) / split
         self.manifest = read_manifest(folder)
-        super().__init__(folder, self.manifest['samples'], **options)
+        quarantined = read_quarantine(folder)
+        stored = self.manifest['samples']
+        if len(quarantined) >= stored or (quarantined and quarantined[-1] >= stored):
+            raise UserError(f'{folder} quarantines samples that it does not have, or all of them; pack it again.')
+        super().__init__(folder, stored - len(quarantined), quarantined=quarantined, **options)
         for kind, wanted in (('mask', self.with_mask), ('dense', self.with_dense)):
             if wanted and not self.manifest[kind]:
                 raise UserError(
-                    f'{folder} was packed without {kind} pictures: set DATASET.TARGETS render, or pack it '
+                    f'{folder} was packed without {kind} images: set DATASET.TARGETS render, or pack it '
                     'without --no-targets.'
                 )
 
     def __getstate__(self) -> dict:
-        """Leave the memory maps out: they would be pickled as copies. A spawned process maps the files itself."""
-        return {key: value for key, value in self.__dict__.items() if key not in ('_records', '_content')}
+        """Leave the open files out: a spawned process opens them itself."""
+        return {key: value for key, value in self.__dict__.items() if key not in ('_labels_file', '_samples_file')}
 
     @cached_property
-    def _records(self) -> np.ndarray:
+    def _labels_file(self) -> '_File':
+        """labels.npy from the first record on."""
+        path = self.folder / LABELS
+        kind, stored = record_type(), self.manifest['samples']
         try:
-            records = np.load(self.folder / LABELS, mmap_mode='r', allow_pickle=False)
+            found = np.load(path, mmap_mode='r', allow_pickle=False)
         except ValueError as error:
-            raise UserError(f'{self.folder / LABELS} cannot be read ({error}): {PACK_AGAIN}.') from None
-        if records.shape != (self.length,) or records.dtype != record_type():
-            raise UserError(f'{self.folder / LABELS} does not hold the labels of {self.length} samples: {PACK_AGAIN}.')
-        return records
+            raise UserError(f'{path} cannot be read ({error}): {PACK_AGAIN}.') from None
+        if found.shape != (stored,) or found.dtype != kind:
+            raise UserError(f'{path} does not hold the labels of {stored} samples: {PACK_AGAIN}.')
+        return _File(path, begin=path.stat().st_size - stored * kind.itemsize)
 
     @cached_property
-    def _content(self) -> memoryview:
-        with open(self.folder / SAMPLES, 'rb') as file:
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    def _samples_file(self) -> '_File':
+        return _File(self.folder / SAMPLES)
 
     def name(self, index: int) -> str:
-        return f'{self.folder / SAMPLES}[{index}]'
+        return f'{self.folder / SAMPLES}[{self.number(index)}]'
 
     def labels(self, index: int) -> tuple[np.ndarray, ...]:
-        record = self._records[index]
-        return tuple(record[name] for name in LABEL_SHAPES)
+        record = self.record(index)
+        arrays = tuple(record[name] for name in LABEL_SHAPES)
+        check_finite(arrays, f'The label of {self.name(index)}', advice=PACK_AGAIN)
+        return arrays
 
     def entries(self, index: int) -> dict[str, dict]:
         try:
-            entries = json.loads(bytes(self._bytes('entries', index)))
+            entries = json.loads(self._bytes('entries', index))
         except (ValueError, RecursionError):
             entries = None
         if not isinstance(entries, dict):
-            raise UserError(f'The entries of {self.name(index)} are damaged; {PACK_AGAIN}.')
+            raise DamageError(f'The entries of {self.name(index)} are damaged; {PACK_AGAIN}.')
         return entries
 
     def image(self, kind: str, index: int) -> np.ndarray:
         return checked_crop(
-            decode_image(self._bytes(kind, index)), f'The {kind} picture of {self.name(index)}', advice=PACK_AGAIN
+            lambda: decode_image(self._bytes(kind, index)), f'The {kind} image of {self.name(index)}', advice=PACK_AGAIN
         )
 
     def mask(self, index: int) -> np.ndarray:
@@ -90,15 +104,50 @@ class PackedDataset(PreparedSplit):
         try:
             return unpack_bits(self._bytes('mask', index))
         except (zlib.error, ValueError):
-            raise UserError(f'The mask of {self.name(index)} is damaged; {PACK_AGAIN}.') from None
+            raise DamageError(f'The mask of {self.name(index)} is damaged; {PACK_AGAIN}.', BAD_IMAGE) from None
 
-    def _bytes(self, part: str, index: int) -> memoryview:
-        record = self._records[index]
+    def record(self, index: int) -> np.ndarray:
+        """The sample's record, () of ``record_type``. Raises OSError if it cannot be read."""
+        kind = record_type()
+        content = self._labels_file.read(self.number(index) * kind.itemsize, kind.itemsize)
+        return np.frombuffer(content, kind)[0]
+
+    def _bytes(self, part: str, index: int) -> bytes:
+        record = self.record(index)
         begin = int(record['begin']) + sum(int(record[f'{before}_bytes']) for before in PARTS[: PARTS.index(part)])
-        end = begin + int(record[f'{part}_bytes'])
-        if end > len(self._content):
-            raise UserError(f'{self.folder / LABELS}: sample {index} ends beyond {SAMPLES}; {PACK_AGAIN}.')
-        return self._content[begin:end]
+        size = int(record[f'{part}_bytes'])
+        if begin + size > self.manifest['files'][SAMPLES]['bytes']:
+            raise DamageError(f'The {part} of {self.name(index)} lies beyond the end of {SAMPLES}; {PACK_AGAIN}.')
+        return self._samples_file.read(begin, size)
+
+
+class _File:
+    """A file that is read by position, so that forked processes may share it. ``begin``: position of byte 0."""
+
+    def __init__(self, path: Path, begin: int = 0):
+        self.path, self.begin = path, begin
+        self._descriptor: int | None = os.open(path, os.O_RDONLY)
+
+    def __del__(self):
+        self._close()
+
+    def read(self, position: int, size: int) -> bytes:
+        """Raises OSError if the bytes cannot be read, in which case the next attempt opens the file anew."""
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            content = os.pread(self._descriptor, size, self.begin + position)
+        except OSError as error:
+            self._close()
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+        if len(content) < size:
+            raise DamageError(f'{self.path} has been truncated; {PACK_AGAIN}.', UNREADABLE)
+        return content
+
+    def _close(self) -> None:
+        descriptor, self._descriptor = getattr(self, '_descriptor', None), None
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -2,9 +2,8 @@
 
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -13,10 +12,24 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from dataset.augmentation import AugmentationParameters, AugmentationRanges, draw_augmentations
+from dataset.damage import (
+    BAD_ANNOTATION,
+    BAD_IMAGE,
+    BAD_LABELS,
+    MISSING,
+    MOST_REPLACEMENTS,
+    WRONG_SIZE,
+    Damage,
+    DamageError,
+    read_patiently,
+    read_quarantine,
+    replacement,
+)
 from utils.errors import UserError
-from utils.files import read_image, read_pickle
+from utils.files import read_pickle
 from utils.geometry import CROP_SIZE
 from utils.hand import SIDES
+from utils.images import ImageError, read_image
 
 FOLDERS = {'img': 'jpg', 'mask': 'jpg', 'dense': 'jpg', 'anno': 'pkl'}  # of a split -> extension of their files
 RECORD = 'preparation.json'  # counts of kept and skipped frames, with the reasons
@@ -50,6 +63,7 @@ class Sample(NamedTuple):
     intrinsics: Tensor  # (3, 3) of the crop, pixels
     index: Tensor  # type: ignore[assignment]  # () int64; hides tuple.index, which no sample needs
     augmentation: AugmentationParameters  # applied by ``BatchMaker``
+    damage: Sequence[Damage] = ()  # damaged samples that were met while this was read
 
     def to(self, device: torch.device) -> 'Sample':
         """The sample on ``device``, but for its augmentation: decisions read it on the host, without synchronising."""
@@ -74,6 +88,10 @@ LABEL_SHAPES = {
 }
 
 
+# What a split does when a batch asks it for a damaged sample.
+OnDamage = Literal['raise', 'replace', 'leave out']
+
+
 class PreparedSplit(Dataset):
     """One split of a prepared data set, independent of storage; subclasses read the images and labels of a sample.
 
@@ -83,6 +101,12 @@ class PreparedSplit(Dataset):
     (seed, epoch, index) alone, so it does not depend on workers, on order, or on where a run was resumed. A loader
     fetches whole batches through ``__getitems__``. Masks and dense maps are read only with ``with_mask``,
     ``with_dense``.
+
+    on_damage: 'raise' a DamageError for a damaged sample; 'replace' it by another one that follows from (seed, epoch,
+    index) alone; or 'leave out', which makes the batch smaller. The last two list it in ``Sample.damage``.
+
+    quarantined: numbers of stored samples that are left out (dataset/verify.py); ``length`` counts the others, and
+    ``number`` maps an index to the number that a sample is stored under.
     """
 
     def __init__(
@@ -94,36 +118,57 @@ class PreparedSplit(Dataset):
         seed: int = 0,
         with_mask: bool = True,
         with_dense: bool = True,
+        on_damage: OnDamage = 'raise',
+        quarantined: Sequence[int] = (),
     ):
         self.folder, self.length, self.ranges, self.seed = folder, length, ranges, seed
-        self.with_mask, self.with_dense = with_mask, with_dense
+        self.with_mask, self.with_dense, self.on_damage = with_mask, with_dense, on_damage
+        stored = np.arange(length + len(quarantined)) if quarantined else None
+        self._numbers = None if stored is None else np.delete(stored, list(quarantined))
 
     def __len__(self) -> int:
         return self.length
+
+    def number(self, index: int) -> int:
+        """The number under which sample ``index`` is stored: higher where samples before it are quarantined."""
+        return index if self._numbers is None else int(self._numbers[index])
 
     def name(self, index: int) -> str:
         """Where the sample is stored, for messages."""
         raise NotImplementedError
 
     def labels(self, index: int) -> tuple[np.ndarray, ...]:
-        """The float32 arrays of ``LABEL_SHAPES``. Raises UserError if they cannot be read."""
+        """The float32 arrays of ``LABEL_SHAPES``. Raises DamageError, and OSError if a file cannot be read."""
         raise NotImplementedError
 
     def entries(self, index: int) -> dict[str, dict]:
-        """The sample's entries of data.json, 'image' and 'annotation'; empty if the preparation kept none."""
+        """The sample's entries of data.json, 'image' and 'annotation'; empty if the preparation kept none. Raises like
+        ``labels``."""
         raise NotImplementedError
 
     def image(self, kind: str, index: int) -> np.ndarray:
-        """(256, 256, 3) uint8 BGR of kind 'img', 'mask' or 'dense'. Raises UserError if it cannot be read."""
+        """(256, 256, 3) uint8 BGR of kind 'img', 'mask' or 'dense'. Raises like ``labels``."""
         raise NotImplementedError
 
     def mask(self, index: int) -> np.ndarray:
-        """(256, 256, 2) uint8: where the left, right hand is visible. Raises UserError if it cannot be read."""
+        """(256, 256, 2) uint8: where the left, right hand is visible. Raises like ``labels``."""
         stored = self.image('mask', index)
         mask = np.empty((CROP_SIZE, CROP_SIZE, 2), np.uint8)
         left, right = MASK_FILE_CHANNELS
         cv2.mixChannels([stored], [mask], [left, 0, right, 1])  # indexing takes ten times as long
         return mask
+
+    def siblings(self, index: int) -> range:
+        """The samples from which one is chosen in place of damaged sample ``index``."""
+        return range(self.length)
+
+    def is_readable(self, index: int) -> bool:
+        """Whether sample ``index`` exists and is undamaged."""
+        try:
+            self._read(index)
+        except DamageError:
+            return False
+        return True
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         batch = self.__getitems__([key])
@@ -133,46 +178,101 @@ class PreparedSplit(Dataset):
     def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> Sample:
         """Read a batch: every field with a leading axis."""
         pairs = [key if isinstance(key, tuple) else (key, 0) for key in keys]
-        indices = [index for index, _ in pairs]
-        for index in indices:
+        for index, _ in pairs:
             if not 0 <= index < self.length:
                 raise IndexError(f'{self.folder} has samples 0 to {self.length - 1}, not {index}')
-        labels = zip(*(self.labels(index) for index in indices))
+        fields = self._empty_batch(len(pairs))
+        rows = {name: tensor.numpy() for name, tensor in fields.items()}
+        damage: dict[int, Damage] = {}
+        indices: list[int] = []
+        drawn: list[tuple[int, int, int]] = []
+        for index, epoch in pairs:
+            found = self._find_readable(index, epoch, damage)
+            if found is None:
+                continue
+            read_index, arrays = found
+            for name, array in arrays.items():
+                rows[name][len(indices)] = array
+            indices.append(read_index)
+            drawn.append((self.seed, epoch, index))
+        fields = {name: tensor[: len(indices)] for name, tensor in fields.items()}
         return Sample(
-            image=_read_all(partial(self.image, 'img'), indices, channels=3),
-            mask=_read_all(self.mask, indices, channels=2) if self.with_mask else None,
-            dense=_read_all(partial(self.image, 'dense'), indices, channels=3) if self.with_dense else None,
-            **{name: torch.from_numpy(np.stack(column)) for name, column in zip(LABEL_SHAPES, labels, strict=True)},
-            index=torch.tensor(indices),
-            augmentation=draw_augmentations(self.ranges, [(self.seed, epoch, index) for index, epoch in pairs]),
+            **{'mask': None, 'dense': None, **fields},  # type: ignore[arg-type]  # the fields by name
+            index=torch.tensor(indices, dtype=torch.int64),
+            augmentation=draw_augmentations(self.ranges, drawn),
+            damage=tuple(damage.values()),
         )
 
+    def _find_readable(
+        self, index: int, epoch: int, damage: dict[int, Damage]
+    ) -> tuple[int, dict[str, np.ndarray]] | None:
+        """The sample, or the one in its place, with its arrays; None if it is left out. Adds to ``damage``."""
+        siblings = self.siblings(index)
+        candidate = index
+        for attempt in range(MOST_REPLACEMENTS):
+            if candidate not in damage:
+                try:
+                    return candidate, self._read(candidate)
+                except DamageError as error:
+                    if self.on_damage == 'raise':
+                        raise
+                    damage[candidate] = Damage(candidate, self.name(candidate), error.reason, str(error))
+            if self.on_damage == 'leave out':
+                return None
+            candidate = replacement(siblings, seed=self.seed, epoch=epoch, index=index, attempt=attempt)
+        raise UserError(
+            f'{self.name(index)} is damaged, and no readable sample was found in its place in {MOST_REPLACEMENTS} '
+            f'attempts. {next(iter(damage.values())).detail}'
+        )
 
-def _read_all(read: Callable[[int], np.ndarray], indices: list[int], *, channels: int) -> Tensor:
-    images = torch.empty(len(indices), CROP_SIZE, CROP_SIZE, channels, dtype=torch.uint8)
-    if get_worker_info():
-        images.share_memory_()  # while it is empty: otherwise the loader copies it there when it is full
-    for row, index in zip(images.numpy(), indices):
-        row[...] = read(index)
-    return images
+    def _read(self, index: int) -> dict[str, np.ndarray]:
+        """Every array of one sample by its name in ``Sample``. Raises DamageError if one cannot be read."""
+
+        def read() -> dict[str, np.ndarray]:
+            arrays = {'image': self.image('img', index)}
+            if self.with_mask:
+                arrays['mask'] = self.mask(index)
+            if self.with_dense:
+                arrays['dense'] = self.image('dense', index)
+            return arrays | dict(zip(LABEL_SHAPES, self.labels(index), strict=True))
+
+        return read_patiently(read, self.name(index))
+
+    def _empty_batch(self, size: int) -> dict[str, Tensor]:
+        """Uninitialised tensors of every array of a batch."""
+        channels = {'image': 3} | ({'mask': 2} if self.with_mask else {}) | ({'dense': 3} if self.with_dense else {})
+        images = {
+            name: torch.empty(size, CROP_SIZE, CROP_SIZE, count, dtype=torch.uint8) for name, count in channels.items()
+        }
+        if get_worker_info():
+            for tensor in images.values():
+                tensor.share_memory_()  # while it is empty: otherwise the loader copies it there when it is full
+        return images | {name: torch.empty(size, *shape) for name, shape in LABEL_SHAPES.items()}
+
+
+def check_finite(arrays: Sequence[np.ndarray], name: str, *, advice: str) -> None:
+    """Raises DamageError if a label is NaN or infinite."""
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise DamageError(f'{name} holds NaN or infinity; {advice}.', BAD_LABELS)
 
 
 class InterHandDataset(PreparedSplit):
     """Read a split in the field's interchange format: a folder of files (dataset/prepare/split.py).
 
-    Raises UserError if the folder is missing or empty or lacks files, and on access if a file is unreadable.
+    Raises UserError if the folder is missing or empty or lacks files, and DamageError on access if one is damaged.
     """
 
     def __init__(self, path: str | Path, split: str, **options):
         folder = Path(path) / split
-        super().__init__(folder, _count(folder), **options)
+        quarantined = read_quarantine(folder)
+        super().__init__(folder, _count(folder, quarantined), quarantined=quarantined, **options)
 
     def name(self, index: int) -> str:
         """The image's path."""
         return str(self.path('img', index))
 
     def path(self, kind: str, index: int) -> Path:
-        return self.folder / kind / f'{index}.{FOLDERS[kind]}'
+        return self.folder / kind / f'{self.number(index)}.{FOLDERS[kind]}'
 
     def labels(self, index: int) -> tuple[np.ndarray, ...]:
         path, content = self._read_annotation(index)
@@ -188,11 +288,10 @@ class InterHandDataset(PreparedSplit):
                 for key, shape in (('R', (3, 3)), ('t', 3), ('camera', (3, 3)))
             ]
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise UserError(
+            raise DamageError(
                 f'{path} is not a prepared annotation ({type(error).__name__}: {error}); {PREPARE_AGAIN}.'
             ) from None
-        if not all(np.isfinite(array).all() for array in arrays):
-            raise UserError(f'{path} holds NaN or infinity; {PREPARE_AGAIN}.')
+        check_finite(arrays, str(path), advice=PREPARE_AGAIN)
         return tuple(arrays)
 
     def entries(self, index: int) -> dict[str, dict]:
@@ -201,36 +300,42 @@ class InterHandDataset(PreparedSplit):
 
     def _read_annotation(self, index: int) -> tuple[Path, dict[str, Any]]:
         path = self.path('anno', index)
-        content = read_pickle(path)
+        try:
+            content = read_pickle(path)
+        except UserError as error:
+            raise DamageError(str(error), BAD_ANNOTATION if path.exists() else MISSING) from None
         if not isinstance(content, dict):
-            raise UserError(
+            raise DamageError(
                 f'{path} is not a prepared annotation (it holds {type(content).__name__}); {PREPARE_AGAIN}.'
             )
         return path, content
 
     def image(self, kind: str, index: int) -> np.ndarray:
         path = self.path(kind, index)
-        try:
-            image = read_image(path)
-        except OSError:
-            image = None
-        return checked_crop(image, str(path), advice=PREPARE_AGAIN)
+        return checked_crop(lambda: read_image(path), str(path), advice=PREPARE_AGAIN)
 
 
-def checked_crop(image: np.ndarray | None, name: str, *, advice: str) -> np.ndarray:
-    """Return ``image``; raises UserError with ``advice`` if it is None or not 256 x 256 pixels."""
-    if image is None:
-        raise UserError(f'{name} is missing or not a readable image; {advice}.')
+def checked_crop(read: Callable[[], np.ndarray], name: str, *, advice: str) -> np.ndarray:
+    """Return the image; raises DamageError with ``advice`` if it is missing, damaged or not 256 x 256 pixels, and
+    OSError if it cannot be read."""
+    try:
+        image = read()
+    except FileNotFoundError:
+        raise DamageError(f'{name} is missing; {advice}.', MISSING) from None
+    except ImageError as error:
+        raise DamageError(f'{name} is {error}; {advice}.', BAD_IMAGE) from None
     if image.shape[:2] != (CROP_SIZE, CROP_SIZE):
-        raise UserError(
+        raise DamageError(
             f'{name} is {image.shape[1]} x {image.shape[0]} pixels, but prepared crops are {CROP_SIZE} x '
-            f'{CROP_SIZE}; {advice}.'
+            f'{CROP_SIZE}; {advice}.',
+            WRONG_SIZE,
         )
     return image
 
 
-def _count(folder: Path) -> int:
-    """Number of samples of a prepared split. Raises UserError unless every kind of file is numbered 0 to n - 1."""
+def _count(folder: Path, quarantined: Sequence[int]) -> int:
+    """Number of samples of a prepared split. Raises UserError unless every kind of file is numbered 0 to n - 1, but
+    for those quarantined."""
     if not folder.is_dir():
         if partial_folder(folder).is_dir():
             raise UserError(f'{folder} is only partly prepared; rerun dataset/interhand.py as before to finish it.')
@@ -253,14 +358,16 @@ def _count(folder: Path) -> int:
             if entry.name.endswith(suffix) and entry.is_file()  # pipes and devices can be read forever
         )
         numbers[kind] = {int(stem) for stem in stems if stem.isdecimal()}
-    samples = 1 + max(max(found, default=-1) for found in numbers.values())
+    highest = max(max(found, default=-1) for found in (*numbers.values(), quarantined))
+    absent = set(quarantined)
+    samples = highest + 1 - len(absent)
     if samples == 0:
         raise UserError(f'{folder} holds no samples; {PREPARE_AGAIN}.')
     for kind, found in numbers.items():
-        if gaps := samples - len(found):
-            first = next(number for number in range(samples) if number not in found)
+        if gaps := samples - len(found - absent):
+            first = next(number for number in range(highest + 1) if number not in found and number not in absent)
             raise UserError(
-                f'{folder / kind} has gaps: {gaps} of its files are missing, the first is number {first}. Copy '
-                f'it again, or {PREPARE_AGAIN}.'
+                f'{folder / kind} has gaps: {gaps} of its files are missing, the first is number {first}. Copy it '
+                f'again, leave those samples out (python dataset/verify.py --quarantine), or {PREPARE_AGAIN}.'
             )
     return samples

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dataset.damage import DamageError, read_patiently
 from dataset.prepare.raw import RawSplit, RecordError
 from dataset.prepared import PreparedSplit
 from utils.errors import UserError
@@ -42,20 +43,20 @@ def choose(
     lists = [(kind, path, read_ids(path)) for kind, path in files.items() if path]
     if lists or wanted:
         table = [
-            _identity(dataset.entries(index))
+            _identity(dataset, index)
             for index in tqdm(indices, desc='choose', unit='sample', leave=False, disable=None)
         ]
         for kind, path, ids in lists:
-            indices = [index for index in indices if table[index][kind] in ids]
+            indices = [index for index in indices if (row := table[index]) is None or row[kind] in ids]
             filters.append(f'{kind} ids of {path} ({len(ids):,} listed)')
         if wanted:
-            known = {row['capture'] for row in table}
+            known = {row['capture'] for row in table if row is not None}
             if unknown := wanted - known:
                 raise UserError(
                     f'{dataset.folder} has no capture {", ".join(sorted(unknown))}; it has '
                     f'{", ".join(sorted(known, key=lambda name: (len(name), name)))}.'
                 )
-            indices = [index for index in indices if table[index]['capture'] in wanted]
+            indices = [index for index in indices if (row := table[index]) is None or row['capture'] in wanted]
             filters.append(f'capture {", ".join(sorted(wanted))}')
     if not indices:
         raise UserError(
@@ -70,7 +71,14 @@ def choose(
     return Subset(indices, '; '.join(filters) or None)
 
 
-def _identity(entries: dict[str, dict]) -> dict[str, Any]:
+def _identity(dataset: PreparedSplit, index: int) -> dict[str, Any] | None:
+    """None for a damaged sample, which may belong to any subset: the evaluation lists it."""
+    try:
+        entries = read_patiently(lambda: dataset.entries(index), dataset.name(index))
+    except DamageError:
+        if dataset.is_readable(index):
+            raise  # it would be evaluated, as a member of every subset
+        return None
     image, annotation = entries['image'], entries['annotation']
     return {'image': image.get('id'), 'annotation': annotation.get('id'), 'capture': str(image.get('capture'))}
 

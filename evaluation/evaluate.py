@@ -1,7 +1,7 @@
 """Evaluate a network on a split: per-sample values of every metric, on one process or several."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataset.batch import Batch, BatchMaker
+from dataset.damage import Damage, refuse_damage, tolerated
+from dataset.prepared import PreparedSplit
 from evaluation.aggregation import Samples, choose_rows, concatenate
 from evaluation.comparison import Comparison
 from evaluation.metrics import JointRegressor, Protocol
@@ -34,6 +36,7 @@ class Evaluation(NamedTuple):
     details: Samples | None  # all metrics of the last stage
     grid: dict[Protocol, Samples]  # the headline metrics of the last stage, in other protocols
     metrics: tuple[Metric, ...]
+    damage: tuple[Damage, ...] = ()  # samples that could not be read and were left out
 
     def summary(self, stage: int = -1) -> dict[str, Any]:
         """The headline figures of a stage."""
@@ -125,25 +128,35 @@ def evaluate(
     *,
     title: str = 'evaluate',
     precision: str = 'float32',
+    tolerated_damage: float = 0.0,
     stopping: Callable[[], bool] = lambda: False,
     **judgement,
 ) -> Evaluation:
     """Evaluate every stage of ``model`` on ``loader`` (this process's share); the model's mode is restored.
 
-    model: DIR or a module with its interface. precision: of the network, as EVAL.PRECISION. stopping: asked before
-    each batch whether to raise StoppedEarly. judgement: keyword arguments of ``Judge``. Raises UserError naming the
-    samples if a prediction is not finite.
+    model: DIR or a module with its interface. precision: of the network, as EVAL.PRECISION. tolerated_damage: share of
+    the samples that may be damaged and are left out. stopping: asked before each batch whether to raise StoppedEarly.
+    judgement: keyword arguments of ``Judge``. Raises UserError naming the samples if more are damaged or a prediction
+    is not finite.
     """
     set_float32_precision(precision)
     judge = Judge(batch_maker, **judgement).to(batch_maker.device)
     was_training = model.training
     model.eval()
     judged: list[JudgedBatch] = []
+    damage: list[Damage] = []
+    total = sum(distributed.gather_objects(len(loader.sampler)))  # type: ignore[arg-type]  # every sampler has a length
+    folder = cast(PreparedSplit, loader.dataset).folder
+    limit: dict[str, Any] = {'most': tolerated(tolerated_damage, total), 'samples': total, 'folder': folder}
     stopped = False
     for samples in tqdm(loader, desc=title, unit='batch', disable=not distributed.is_main(), leave=False):
         stopped = stopping()
         if stopped:
             break
+        damage += samples.damage
+        refuse_damage(damage, **limit)
+        if not len(samples.index):
+            continue
         batch = batch_maker(samples)
         image = model.preprocess.normalise(batch.image)
         with autocast(precision, image.device):
@@ -153,7 +166,9 @@ def evaluate(
     model.train(was_training)
     if distributed.any_process(stopped):
         raise StoppedEarly
-    return _gather(judged, judge)
+    damage = sorted(one for part in distributed.gather_objects(damage) for one in part)
+    refuse_damage(damage, **limit)
+    return _gather(judged, judge)._replace(damage=tuple(damage))
 
 
 def _check_finite(output: DIROutput, batch: Batch, dataset: Any) -> None:

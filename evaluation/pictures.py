@@ -80,13 +80,12 @@ def look(model: DIR, dataset: PreparedSplit, indices: Iterable[int], batch_maker
     """One forward pass over some samples, in evaluation mode; the model's own mode is restored."""
     was_training = model.training
     model.eval()
-    indices = list(indices)
-    samples = dataset.__getitems__(indices)
+    samples = dataset.__getitems__(list(indices))
     batch = batch_maker(samples)
     output, maps = forward_with_maps(model, model.preprocess.normalise(batch.image))
     model.train(was_training)
     return Seen(
-        [f'{dataset.folder.name} sample {index}' for index in indices],
+        [f'{dataset.folder.name} sample {index}' for index in samples.index.tolist()],
         samples.image.numpy(),
         batch,
         output,

@@ -20,7 +20,7 @@ from evaluation.evaluate import Evaluation, evaluate
 from evaluation.metrics import GRID, NEEDS_SUBSET, PROTOCOLS, Protocol
 from evaluation.runs import METRICS_VERSION
 from evaluation.samples import chosen_samples_npz, per_sample_csv
-from evaluation.summary import format_breakdown, format_grid, format_summary
+from evaluation.summary import format_breakdown, format_damage, format_grid, format_summary
 from models.checkpoint import to_device
 from models.hands import load_hands
 from utils import distributed
@@ -119,6 +119,7 @@ def evaluate_split(model: torch.nn.Module, cfg: CfgNode, args: argparse.Namespac
             loader,
             batch_maker,
             precision=cfg.EVAL.PRECISION,
+            tolerated_damage=cfg.DATASET.TOLERATED_DAMAGE,
             network_root=cfg.ROOT_JOINT,
             protocol=protocol,
             grid=GRID if args.all_protocols else (),
@@ -141,9 +142,11 @@ def report(measured: Measured, *, title: str, out: str | None, more: dict[str, A
         'frames': len(subset.indices),
         'of': len(dataset),
     }
+    summary['damaged'] = [one._asdict() for one in result.damage]
     part = f' ({subset.description}; the split has {len(dataset)})' if subset.description else ''
     frames = f'{summary["frames"]} frames of {dataset.folder}{part}'
     print(f'{title}\nprotocol {name}: {result.protocol.describe()}; {frames}')
+    print(format_damage(result.damage), end='')
     print(format_summary(summary))
     print(f'\n{format_breakdown(summary)}')
     if result.grid:

@@ -1,7 +1,9 @@
 """Figures of an evaluation as metrics.json holds them, and as the console prints them."""
 
+from collections.abc import Sequence
 from typing import Any
 
+from dataset.damage import Damage
 from evaluation.aggregation import Samples, intervals
 from evaluation.metrics import Protocol
 from evaluation.registry import METRICS, Metric, headline
@@ -35,6 +37,14 @@ def format_summary(summary: dict[str, Any], metrics: tuple[Metric, ...] = METRIC
         else:
             lines.append(f'{metric.title}: {value:.6f} {unit}')
     return '\n'.join(lines)
+
+
+def format_damage(damage: Sequence[Damage]) -> str:
+    """The samples that were left out, one line each; empty without any."""
+    if not damage:
+        return ''
+    what = 'sample was' if len(damage) == 1 else 'samples were'
+    return f'{len(damage)} damaged {what} left out:\n' + ''.join(f'    {one.detail}\n' for one in damage)
 
 
 def format_breakdown(summary: dict[str, Any], metrics: tuple[Metric, ...] = METRICS) -> str:

@@ -5,6 +5,7 @@ from contextlib import closing
 from pathlib import Path
 
 from torch import Tensor
+from tqdm import tqdm
 from yacs.config import CfgNode
 
 from dataset import PreparedSplit
@@ -14,6 +15,7 @@ from evaluation.aggregation import Samples
 from evaluation.evaluate import Evaluation, StoppedEarly, evaluate
 from evaluation.metrics import Protocol
 from evaluation.pictures import draw_sheets, spread_over
+from evaluation.summary import format_damage
 from models import DIR
 from utils import distributed
 from utils.drawing import write_image
@@ -49,11 +51,13 @@ def validate(
             protocol=Protocol(cfg.ROOT_JOINT, scale=True),
             title='validate',
             precision=cfg.EVAL.PRECISION,
+            tolerated_damage=cfg.DATASET.TOLERATED_DAMAGE,
             stopping=stopping,
         )
     sheets = {}
     if log and cfg.TRAIN.PICTURES:
-        sheets = draw_sheets(model, dataset, spread_over(len(dataset), cfg.TRAIN.PICTURES), batch_maker)
+        shown = result.indices[spread_over(len(result.indices), cfg.TRAIN.PICTURES)].tolist()
+        sheets = draw_sheets(model, dataset, shown, batch_maker)
     if distributed.any_process(stopping()):  # drawing takes a while, in one of the processes
         raise StoppedEarly
     if log:
@@ -67,6 +71,10 @@ def validate(
 
 
 def _log_figures(log: RunLog, result: Evaluation, *, epoch: int, step: int) -> None:
+    if result.damage:
+        files = [one.file for one in result.damage]
+        log.write('val_damage', step, epoch=epoch, damaged=len(files), files=files)
+        tqdm.write(format_damage(result.damage).rstrip())
     for stage, errors in enumerate(result.stages):
         summary = result.summary(stage)
         figures = {f'{name}_{side}': value for name in LOGGED_FIGURES for side, value in summary[name].items()}

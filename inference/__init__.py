@@ -7,6 +7,7 @@ hands = reconstruct(images_bgr, boxes)          # lists: (H, W, 3) uint8 and (x,
 hands.vertices                                  # (N, 2, 778, 3) m: left hand, right hand; camera axes
 """
 
+import utils  # noqa: F401  # before PyTorch, see there
 from inference.reconstruct import Reconstruction, Reconstructor, load_reconstructor
 
 __all__ = ['Reconstruction', 'Reconstructor', 'load_reconstructor']

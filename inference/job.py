@@ -22,7 +22,7 @@ from inference.files import (
     write_image_files,
 )
 from inference.live_view import LiveView
-from inference.media import Inputs, Video, read_image, video_writer
+from inference.media import Inputs, Video, read_photo, video_writer
 from inference.reconstruct import SMALL_HANDS, Box, Crop, Reconstruction, Reconstructor, assumed_intrinsics, cut_crop
 from utils.errors import UserError
 from utils.files import atomic_file, read_json, remove_stale_partials, write_json
@@ -179,7 +179,7 @@ class Job(NamedTuple):
         if already_done(folder / 'hands.json', asked):
             self.outcome.earlier.append(str(folder))
             return []
-        image, focal = read_image(path)
+        image, focal = read_photo(path)
         boxes, intrinsics, shown = self.boxes(path, image), self.settings.intrinsics(image, focal), reduced(image)
         if self.settings.detect and list(boxes) == [None]:
             raise UserError('The detector finds no hands in it; pass --box or --boxes.')

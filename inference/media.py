@@ -1,12 +1,9 @@
 """Find, read and write image and video files. Every image is uint8 BGR."""
 
 import glob
-import io
 import math
 import os
 import secrets
-import struct
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +11,9 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import ExifTags, Image
 
 from utils.errors import UserError
-from utils.files import decode_image
+from utils.images import ImageError, decode_image, focal_length
 
 IMAGE_SUFFIXES = frozenset(
     [
@@ -41,7 +37,6 @@ IMAGE_SUFFIXES = frozenset(
 VIDEO_SUFFIXES = frozenset(
     ['.mp4', '.m4v', '.mov', '.avi', '.mkv', '.webm', '.mpg', '.mpeg', '.wmv', '.flv', '.gif', '.ts', '.mts']
 )
-DIAGONAL_35MM = math.hypot(36, 24)  # mm: of a 35 mm film frame
 DEFAULT_RATE = 30.0  # frames/s, for videos and cameras that do not report a rate
 
 
@@ -83,56 +78,22 @@ def find_inputs(patterns: list[str]) -> Inputs:
     return Inputs(list(images), list(videos), list(others))
 
 
-class ImageFile(NamedTuple):
-    """The content of an image file."""
+class Photo(NamedTuple):
+    """An image as a person took it."""
 
-    image: np.ndarray  # (H, W, 3) uint8 BGR
+    image: np.ndarray  # (H, W, 3) uint8 BGR, upright
     focal: float | None  # pixels, from the 35 mm equivalent in the EXIF data, if any
 
 
-def read_image(path: Path) -> ImageFile:
-    """Read an image as 8-bit BGR: rotated according to EXIF, 16 bits reduced to 8, alpha composited over white.
-
-    Raises UserError for a file that is not an image, truncated, or too large for memory, and OSError if the file
-    cannot be read.
-    """
+def read_photo(path: Path) -> Photo:
+    """Read an image with its focal length. Raises UserError if ``decode_image`` refuses it, OSError if unreadable."""
     content = path.read_bytes()
     try:
         image = decode_image(content)
-    except cv2.error:  # above 2^30 pixels, or out of memory
-        raise UserError('The image is too large to be read. Reduce it first.') from None
-    if image is None:
-        raise UserError('The file is not an image that OpenCV can read, or is truncated. Convert it to JPEG or PNG.')
-    if content[:2] != b'\xff\xd8':
-        image = _over_white(content, image)
-    return ImageFile(image, _exif_focal(content, *image.shape[:2]))
-
-
-def _exif_focal(content: bytes, height: int, width: int) -> float | None:
-    """Focal length in pixels from the 35 mm equivalent, defined by the diagonal field of view (CIPA DCG-001)."""
-    try:
-        with warnings.catch_warnings(action='ignore'):  # Pillow warns of large images, but only the header is read here
-            equivalent = (
-                Image.open(io.BytesIO(content))
-                .getexif()
-                .get_ifd(ExifTags.IFD.Exif)
-                .get(ExifTags.Base.FocalLengthIn35mmFilm)
-            )
-    except (OSError, ValueError, SyntaxError, TypeError, struct.error, Image.DecompressionBombError):
-        return None  # unknown to Pillow, or damaged EXIF: treated like missing EXIF
-    if not isinstance(equivalent, int) or equivalent <= 0:  # 0: unknown
-        return None
-    return equivalent * math.hypot(width, height) / DIAGONAL_35MM
-
-
-def _over_white(content: bytes, image: np.ndarray) -> np.ndarray:
-    """Composite an image with alpha over white, as most viewers do: colours of transparent pixels are arbitrary."""
-    with_alpha = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
-    if with_alpha is None or with_alpha.shape != (*image.shape[:2], 4):
-        return image
-    largest = {'uint8': 255, 'uint16': 65535}.get(with_alpha.dtype.name, 1.0)
-    alpha = cv2.convertScaleAbs(with_alpha[..., 3], alpha=255 / largest)[..., None].astype(np.uint16)
-    return 255 - ((255 - image) * alpha // 255).astype(np.uint8)
+    except ImageError as error:
+        raise UserError(f'The file is {error}. {error.advice}') from None
+    height, width = image.shape[:2]
+    return Photo(image, focal_length(content, height=height, width=width))
 
 
 class Video:

@@ -2,6 +2,7 @@
 
 from yacs.config import CfgNode
 
+import utils  # noqa: F401  # before PyTorch, see there
 from manopth import HandPair, TwoHandLayer
 from models.backbone import Backbone, load_imagenet
 from models.criterion import DIRCriterion

@@ -5,6 +5,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import utils  # noqa: F401  # before PyTorch, see there
+
+# isort: split
 from prepared_tree import write_prepared
 
 from models.hands import load_hands

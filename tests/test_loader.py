@@ -77,6 +77,10 @@ def test_training_loader_yields_the_augmented_batches_of_its_sampler(tiny_prepar
     assert torch.equal(found[0].augmentation.angle[1], alone.augmentation.angle)
 
 
+def tensors_of(batch):
+    return [*(value for value in batch if isinstance(value, torch.Tensor)), *batch.augmentation]
+
+
 def test_a_resumed_loader_yields_the_same_batches(tiny_prepared):
     def load(epoch, step, workers):
         batches, sampler = training_loader(config(tiny_prepared, **{'TRAIN.WORKERS': workers}))
@@ -84,7 +88,7 @@ def test_a_resumed_loader_yields_the_same_batches(tiny_prepared):
         return list(batches)
 
     for first, second in zip(load(1, 0, 0)[2:], load(1, 2, 1), strict=True):
-        for a, b in zip((*first[:-1], *first.augmentation), (*second[:-1], *second.augmentation)):
+        for a, b in zip(tensors_of(first), tensors_of(second), strict=True):
             assert torch.equal(a, b)
 
 
@@ -165,4 +169,4 @@ def test_a_loader_process_reports_invalid_input_in_one_sentence(tiny_prepared, t
     batches._iterator._shutdown_workers()  # the garbage collector would take five seconds
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if line.startswith('error: ')] == lines[-1:]
-    assert lines[-1].startswith(f'error: {tmp_path}/val/img/1.jpg is missing or not a readable image')
+    assert lines[-1].startswith(f'error: {tmp_path}/val/img/1.jpg is empty')

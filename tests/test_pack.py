@@ -98,9 +98,9 @@ def test_bits_go_there_and_back():
 
 def test_without_targets_it_says_how_to_go_on(tiny_prepared, tmp_path):
     assert run('--data_path', tiny_prepared, '--save_path', tmp_path / 'bare', '--no-targets', '--splits', 'train') == 0
-    with pytest.raises(UserError, match=r'without mask pictures: set DATASET.TARGETS render'):
+    with pytest.raises(UserError, match=r'without mask images: set DATASET.TARGETS render'):
         open_split(tmp_path / 'bare', 'train')
-    with pytest.raises(UserError, match=r'without dense pictures'):
+    with pytest.raises(UserError, match=r'without dense images'):
         open_split(tmp_path / 'bare', 'train', with_mask=False)
     bare = open_split(tmp_path / 'bare', 'train', with_mask=False, with_dense=False)
     assert torch.equal(bare[1].image, open_split(tiny_prepared, 'train')[1].image)
@@ -172,7 +172,7 @@ def test_power_cut_that_lost_pictures_costs_only_those(tiny_prepared, packed, tm
         (lambda f: overwrite(f / 'labels.npy', 0, b'x'), r'labels\.npy cannot be read'),
         (
             lambda f: overwrite(f / 'samples.bin', 0, bytes(3000)),
-            r'The img picture of .*samples\.bin\[0\] is missing or',
+            r'The img image of .*samples\.bin\[0\] is not an image',
         ),
     ],
 )
@@ -215,7 +215,7 @@ def test_packing_again_or_differently(tiny_prepared, spoilt, capsys):
         (['--data_path', 'nowhere', '--save_path', 'there'], 'nowhere has none of the splits'),
         (['--verify', 'nowhere'], 'nowhere has none of the splits'),
         (['--data_path', '{data}', '--save_path', '{data}'], 'is the data set itself'),
-        (['--data_path', '{data}', '--save_path', '{tmp}', '--splits', 'val'], 'val/img/1.jpg is missing or not'),
+        (['--data_path', '{data}', '--save_path', '{tmp}', '--splits', 'val'], 'val/img/1.jpg is not an image'),
     ],
 )
 def test_mistakes(tiny_prepared, tmp_path, capsys, arguments, message):

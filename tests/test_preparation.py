@@ -342,7 +342,7 @@ def spoil_half_download(root, content, save_path):
 def spoil_many_damaged(root, content, save_path):
     for image in content['data']['images'][1:]:
         (root / 'images' / 'train' / image['file_name']).write_bytes(b'')
-    return 'truncated or not an image', ()
+    return '.jpg: empty', ()
 
 
 def spoil_fits_missing(root, content, save_path):

@@ -31,6 +31,7 @@ _C.MANO.PATH = 'misc/mano'  # folder with MANO_LEFT.pkl and MANO_RIGHT.pkl
 _C.DATASET = CfgNode()
 _C.DATASET.PATH = './data/interhand2.6m/'  # prepared (python dataset/interhand.py) or packed (dataset/pack.py) data set
 _C.DATASET.TARGETS = 'files'  # masks and dense maps: 'files' as prepared; 'render': drawn on the model's device
+_C.DATASET.TOLERATED_DAMAGE = 0.001  # share of a split's samples that may be damaged, at least one; 0: none
 _C.DATASET.COLOURS = ''  # v_color.pkl for 'render' if the data was prepared with --colours; '': colours by position
 
 _C.MODEL = CfgNode()
@@ -298,7 +299,7 @@ def _check(cfg: CfgNode) -> None:
         least = -1 if key == 'EVAL.WORKERS' else 0
         if isinstance(value, (int, float)) and not least <= value < math.inf:
             raise UserError(f'{key} is {value}; it must be {least} or more, and finite.')
-    for key in _SHARES:
+    for key in (*_SHARES, 'DATASET.TOLERATED_DAMAGE'):
         if flat[key] > 1:
             raise UserError(f'{key} is {flat[key]}; it must be between 0 and 1.')
     if cfg.TRAIN.EMA >= 1:

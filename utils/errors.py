@@ -39,7 +39,7 @@ def user_facing(main: Callable[..., int | None]) -> Callable[..., int]:
                 return main(*args, **kwargs) or 0
         except (UserError, ManoError) as error:
             # A loader's worker process sends its whole traceback as the message; the sentence is its end.
-            sentence = re.split('(?:User|Mano)Error: ', str(error))[-1].rstrip()
+            sentence = re.split('(?:User|Mano|Damage)Error: ', str(error))[-1].rstrip()
             print(f'error: {sentence}', file=sys.stderr)
         except OSError as error:
             if not error.filename and error.errno is None:

@@ -11,9 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import cv2
-import numpy as np
-
 from manopth import ManoError, safe_pickle
 from utils.errors import UserError
 
@@ -68,18 +65,6 @@ def write_atomically(path: str | Path, content: bytes, *, durable: bool = True) 
     """Write ``content`` to a temporary file, then rename it to ``path``."""
     with atomic_file(path, durable=durable) as file:
         file.write(content)
-
-
-def read_image(path: str | Path) -> np.ndarray | None:
-    """(H, W, 3) uint8 BGR, or None for a truncated or foreign file. Raises OSError if it cannot be read."""
-    return decode_image(Path(path).read_bytes())
-
-
-def decode_image(content: bytes | memoryview) -> np.ndarray | None:
-    """An image file's bytes -> (H, W, 3) uint8 BGR, or None for truncated content or no image."""
-    # The decoder silently fills the missing part of a truncated JPEG with grey.
-    truncated = content[:2] == b'\xff\xd8' and b'\xff\xd9' not in bytes(content[-1024:])
-    return None if truncated or not content else cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
 
 
 def write_json(path: str | Path, value: Any) -> None:

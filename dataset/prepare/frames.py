@@ -12,9 +12,9 @@ from dataset.prepare.skips import BEHIND, DARK, DARKEST, MISSING, OTHER_SIZE, UN
 from dataset.prepared import MASK_FILE_CHANNELS
 from manopth import HandPair, TwoHandLayer
 from manopth.rotations import axis_angle_to_matrix
-from utils.files import read_image
 from utils.geometry import CROP_SIZE, crop_matrix, project
 from utils.hand import LEFT, NUM_FACES, RIGHT, SIDES
+from utils.images import ImageError, read_image
 from utils.rasterizer import RENDERERS, interpolate
 
 # Classes are encoded as colours. Without chroma subsampling no mask pixel changes its class in JPEG; with OpenCV's
@@ -47,8 +47,8 @@ def read_frame(path: str, size: tuple[int, int]) -> np.ndarray | Skip:
         return Skip(MISSING, path)
     except OSError as error:
         return Skip(UNREADABLE, f'{path}: {error.strerror}')
-    if image is None:
-        return Skip(UNREADABLE, f'{path}: truncated or not an image')
+    except ImageError as error:
+        return Skip(UNREADABLE, f'{path}: {error}')
     if image.shape[1::-1] != size:
         return Skip(OTHER_SIZE, f'{path}: {image.shape[1]}x{image.shape[0]}, annotated as {size[0]}x{size[1]}')
     return image
