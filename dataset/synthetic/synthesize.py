@@ -470,7 +470,7 @@ def synthesize(save_path: Path, settings: Settings, *, workers: int) -> list[dic
     """
     save_path = save_path.resolve()
     models = load_hands(settings.source, settings.path)
-    about = settings._asdict() | {'frames': list(settings.frames), 'hand_model': models.identity}
+    about = json.loads(json.dumps(settings._asdict() | {'hand_model': models.identity}))  # as files hold it
     about.pop('path')
     with growing(save_path):
         if save_path.is_dir() and not any(save_path.iterdir()):
