@@ -23,7 +23,8 @@ import io
 import json
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -115,15 +116,18 @@ def _pack_chunks(journal: Journal, packer: _Packer, head: dict[str, Any], worker
             journal.shorten(sound)
         done = journal.chunks[-1]['samples'] if journal.chunks else 0
         todo = [range(begin, min(begin + CHUNK, len(source))) for begin in range(done, len(source), CHUNK)]
-        with tqdm(total=len(source), initial=done, desc=source.folder.name, unit='sample') as progress:
-            for indices, chunk in zip(todo, _packed(packer, todo, workers)):
+        with (
+            closing(_packed(packer, todo, workers)) as chunks,
+            tqdm(total=len(source), initial=done, desc=source.folder.name, unit='sample') as progress,
+        ):
+            for indices, chunk in zip(todo, chunks):
                 checksum = _append(labels, samples, chunk)
                 journal.note({'samples': indices.stop, 'bytes': samples.tell(), 'crc32': checksum})
                 progress.update(len(chunk))
                 check_stop()
 
 
-def _packed(packer: _Packer, todo: list[range], workers: int) -> Iterator[list[PackedSample]]:
+def _packed(packer: _Packer, todo: list[range], workers: int) -> Generator[list[PackedSample], None, None]:
     if workers <= 1 or len(todo) <= 1:
         yield from map(packer, todo)
         return

@@ -10,7 +10,8 @@ import argparse
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -509,14 +510,17 @@ def _generate(journal: Journal, settings: Settings, sequences: list[Sequence], w
     pending = sequences[done:]
     tasks = [(settings, sequence, unfinished) for sequence in pending]
     total, left = sum(settings.frames), sum(sum(sequence.views) for sequence in pending)
-    with tqdm(total=total, initial=total - left, unit='img', desc='synthesize') as progress:
-        for sequence, record in zip(pending, _generated(tasks, workers)):
+    with (
+        closing(_generated(tasks, workers)) as records,
+        tqdm(total=total, initial=total - left, unit='img', desc='synthesize') as progress,
+    ):
+        for sequence, record in zip(pending, records):
             journal.note({'sequence': _identity(sequence), 'record': record})
             progress.update(len(record['images']))
             check_stop()
 
 
-def _generated(tasks: list[tuple[Settings, Sequence, Path]], workers: int) -> Iterator[dict]:
+def _generated(tasks: list[tuple[Settings, Sequence, Path]], workers: int) -> Generator[dict, None, None]:
     if workers <= 1 or len(tasks) <= 1:
         yield from map(_make_sequence, tasks)
         return
