@@ -33,7 +33,7 @@ def layer(models):
 
 
 @pytest.fixture(scope='module')
-def made(layer):
+def example(layer):
     """Six time steps, joints (6, 2, 21, 3) m and vertices (6, 2, 778, 3), of two captures with a person each."""
     rng = np.random.default_rng(3)
     flexion, spread = rng.uniform(0, 1.2, (6, 2, 5, 3)), rng.uniform(-0.1, 0.1, (6, 2, 5))
@@ -62,7 +62,7 @@ def write_raw_tree(root: Path, joints, valid=None, split='test') -> Path:
             'hand_type': 'interacting',
             'hand_type_valid': True,
         }
-        for camera in ('400001', '400002'):  # two pictures of every time step
+        for camera in ('400001', '400002'):  # two images of every time step
             identity = len(data['images'])
             data['images'].append(
                 {
@@ -96,7 +96,7 @@ def write_raw_tree(root: Path, joints, valid=None, split='test') -> Path:
 
 
 def read_back(layer, root: Path, split='test'):
-    """Joints and vertices of the annotation file, by way of the project's reader and hand layer; NaN where null."""
+    """Joints and vertices of the annotation file, through the project's reader and hand layer; NaN where null."""
     raw, mean = RawSplit(root, split), layer.pose_mean
     joints, vertices = [], []
     for name in NAMES:
@@ -133,15 +133,15 @@ def fit(root: Path, *extra) -> int:
     return fit_mano.main(['--data_path', str(root), *extra, 'MANO.SOURCE', 'standin', 'DEVICE', 'cpu'])
 
 
-def test_script_writes_the_real_format(tmp_path, made, layer):
-    root = write_raw_tree(tmp_path / 'raw', made[0])
+def test_script_writes_the_real_format(tmp_path, example, layer):
+    root = write_raw_tree(tmp_path / 'raw', example[0])
     done = run('--data_path', root, 'MANO.SOURCE', 'standin')
     assert done.returncode == 0, done.stderr
     assert '12 hands fitted' in done.stdout
 
     joints, vertices = read_back(layer, root)
-    assert (joints - made[0]).norm(dim=-1).mean() < 1e-3
-    assert (vertices - made[1]).norm(dim=-1).mean() < 1.5e-3
+    assert (joints - example[0]).norm(dim=-1).mean() < 1e-3
+    assert (vertices - example[1]).norm(dim=-1).mean() < 1.5e-3
     content = json.loads((root / 'annotations/test/InterHand2.6M_test_MANO_NeuralAnnot.json').read_text())
     assert [(capture, frame) for capture in content for frame in content[capture]] == NAMES
     hand = content['1']['20']['right']
@@ -153,24 +153,24 @@ def test_script_writes_the_real_format(tmp_path, made, layer):
     assert len(shapes['0']) == len(shapes['1']) == 1 and shapes['0'] != shapes['1']  # one person a capture
 
     table = residuals(root)
-    measured = (joints - made[0]).norm(dim=-1).mean(-1) * 1e3
+    measured = (joints - example[0]).norm(dim=-1).mean(-1) * 1e3
     for number, name in enumerate(NAMES):
         for hand, side in enumerate(SIDES):
             assert float(table[(*name, side)]['mean_mm']) == pytest.approx(measured[number, hand].item(), abs=2e-3)
 
 
-def test_hands_without_enough_joints_are_null_and_listed(tmp_path, made, layer, capsys):
+def test_hands_without_enough_joints_are_null_and_listed(tmp_path, example, layer, capsys):
     valid = np.ones((6, 2, 21), bool)
-    valid[0, LEFT] = False  # a hand that is not there
+    valid[0, LEFT] = False  # a missing hand
     valid[1, RIGHT, 5:] = False  # a hand with five joints
     valid[2, :, [4, 8]] = False
-    root = write_raw_tree(tmp_path / 'raw', made[0], valid)
+    root = write_raw_tree(tmp_path / 'raw', example[0], valid)
     assert fit(root) == 0
     raw = RawSplit(root, 'test')
     assert raw.mano('0', '10')['left'] is None and raw.mano('0', '10')['right'] is not None
     assert raw.mano('0', '11')['right'] is None and raw.mano('0', '11')['left'] is not None
     joints, _ = read_back(layer, root)
-    assert (joints - made[0])[2].norm(dim=-1)[torch.from_numpy(valid[2])].mean() < 1e-3
+    assert (joints - example[0])[2].norm(dim=-1)[torch.from_numpy(valid[2])].mean() < 1e-3
     out = capsys.readouterr().out
     assert '10 hands fitted' in out and '1 hands with too few valid joints are null (capture/frame): 0/11' in out
     table = residuals(root)
@@ -178,8 +178,8 @@ def test_hands_without_enough_joints_are_null_and_listed(tmp_path, made, layer, 
     assert ('0', '10', 'left') not in table
 
 
-def test_what_is_there_is_kept_and_only_gaps_are_filled(tmp_path, made, capsys):
-    root = write_raw_tree(tmp_path / 'raw', made[0])
+def test_existing_fits_are_kept_and_only_gaps_are_filled(tmp_path, example, capsys):
+    root = write_raw_tree(tmp_path / 'raw', example[0])
     assert fit(root) == 0
     path = root / 'annotations/test/InterHand2.6M_test_MANO_NeuralAnnot.json'
     first = path.read_bytes()
@@ -192,7 +192,7 @@ def test_what_is_there_is_kept_and_only_gaps_are_filled(tmp_path, made, capsys):
     content['0']['11']['right']['trans'] = [9.0, 9.0, 9.0]  # whatever it is, it is the user's
     content['1']['30']['left']['pose'][5] = float('nan')
     del content['1']['20']
-    content['7'] = {'1': {'left': None, 'right': None}}  # a time step without pictures
+    content['7'] = {'1': {'left': None, 'right': None}}  # a time step without images
     path.write_text(json.dumps(content))
     assert fit(root) == 0
     out = capsys.readouterr().out
@@ -210,8 +210,8 @@ def test_what_is_there_is_kept_and_only_gaps_are_filled(tmp_path, made, capsys):
     assert not list(path.parent.glob('*.partial')) and not list(path.parent.glob('.*'))
 
 
-def test_fits_of_different_hands_are_not_mixed(tmp_path, made, models, capsys):
-    root = write_raw_tree(tmp_path / 'raw', made[0])
+def test_fits_of_different_hands_are_not_mixed(tmp_path, example, models, capsys):
+    root = write_raw_tree(tmp_path / 'raw', example[0])
     assert fit(root) == 0
     record = root / 'hand_model.json'
     path = root / 'annotations/test/InterHand2.6M_test_MANO_NeuralAnnot.json'
@@ -227,8 +227,8 @@ def test_fits_of_different_hands_are_not_mixed(tmp_path, made, models, capsys):
     assert models[0].digest in record.read_text()
 
 
-def test_a_time_step_without_joints_is_counted(tmp_path, made, capsys):
-    root = write_raw_tree(tmp_path / 'raw', made[0])
+def test_a_time_step_without_joints_is_counted(tmp_path, example, capsys):
+    root = write_raw_tree(tmp_path / 'raw', example[0])
     path = root / 'annotations/test/InterHand2.6M_test_joint_3d.json'
     steps = json.loads(path.read_text())
     del steps['0']['11']
@@ -239,7 +239,7 @@ def test_a_time_step_without_joints_is_counted(tmp_path, made, capsys):
 
 
 @pytest.mark.parametrize(
-    ('arguments', 'said'),
+    ('arguments', 'message'),
     [
         (['--data_path', '{}/nowhere'], 'nowhere does not exist'),
         (['--data_path', '{}', '--splits', 'val'], 'val'),
@@ -248,18 +248,18 @@ def test_a_time_step_without_joints_is_counted(tmp_path, made, capsys):
         (['--data_path', '{}', 'MANO.SORCE', 'standin'], 'MANO.SOURCE'),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, made, capsys, arguments, said):
-    root = write_raw_tree(tmp_path, made[0])
+def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, example, capsys, arguments, message):
+    root = write_raw_tree(tmp_path, example[0])
     try:
         code = fit_mano.main([argument.format(root) for argument in arguments] + ['MANO.SOURCE', 'standin'])
     except SystemExit as stop:  # argparse's own
         code = stop.code
     error = capsys.readouterr().err
-    assert code == 2 and said in error and 'Traceback' not in error
+    assert code == 2 and message in error and 'Traceback' not in error
 
 
-def test_script_without_hand_model_or_joints(tmp_path, made):
-    root = write_raw_tree(tmp_path, made[0])
+def test_script_without_hand_model_or_joints(tmp_path, example):
+    root = write_raw_tree(tmp_path, example[0])
     done = run('--data_path', root, 'MANO.PATH', tmp_path / 'no_mano')
     assert done.returncode == 2 and 'MANO_LEFT.pkl is missing' in done.stderr and 'Traceback' not in done.stderr
     path = root / 'annotations/test/InterHand2.6M_test_joint_3d.json'

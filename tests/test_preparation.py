@@ -115,7 +115,7 @@ def test_the_command_writes_the_interchange_form(prepared, raw):
             assert cv2.imread(str(prepared / folder / f'{index}.jpg')).shape == (256, 256, 3)
 
 
-def test_one_process_makes_the_same_bytes_as_two(prepared, raw, tmp_path):
+def test_one_process_writes_the_same_bytes_as_two(prepared, raw, tmp_path):
     assert prepare(raw, tmp_path) == 0
     assert contents(tmp_path) == contents(prepared.parent)
 
@@ -171,17 +171,17 @@ def test_masks_and_colours_are_the_visible_surface_and_survive_jpeg(prepared, mo
         assert np.abs(dense - truth)[face >= 0].mean() < 6 and np.abs(dense - truth)[face < 0].mean() < 2
 
 
-def test_the_crop_shows_the_picture_through_the_crop_map(prepared, raw):
+def test_the_crop_shows_the_image_through_the_crop_matrix(prepared, raw):
     split = RawSplit(raw, 'train')
     for index, frame in enumerate(split.frames[:2]):
         anno = safe_pickle.load(prepared / 'anno' / f'{index}.pkl')
-        picture = cv2.imread(str(split.image_path(frame))).astype(np.float32)
+        image = cv2.imread(str(split.image_path(frame))).astype(np.float32)
         crop = cv2.imread(str(prepared / 'img' / f'{index}.jpg')).astype(np.float32)
         back = np.linalg.inv(anno['camera']['camera'] @ np.linalg.inv(split.camera(0, frame.camera).intrinsics))
         column, row = np.meshgrid(np.arange(256), np.arange(256))
         x, y = (back[k, k] * np.stack([column, row])[k] + back[k, 2] for k in range(2))
         x, y = x.astype(np.float32), y.astype(np.float32)
-        expected = cv2.remap(picture, x, y, cv2.INTER_LINEAR)
+        expected = cv2.remap(image, x, y, cv2.INTER_LINEAR)
         inside = (x > 1) & (y > 1) & (x < frame.width - 2) & (y < frame.height - 2)
         assert inside.mean() > 0.3 and np.abs(expected - crop)[inside].mean() < 4
 
@@ -212,7 +212,7 @@ def test_every_reason_to_skip_is_counted_and_listed_and_leaves_no_gap(tree):
     fits = content['MANO_NeuralAnnot']['0']
     annotations[images[0]['id']]['hand_type'] = 'right'
     annotations[images[1]['id']]['hand_type_valid'] = 0
-    fits['103']['left'] = None  # pictures 2, 3
+    fits['103']['left'] = None  # images 2, 3
     fits['106']['right']['trans'][1] = None  # 4, 5
     content['data']['annotations'].remove(annotations[images[6]['id']])
     path[7].unlink()
@@ -283,7 +283,7 @@ def test_an_interrupted_run_resumes_to_the_same_files(tree, monkeypatch, stop_af
     assert contents(save_path) == contents(save_path.with_name('whole'))
 
 
-def test_running_again_changes_nothing(tree, capsys):
+def test_rerunning_changes_nothing(tree, capsys):
     root, _, save_path = tree
     assert prepare(root, save_path) == 0
     before = contents(save_path)
@@ -350,13 +350,13 @@ def spoil_fits_missing(root, content, save_path):
     return 'MANO_NeuralAnnot.json is missing', ()
 
 
-def spoil_data_cut_short(root, content, save_path):
+def spoil_data_truncated(root, content, save_path):
     path = annotation_file(root, 'data')
     path.write_bytes(path.read_bytes()[:1000])
     return 'data.json cannot be read', ()
 
 
-def spoil_no_pictures(root, content, save_path):
+def spoil_no_images(root, content, save_path):
     (root / 'images').rename(root / 'pictures')
     return 'Unpack the images of train', ()
 

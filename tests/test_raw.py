@@ -31,7 +31,7 @@ def test_frames_are_joined_by_image_id_whatever_the_order(tree):
         assert (frame.capture, frame.camera, frame.width) == ('0', image['camera'], image['width'])
 
 
-def test_a_picture_without_annotation_has_no_hand_type(tree):
+def test_an_image_without_annotation_has_no_hand_type(tree):
     root, content = tree
     gone = content['data']['annotations'].pop()['image_id']
     write_kind(root, 'data', content)
@@ -58,7 +58,7 @@ def test_missing_images_are_found_whatever_is_in_their_place(tree):
     assert split.missing_images(reversed(split.frames)) == split.frames[::-1]
 
 
-def test_the_camera_stands_where_the_file_says_and_looks_along_z(tree):
+def test_the_camera_is_at_the_position_in_the_file_and_looks_along_z(tree):
     root, content = tree
     for name in CAMERAS:
         camera = RawSplit(root, 'train').camera(0, name)

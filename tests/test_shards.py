@@ -16,7 +16,7 @@ from dataset.prepared import InterHandDataset
 from utils.errors import UserError
 
 CHUNK = 2
-DARK, GONE = (2, 11), (5, 9)  # pictures; the second of the dark ones is also too wide
+DARK, GONE = (2, 11), (5, 9)  # images; the second of the dark ones is also too wide
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +25,8 @@ def small_chunks(monkeypatch):
 
 
 @pytest.fixture(scope='module')
-def made(tmp_path_factory):
-    """A raw tree in which something is skipped in every shard, what one run makes of it, and three shards."""
+def example(tmp_path_factory):
+    """A raw tree in which something is skipped in every shard, the result of a single run, and three shards."""
     root = tmp_path_factory.mktemp('shards')
     content = make_raw_tree(root / 'raw', steps=7)
     images, annotations = content['data']['images'], {a['image_id']: a for a in content['data']['annotations']}
@@ -47,47 +47,47 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def parts(made, tmp_path):
-    return shutil.copytree(made / 'parts', tmp_path / 'parts')
+def parts(example, tmp_path):
+    return shutil.copytree(example / 'parts', tmp_path / 'parts')
 
 
-def merge(made, save_path, *extra) -> int:
-    return prepare(made / 'raw', save_path, '--merge', *extra)
+def merge(example, save_path, *extra) -> int:
+    return prepare(example / 'raw', save_path, '--merge', *extra)
 
 
-def test_merged_shards_are_what_one_run_writes_and_nothing_is_copied(made, parts, capsys):
+def test_merged_shards_are_what_one_run_writes_and_nothing_is_copied(example, parts, capsys):
     with pytest.raises(UserError, match='train is prepared in shards.*--merge'):
         InterHandDataset(parts, 'train')
     assert find_shards(parts / 'train') == {Shard(number, 3): True for number in (1, 2, 3)}
     kept = [len(os.listdir(parts / f'train.shard-{number}-of-3' / 'img')) for number in (1, 2, 3)]
     assert sum(kept) == 7 and all(0 < k < 4 for k in kept)  # something is skipped in each
     third = (parts / 'train.shard-3-of-3' / 'mask' / '0.jpg').stat().st_ino
-    assert merge(made, parts) == 0
+    assert merge(example, parts) == 0
     assert 'train: 7 of 14 frames kept' in capsys.readouterr().out
-    assert contents(parts) == contents(made / 'whole')
+    assert contents(parts) == contents(example / 'whole')
     assert sorted(path.name for path in parts.iterdir()) == ['hand_model.json', 'train']
     assert (parts / 'train' / 'mask' / f'{sum(kept[:2])}.jpg').stat().st_ino == third
     assert InterHandDataset(parts, 'train')[6].index == 6
     for extra in (('--merge',), ('--shard', '2/3'), ()):
-        assert prepare(made / 'raw', parts, *extra) == 0
+        assert prepare(example / 'raw', parts, *extra) == 0
         assert 'already complete' in capsys.readouterr().out
-        assert contents(parts) == contents(made / 'whole')
+        assert contents(parts) == contents(example / 'whole')
 
 
-def test_where_there_are_no_links_pictures_are_copied(made, parts, monkeypatch):
+def test_images_are_copied_where_links_are_unsupported(example, parts, monkeypatch):
     def refuse(*_):
         raise PermissionError(1, 'Operation not permitted')
 
     monkeypatch.setattr(os, 'link', refuse)
-    assert merge(made, parts) == 0
-    assert contents(parts) == contents(made / 'whole')
+    assert merge(example, parts) == 0
+    assert contents(parts) == contents(example / 'whole')
 
 
-def test_empty_shards_do_no_harm(made, tmp_path):
+def test_empty_shards_do_no_harm(example, tmp_path):
     for number in range(1, 9):  # there are six chunks
-        assert prepare(made / 'raw', tmp_path, '--shard', f'{number}/8') == 0
-    assert merge(made, tmp_path) == 0
-    assert contents(tmp_path) == contents(made / 'whole')
+        assert prepare(example / 'raw', tmp_path, '--shard', f'{number}/8') == 0
+    assert merge(example, tmp_path) == 0
+    assert contents(tmp_path) == contents(example / 'whole')
 
 
 @pytest.mark.parametrize('frames, of', [(0, 3), (1, 1), (7, 3), (1000, 64), (999, 7)])
@@ -103,65 +103,65 @@ def interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
-def test_an_interrupted_shard_resumes(made, parts, monkeypatch, capsys):
+def test_an_interrupted_shard_resumes(example, parts, monkeypatch, capsys):
     folder, calls = parts / 'train.shard-2-of-3', []
     shutil.rmtree(folder)
     with monkeypatch.context() as patch:
         patch.setattr(preparation, 'finish', interrupt)
-        assert prepare(made / 'raw', parts, '--shard', '2/3') == 130
-    assert not folder.exists() and merge(made, parts) == 2
+        assert prepare(example / 'raw', parts, '--shard', '2/3') == 130
+    assert not folder.exists() and merge(example, parts) == 2
     assert 'of 3 shards, unfinished: 2; run these again (--shard i/3)' in capsys.readouterr().err
     monkeypatch.setattr(preparation, 'frame_task', lambda *a: calls.append(a))
-    assert prepare(made / 'raw', parts, '--shard', '2/3') == 0
-    assert not calls and contents(folder) == contents(made / 'parts' / folder.name)
+    assert prepare(example / 'raw', parts, '--shard', '2/3') == 0
+    assert not calls and contents(folder) == contents(example / 'parts' / folder.name)
 
 
 @pytest.mark.parametrize('samples', [0, 1, 3, 6])
-def test_a_merge_cut_off_among_the_samples_loses_nothing_and_goes_on(made, parts, monkeypatch, samples):
+def test_a_merge_interrupted_among_the_samples_loses_nothing_and_resumes(example, parts, monkeypatch, samples):
     take_over, calls = shards._take_over, []
 
-    def cut_off(folder, number, partial, index):
+    def interrupted(folder, number, partial, index):
         calls.append(index)
         if len(calls) > samples:
             (partial / 'anno' / f'{index}.pkl').write_bytes(b'half a fi')
             raise KeyboardInterrupt
         take_over(folder, number, partial, index)
 
-    monkeypatch.setattr(shards, '_take_over', cut_off)
-    assert merge(made, parts) == 130
+    monkeypatch.setattr(shards, '_take_over', interrupted)
+    assert merge(example, parts) == 130
     assert not (parts / 'train').exists()
     for folder in parts.glob('train.shard-*'):
-        assert contents(folder) == contents(made / 'parts' / folder.name)
+        assert contents(folder) == contents(example / 'parts' / folder.name)
     monkeypatch.setattr(shards, '_take_over', take_over)
-    assert merge(made, parts) == 0
-    assert contents(parts) == contents(made / 'whole')
+    assert merge(example, parts) == 0
+    assert contents(parts) == contents(example / 'whole')
 
 
-def test_a_merge_cut_off_before_its_last_rename_goes_on(made, parts, monkeypatch):
+def test_a_merge_interrupted_before_its_last_rename_resumes(example, parts, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shards, 'finish', interrupt)
-        assert merge(made, parts) == 130
+        assert merge(example, parts) == 130
     monkeypatch.setattr(shards, '_take_over', None)  # all of them are there
-    assert merge(made, parts) == 0
-    assert contents(parts) == contents(made / 'whole')
+    assert merge(example, parts) == 0
+    assert contents(parts) == contents(example / 'whole')
 
 
 @pytest.mark.parametrize('again', [('--merge',), ()])
-def test_a_merge_cut_off_while_it_removes_the_shards_goes_on(made, parts, monkeypatch, again):
+def test_a_merge_interrupted_while_it_removes_the_shards_resumes(example, parts, monkeypatch, again):
     def half(folder):
         os.unlink(folder / 'preparation.json')
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, 'rmtree', half)
-        assert merge(made, parts) == 130
+        assert merge(example, parts) == 130
     assert len(list(parts.glob('train.shard-*'))) == 3
-    assert prepare(made / 'raw', parts, *again) == 0
-    assert contents(parts) == contents(made / 'whole')
+    assert prepare(example / 'raw', parts, *again) == 0
+    assert contents(parts) == contents(example / 'whole')
 
 
-def test_a_merge_starts_anew_when_a_shard_has_been_prepared_again(made, parts, tmp_path, monkeypatch):
-    raw = shutil.copytree(made / 'raw', tmp_path / 'raw')
+def test_a_merge_starts_again_when_a_shard_has_been_prepared_again(example, parts, tmp_path, monkeypatch):
+    raw = shutil.copytree(example / 'raw', tmp_path / 'raw')
     with monkeypatch.context() as patch:
         patch.setattr(shards, 'finish', interrupt)
         assert prepare(raw, parts, '--merge') == 130
@@ -170,29 +170,29 @@ def test_a_merge_starts_anew_when_a_shard_has_been_prepared_again(made, parts, t
     shutil.rmtree(parts / 'train.shard-1-of-3')
     assert prepare(raw, parts, '--shard', '1/3') == 0 and prepare(raw, parts, '--merge') == 0
     assert prepare(raw, tmp_path / 'whole') == 0
-    path = parts / 'train' / 'preparation.json'  # names the tree that a shard was made from
-    path.write_text(path.read_text().replace(str(made / 'raw'), str(raw)))
+    path = parts / 'train' / 'preparation.json'  # names the tree that a shard was prepared from
+    path.write_text(path.read_text().replace(str(example / 'raw'), str(raw)))
     assert record(parts)['kept'] == 6 and contents(parts) == contents(tmp_path / 'whole')
 
 
-def test_heavy_damage_is_refused_in_its_shard_and_in_the_whole(made, parts, tmp_path, monkeypatch, capsys):
+def test_heavy_damage_is_refused_in_its_shard_and_in_the_whole(example, parts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr('dataset.prepare.skips.TOLERATED_FRAMES', 0)
     monkeypatch.setattr('dataset.prepare.skips.TOLERATED_SHARE', 0.2)
     shutil.rmtree(parts / 'train.shard-2-of-3')
-    assert prepare(made / 'raw', parts, '--shard', '2/3') == 2
+    assert prepare(example / 'raw', parts, '--shard', '2/3') == 2
     assert '2 of 4 frames of train, shard 2/3 in' in capsys.readouterr().err
-    assert prepare(made / 'raw', tmp_path, '--shard', '1/3') == 0  # none
-    shutil.copytree(made / 'parts', parts, dirs_exist_ok=True)
+    assert prepare(example / 'raw', tmp_path, '--shard', '1/3') == 0  # none
+    shutil.copytree(example / 'parts', parts, dirs_exist_ok=True)
     shutil.rmtree(parts / 'train.shard-2-of-3.partial')
-    assert merge(made, parts) == 2
+    assert merge(example, parts) == 2
     assert '4 of 14 frames of train in' in capsys.readouterr().err and not (parts / 'train.partial').exists()
     monkeypatch.setattr('dataset.prepare.skips.TOLERATED_SHARE', 0.3)
-    assert merge(made, parts) == 0
+    assert merge(example, parts) == 0
 
 
-def test_damaged_annotations_are_refused_before_the_first_picture(made, tmp_path, monkeypatch, capsys):
+def test_damaged_annotations_are_refused_before_the_first_image(example, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr('dataset.prepare.skips.TOLERATED_FRAMES', 0)
-    assert prepare(made / 'raw', tmp_path, '--shard', '1/3') == 2
+    assert prepare(example / 'raw', tmp_path, '--shard', '1/3') == 2
     assert '1 of 14 frames of train in' in capsys.readouterr().err
 
 
@@ -322,19 +322,19 @@ def spoil_merge_without_shards(parts):
     [value for name, value in list(globals().items()) if name.startswith('spoil_')],
     ids=lambda f: f.__name__.removeprefix('spoil_'),
 )
-def test_bad_input_is_one_sentence_and_exit_code_2(made, parts, spoil, capsys):
+def test_bad_input_is_one_sentence_and_exit_code_2(example, parts, spoil, capsys):
     extra, message = spoil(parts)
     before = contents(parts)
-    assert prepare(made / 'raw', parts, *extra) == 2
+    assert prepare(example / 'raw', parts, *extra) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith('error: ')]
     assert len(errors) == 1 and message in errors[0]
     assert not (parts / 'train').exists()
     assert before.items() <= contents(parts).items()
 
 
-def test_many_missing_shards_are_not_all_listed(made, tmp_path, capsys):
+def test_many_missing_shards_are_not_all_listed(example, tmp_path, capsys):
     (tmp_path / 'train.shard-1-of-64').mkdir()
-    assert merge(made, tmp_path) == 2
+    assert merge(example, tmp_path) == 2
     assert 'of 64 shards, missing: 2, 3, 4' in (error := capsys.readouterr().err) and ', 21, ...; run' in error
 
 

@@ -6,6 +6,7 @@ while nothing can be lost it unwinds (``Stopped``); while there is a state to sa
 """
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -19,7 +20,7 @@ from types import FrameType
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)
 )
-_PARENT_CHECKS_S = 1.0
+PARENT_CHECKS_S = 1.0
 _watched: set[int] = set()  # ids of the processes that already watch their launcher
 
 
@@ -154,10 +155,15 @@ def obey_stop_signals() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+def requested_stop() -> int | None:
+    """The stop signal that has arrived within ``obey_stop_signals``."""
+    return None if _obeyed is None else _obeyed.number
+
+
 def check_stop() -> None:
     """Raise ``Stopped`` if a stop signal has arrived within ``obey_stop_signals``: call it between units of work."""
-    if _obeyed is not None and _obeyed.number is not None:
-        raise Stopped(_obeyed.number)
+    if (number := requested_stop()) is not None:
+        raise Stopped(number)
 
 
 @contextmanager
@@ -186,15 +192,16 @@ def shield_worker(parent: int | None = None) -> None:
     parent = os.getppid() if parent is None else parent
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: Linux, when the forking thread ends
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    creator = multiprocessing.parent_process()  # not the parent where a server forks
+    threading.Thread(target=_end_with, args=(parent, creator and creator.pid), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    """End with the parent, also where ``prctl`` is missing or came too late, or at its TERM."""
+def _end_with(parent: int, creator: int | None) -> None:
+    """End with the parent, also where ``prctl`` is missing or came too late, or at its or the creator's TERM."""
     while os.getppid() == parent:
         if not hasattr(signal, 'sigtimedwait'):
-            time.sleep(_PARENT_CHECKS_S)
-        elif (sent := signal.sigtimedwait([signal.SIGTERM], _PARENT_CHECKS_S)) and sent.si_pid == parent:
+            time.sleep(PARENT_CHECKS_S)
+        elif (sent := signal.sigtimedwait([signal.SIGTERM], PARENT_CHECKS_S)) and sent.si_pid in (parent, creator):
             break
     os._exit(1)
 
@@ -208,6 +215,6 @@ def _follow_launcher() -> None:
 
 def _stop_with(launcher: int) -> None:
     while os.getppid() == launcher:
-        time.sleep(_PARENT_CHECKS_S)
+        time.sleep(PARENT_CHECKS_S)
     print('torchrun has ended; this process stops, too.', file=sys.stderr)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataset.hand_model_record import check_hand_model_record, write_hand_model_record
+from dataset.hand_model_record import check_hand_model_record, claim_hand_model_record
 from dataset.prepare import raw
 from dataset.prepare.frames import FramePreparer, FrameTask, PreparedFrame
 from dataset.prepare.raw import SPLITS, RawSplit
@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
         torch.ones(1, 3, 3), torch.tensor([[0, 1, 2]]), torch.eye(3)[None], (4, 4)
     )  # is the renderer installed?
     save_path.mkdir(parents=True, exist_ok=True)
-    write_hand_model_record(save_path, models)
+    claim_hand_model_record(save_path, models.identity)
 
     workers = arguments.workers or min(usable_cores(), MOST_WORKERS)
     if workers == 1:

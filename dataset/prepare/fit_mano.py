@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset.hand_model_record import HAND_MODEL_RECORD, check_hand_model_record, write_hand_model_record
+from dataset.hand_model_record import HAND_MODEL_RECORD, check_hand_model_record, claim_hand_model_record
 from dataset.prepare.raw import SPLITS, RawSplit, RecordError, annotation_file, find_splits
 from manopth import HandPair
 from manopth.fitting import PointModel, fit_hands, fittable, place_points
@@ -29,7 +29,7 @@ from models.hands import load_hands
 from utils.config import add_config_arguments, load_config
 from utils.distributed import choose_device
 from utils.errors import UserError, user_facing
-from utils.files import read_json, write_atomically
+from utils.files import read_json, remove_stale_partials, write_atomically
 from utils.hand import NUM_JOINTS, SIDES
 from utils.ownership import owned
 from utils.stopping import check_stop, obey_stop_signals
@@ -154,6 +154,7 @@ def fit_split(split: RawSplit, models: HandPair, *, overwrite: bool, device: str
     Owns the annotation file from reading to writing. Raises UserError if another process does.
     """
     with owned(split.file('MANO_NeuralAnnot')):
+        remove_stale_partials(split.file('MANO_NeuralAnnot').parent)
         return _fit_split(split, models, overwrite=overwrite, device=device)
 
 
@@ -197,7 +198,8 @@ def _fit_split(split: RawSplit, models: HandPair, *, overwrite: bool, device: st
         content = {} if overwrite or not path.exists() else read_json(path)
         _insert(content, joints.names, names, fit, wanted[rows])
         _write_residuals(path.with_name(f'InterHand2.6M_{split.split}_fit_residuals.csv'), table, fresh=overwrite)
-        write_hand_model_record(split.root, models)  # first: parameters of an unnamed hand would pass as official
+        # First: parameters without a record of their hand model would pass as official.
+        claim_hand_model_record(split.root, models.identity, replace=True)
         write_atomically(path, json.dumps(content, separators=(',', ':')).encode())
     return '\n'.join(
         [

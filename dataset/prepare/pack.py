@@ -23,14 +23,15 @@ import io
 import json
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
-from dataset.hand_model_record import HAND_MODEL_RECORD
+from dataset.hand_model_record import claim_hand_model_record, recorded_hand_model
 from dataset.packed import FORMAT, LABELS, MANIFEST, PARTS, SAMPLES, pack_bits, read_manifest, record_type, verify_split
 from dataset.prepare.raw import SPLITS
 from dataset.prepare.resumable import JOURNAL, Journal, already_complete, growing, publish, refuse_other_settings
@@ -39,7 +40,7 @@ from dataset.prepare.workers import ordered_map, worker_pool
 from dataset.prepared import LABEL_SHAPES, RECORD, InterHandDataset, partial_folder
 from utils.distributed import usable_cores
 from utils.errors import UserError, user_facing
-from utils.files import read_json, sha256_of_file, write_atomically
+from utils.files import read_json, sha256_of_file
 from utils.stopping import check_stop, obey_stop_signals
 
 CHUNK = 64  # samples per task; the unit of the journal
@@ -107,22 +108,26 @@ def _pack_chunks(journal: Journal, packer: _Packer, head: dict[str, Any], worker
     if not journal.chunks:
         journal.begin(settings)
     refuse_other_settings(partial, journal.header, settings)
-    open_mode = 'r+b' if journal.chunks and all((partial / name).exists() for name in (LABELS, SAMPLES)) else 'w+b'
-    with open(partial / LABELS, open_mode) as labels, open(partial / SAMPLES, open_mode) as samples:
+    for name in (LABELS, SAMPLES):
+        (partial / name).touch()
+    with open(partial / LABELS, 'r+b') as labels, open(partial / SAMPLES, 'r+b') as samples:
         sound = _sound_chunks(journal, labels, samples, _labels_header(len(source)))
         if sound < len(journal.chunks):
             journal.shorten(sound)
         done = journal.chunks[-1]['samples'] if journal.chunks else 0
         todo = [range(begin, min(begin + CHUNK, len(source))) for begin in range(done, len(source), CHUNK)]
-        with tqdm(total=len(source), initial=done, desc=source.folder.name, unit='sample') as progress:
-            for indices, chunk in zip(todo, _packed(packer, todo, workers)):
+        with (
+            closing(_packed(packer, todo, workers)) as chunks,
+            tqdm(total=len(source), initial=done, desc=source.folder.name, unit='sample') as progress,
+        ):
+            for indices, chunk in zip(todo, chunks):
                 checksum = _append(labels, samples, chunk)
                 journal.note({'samples': indices.stop, 'bytes': samples.tell(), 'crc32': checksum})
                 progress.update(len(chunk))
                 check_stop()
 
 
-def _packed(packer: _Packer, todo: list[range], workers: int) -> Iterator[list[PackedSample]]:
+def _packed(packer: _Packer, todo: list[range], workers: int) -> Generator[list[PackedSample], None, None]:
     if workers <= 1 or len(todo) <= 1:
         yield from map(packer, todo)
         return
@@ -247,8 +252,8 @@ def pack(args: argparse.Namespace) -> None:
         raise UserError(f'--save_path {save_path} is the data set itself. Choose another folder.')
     sources = [InterHandDataset(folder.parent, folder.name) for folder in _splits_in(args.data_path, args.splits)]
     save_path.mkdir(parents=True, exist_ok=True)
-    if (record := Path(args.data_path) / HAND_MODEL_RECORD).exists():
-        write_atomically(save_path / HAND_MODEL_RECORD, record.read_bytes())
+    if recorded := recorded_hand_model(args.data_path):
+        claim_hand_model_record(save_path, recorded)
     for source in sources:
         pack_split(source, save_path, masks=args.masks, targets=not args.no_targets, workers=args.workers)
 

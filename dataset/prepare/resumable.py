@@ -17,7 +17,7 @@ from typing import Any
 
 from dataset.prepared import partial_folder
 from utils.errors import UserError
-from utils.files import write_atomically, write_json
+from utils.files import remove_stale_partials, write_atomically, write_json
 from utils.ownership import owned
 
 JOURNAL = 'journal.jsonl'
@@ -209,8 +209,7 @@ def refuse_other_settings(folder: Path, found: dict | None, wanted: dict) -> Non
 def publish(folder: Path, record_name: str, record: dict[str, Any]) -> None:
     """Complete ``folder``: everything reaches the disk, then its record is written, then it gets its name."""
     partial = partial_folder(folder)
-    for stale in partial.glob('.*.partial'):  # temporary files of killed runs
-        stale.unlink()
+    remove_stale_partials(partial)
     sync_file_system(partial)  # a power cut must not leave the final name on files that never reached the disk
     write_json(partial / record_name, record)
     os.rename(partial, folder)

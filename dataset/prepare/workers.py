@@ -20,7 +20,8 @@ def worker_pool(workers: int, initialize: Callable[..., None] | None = None, *ar
     Raises UserError if a worker is killed, and Stopped if a stop signal has reached it before it was shielded.
     """
     context = get_context('spawn')  # forking a process that has used torch may hang
-    executor = ProcessPoolExecutor(workers, context, _start, (os.getpid(), initialize, arguments))
+    with holding_stop_signals():  # this starts multiprocessing's resource tracker, which SIGHUP and SIGUSR1 would end
+        executor = ProcessPoolExecutor(workers, context, _start, (os.getpid(), initialize, arguments))
     try:
         yield executor
     except (BrokenProcessPool, MemoryError):

@@ -10,7 +10,8 @@ import argparse
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +46,7 @@ from models.hands import load_hands
 from utils.config import add_config_arguments, add_flag, load_config, split_off_pairs
 from utils.distributed import torch_threads, usable_cores
 from utils.errors import UserError, user_facing
-from utils.files import read_json, write_atomically
+from utils.files import read_json, remove_stale_partials, write_atomically
 from utils.hand import INTERHAND_TO_JOINTS, LEFT, NUM_JOINTS, RIGHT, SIDES
 from utils.stopping import check_stop, obey_stop_signals
 
@@ -470,7 +471,7 @@ def synthesize(save_path: Path, settings: Settings, *, workers: int) -> list[dic
     """
     save_path = save_path.resolve()
     models = load_hands(settings.source, settings.path)
-    about = settings._asdict() | {'frames': list(settings.frames), 'hand_model': models.identity}
+    about = json.loads(json.dumps(settings._asdict() | {'hand_model': models.identity}))  # as files hold it
     about.pop('path')
     with growing(save_path):
         if save_path.is_dir() and not any(save_path.iterdir()):
@@ -494,6 +495,7 @@ def synthesize(save_path: Path, settings: Settings, *, workers: int) -> list[dic
                 _refuse_other_images(unfinished, split, own, planned)
                 write_annotations(unfinished, split, own, settings)
         write_hand_model_record(unfinished, models)
+        remove_stale_partials(unfinished / 'annotations', recursive=True)
         publish(save_path, RECORD, about)
         (save_path / JOURNAL).unlink()
     return records
@@ -508,14 +510,17 @@ def _generate(journal: Journal, settings: Settings, sequences: list[Sequence], w
     pending = sequences[done:]
     tasks = [(settings, sequence, unfinished) for sequence in pending]
     total, left = sum(settings.frames), sum(sum(sequence.views) for sequence in pending)
-    with tqdm(total=total, initial=total - left, unit='img', desc='synthesize') as progress:
-        for sequence, record in zip(pending, _generated(tasks, workers)):
+    with (
+        closing(_generated(tasks, workers)) as records,
+        tqdm(total=total, initial=total - left, unit='img', desc='synthesize') as progress,
+    ):
+        for sequence, record in zip(pending, records):
             journal.note({'sequence': _identity(sequence), 'record': record})
             progress.update(len(record['images']))
             check_stop()
 
 
-def _generated(tasks: list[tuple[Settings, Sequence, Path]], workers: int) -> Iterator[dict]:
+def _generated(tasks: list[tuple[Settings, Sequence, Path]], workers: int) -> Generator[dict, None, None]:
     if workers <= 1 or len(tasks) <= 1:
         yield from map(_make_sequence, tasks)
         return
