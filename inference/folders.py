@@ -92,7 +92,7 @@ def remove_results(folder: Path) -> None:
     for path in _children(folder):
         if path.name in IMAGE_FILES or path.name in VIDEO_FILES:
             path.unlink()
-        elif _of_further_pair(path):
+        elif _may_hold_pair(path) and ((path / IMAGE_RECORD).exists() or _all_known(path, IMAGE_FILES)):
             remove_results(path)
             with suppress(OSError):  # files of others
                 path.rmdir()
@@ -100,16 +100,17 @@ def remove_results(folder: Path) -> None:
 
 def _only_leftovers(folder: Path) -> bool:
     """Whether a folder holds nothing but results of the demo without their record."""
-    known = {*IMAGE_FILES, *VIDEO_FILES} - {IMAGE_RECORD, VIDEO_RECORD}
-    return all(
-        path.name in known or _PARTIAL.fullmatch(path.name) or _of_further_pair(path) for path in _children(folder)
-    )
+    pairs = frozenset(path.name for path in _children(folder) if _may_hold_pair(path) and _all_known(path, IMAGE_FILES))
+    return _all_known(folder, (IMAGE_FILES | VIDEO_FILES | pairs) - {IMAGE_RECORD, VIDEO_RECORD})
 
 
-def _of_further_pair(folder: Path) -> bool:
-    """Whether this is the folder of an image's second or later pair of hands."""
-    known = {path.name for path in _children(folder) if not _PARTIAL.fullmatch(path.name)} <= {*IMAGE_FILES}
-    return re.fullmatch(r'\d{1,4}', folder.name) is not None and folder.is_dir() and known
+def _may_hold_pair(path: Path) -> bool:
+    """Whether this may be the folder of an image's second or later pair of hands."""
+    return re.fullmatch(r'[1-9]\d{0,3}', path.name) is not None and path.is_dir()
+
+
+def _all_known(folder: Path, known: frozenset[str]) -> bool:
+    return all(path.name in known or _PARTIAL.fullmatch(path.name) for path in _children(folder))
 
 
 def _children(folder: Path) -> list[Path]:

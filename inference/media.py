@@ -50,8 +50,6 @@ LONGEST_HOLD = 60.0  # s for which a written video repeats one frame
 FAILURES_AT_END = 100  # in a row, after which a video counts as ended: broken frames fail one by one
 SYSTEM_FILES = re.compile(r'\..*|Thumbs\.db|desktop\.ini', re.IGNORECASE | re.DOTALL)
 _FFMPEG_LINE = re.compile(r'^(?:\[[^\]\n]+ @ \w+\] *(.*)| +Last message repeated.*)\n?', re.MULTILINE)
-# A playlist that is named like a video must not make FFmpeg open network addresses.
-_ONLY_FILES = 'protocol_whitelist;file'
 
 
 class Inputs(NamedTuple):
@@ -200,7 +198,7 @@ class Video:
         reader.close()
 
     def __iter__(self) -> Iterator[Frame]:
-        reader, clock, number = _Reader(self.path), _Clock(1 / self.timing.rate), 0
+        reader, clock, number = _Reader(self.path), Clock(1 / self.timing.rate), 0
         try:
             while number != self.limit and reader.next():
                 yield Frame(reader.image(), clock.time(reader.position()))
@@ -233,7 +231,6 @@ class _Reader:
     """Decodes frames with FFmpeg, continues after broken ones, and collects what FFmpeg prints."""
 
     def __init__(self, path: Path):
-        os.environ.setdefault('OPENCV_FFMPEG_CAPTURE_OPTIONS', _ONLY_FILES)
         self.broken, self.message = 0, ''  # before the frame that ``next`` decoded
         with _utf8_path(path) as name:
             # Left to choose, OpenCV takes a name with %d for a pattern of numbered images.
@@ -269,7 +266,7 @@ class _Reader:
         return result
 
 
-class _Clock:
+class Clock:
     """Time stamps, made to start at 0 and to increase: some formats lack those of some frames, or begin anew."""
 
     def __init__(self, interval: float):
