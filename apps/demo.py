@@ -17,6 +17,7 @@ the EXIF value, or else assumed to be the longer side; distances are proportiona
 
 import argparse
 import os
+import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,30 +34,37 @@ from inference.live_view import LiveView
 from inference.media import find_inputs
 from utils.config import default_config, flatten
 from utils.distributed import keep_freed_memory
-from utils.errors import UserError, user_facing
+from utils.errors import UserError, printable, user_facing
+from utils.ownership import owned
 from utils.stopping import Stopped, StopRequest
 
 
 @user_facing
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
+    stop = StopRequest()
     inputs = find_inputs(args.inputs)
     settings = Settings(**{name: getattr(args, name) for name in Settings._fields})
-    with ExitStack() as at_end:
+    with owned(settings.out), ExitStack() as at_end:
         boxes = choose_boxes(args, at_end)
         reconstruct = load_reconstructor(args.model, device=args.device, overrides=args.keys)
         reconstruct.batch_size = args.batch
         if reconstruct.device.type == 'cpu':
             keep_freed_memory()
-        job = Job(reconstruct, boxes, settings, Outcome(), StopRequest(), open_view(args, at_end))
-        if inputs.others:
-            more = f' and {len(inputs.others) - 5} more' if len(inputs.others) > 5 else ''
-            print(f'left out, neither image nor video: {", ".join(path.name for path in inputs.others[:5])}{more}')
+        job = Job(reconstruct, boxes, settings, Outcome(), stop, open_view(args, at_end))
+        print_left_out('neither image nor video', inputs.others)
+        print_left_out('hidden, or of the operating system', inputs.system)
         job.run(inputs, args.camera)
-    code = job.outcome.finish(settings.out)
-    if job.stop.number is not None and args.camera is None:
-        raise Stopped(job.stop.number)
-    return code
+        code = job.outcome.finish(settings.out)
+    if stop.number is None or (args.camera is not None and stop.number == signal.SIGINT):  # how a recording ends
+        return code
+    raise Stopped(stop.number)
+
+
+def print_left_out(reason: str, files: list[Path]) -> None:
+    if files:
+        more = f' and {len(files) - 5} more' if len(files) > 5 else ''
+        print(f'left out, {reason}: {", ".join(printable(path.name) for path in files[:5])}{more}')
 
 
 def choose_boxes(args: argparse.Namespace, at_end: ExitStack) -> Boxes:

@@ -25,11 +25,18 @@ VIEW_SIDE = 384  # pixels: side of the views from the side and from above
 VIEW_BACKGROUND_BGR = (245, 245, 245)
 VIEW_FILL = 0.8  # share of a view that the hands span
 SCALE_BAR = 0.05  # m
+IMAGE_RECORD, VIDEO_RECORD = 'hands.json', 'video.json'  # written last: their presence means that all files exist
 # Rotations of the camera axes (x right, y down, z forward) after which the view is along z again.
 VIEWS = {
     'side': np.array([[0, 0, 1], [0, 1, 0], [-1, 0, 0]], np.float32),  # from the right: away from the camera is right
     'above': np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], np.float32),  # away from the camera is up
 }
+
+IMAGE_FILES = frozenset(
+    ['overlay.jpg', 'crop.jpg', *(f'{name}.jpg' for name in VIEWS), 'left.obj', 'right.obj', 'hands.glb', IMAGE_RECORD]
+)
+OVERLAY, TABLE, LINES = 'overlay.mp4', 'joints.csv', 'hands.jsonl'
+VIDEO_FILES = frozenset([OVERLAY, TABLE, LINES, VIDEO_RECORD])
 
 
 class Shown(NamedTuple):
@@ -166,7 +173,7 @@ def write_image_files(
     for name, turn in VIEWS.items():
         write_image(folder / f'{name}.jpg', view(hands.vertices, turn, models), durable=False)
     write_meshes(folder, hands.vertices, models)
-    write_json(folder / 'hands.json', header(models, **more) | as_numbers(hands))
+    write_json(folder / IMAGE_RECORD, header(models, **more) | as_numbers(hands))
 
 
 JOINT_COLUMNS = [f'{side}_{name}_{axis}' for side in SIDES for name in JOINT_NAMES for axis in ('x_m', 'y_m', 'z_m')]

@@ -10,7 +10,12 @@ from tqdm import tqdm
 
 from inference.boxes import Boxes, smoothed
 from inference.files import (
+    IMAGE_RECORD,
     JOINT_COLUMNS,
+    LINES,
+    OVERLAY,
+    TABLE,
+    VIDEO_RECORD,
     Shown,
     as_numbers,
     csv_line,
@@ -21,12 +26,15 @@ from inference.files import (
     reduced,
     write_image_files,
 )
+from inference.folders import OUTCOME, Folders, input_name, remove_partials, remove_results
 from inference.live_view import LiveView
-from inference.media import Inputs, Video, read_photo, video_writer
+from inference.media import Camera, Frame, Inputs, Video, read_photo, video_writer
 from inference.reconstruct import SMALL_HANDS, Box, Crop, Reconstruction, Reconstructor, assumed_intrinsics, cut_crop
-from utils.errors import UserError
-from utils.files import atomic_file, read_json, remove_stale_partials, write_json
+from utils.errors import UserError, printable
+from utils.files import atomic_file, read_json, write_json
 from utils.stopping import StopRequest
+
+LISTED_DAMAGE = 100  # places of a video that video.json lists
 
 
 class Settings(NamedTuple):
@@ -49,17 +57,19 @@ class Settings(NamedTuple):
         files = [model / 'best.pth' if model.is_dir() else model]
         files += [Path(self.boxes)] if self.boxes else []
         files += [source] if isinstance(source, Path) else []
+        stats = [file.stat() for file in files]
         return {
-            'input': f'camera {source}' if isinstance(source, int) else str(source),
-            'model': self.model,
+            'input': input_name(source),
+            'model': printable(self.model),
             'keys': self.keys,
             'box': self.box,
-            'boxes': self.boxes,
+            'boxes': self.boxes and printable(self.boxes),
             'detect': self.detect,
             'focal': self.focal,
             'principal': self.principal,
             'frames': self.frames,
-            'modified': [file.stat().st_mtime_ns for file in files],
+            'modified': [stat.st_mtime_ns for stat in stats],
+            'bytes': [stat.st_size for stat in stats],
         }
 
     def intrinsics(self, image: np.ndarray, focal: float | None = None) -> np.ndarray:
@@ -82,38 +92,68 @@ class Outcome:
         self.earlier: list[str] = []
         self.failed: list[dict[str, str]] = []
         self.warnings: list[dict[str, str]] = []
+        self.folders: dict[str, str] = {}  # by input, of those done now or earlier
 
-    def fail(self, source: Path | str, reason: str) -> None:
-        self.failed.append({'input': str(source), 'reason': reason})
-        tqdm.write(f'{source}: {reason}')
+    def finished(self, source: Path | int, results: Path, *, pair: int = 1, earlier: bool = False) -> None:
+        """results: folder of the input; pair: the pair of hands of an image that was written."""
+        (self.earlier if earlier else self.done).append(printable(_pair_folder(results, pair)))
+        self.folders[input_name(source)] = results.name
 
-    def warn(self, source: Path | str, text: str) -> None:
-        self.warnings.append({'input': str(source), 'warning': text})
-        tqdm.write(f'{source}: {text}')
+    def fail(self, source: Path, reason: str) -> None:
+        self.failed.append({'input': printable(source), 'reason': reason})
+        tqdm.write(f'{printable(source)}: {reason}')
+
+    def warn(self, source: Path, text: str) -> None:
+        self.warnings.append({'input': printable(source), 'warning': text})
+        tqdm.write(f'{printable(source)}: {text}')
 
     def finish(self, out: Path) -> int:
         """Print and write the outcome -> exit code, 1 if anything failed."""
-        write_json(out / 'demo.json', vars(self))
+        path = out / OUTCOME
+        write_json(path, vars(self) | {'folders': _former_folders(path) | self.folders})
         earlier = f', {len(self.earlier)} done earlier' if self.earlier else ''
         failed = f', {len(self.failed)} failed' if self.failed else ''
-        print(f'{len(self.done)} done{earlier}{failed}: {out}, listed in {out / "demo.json"}')
+        print(f'{len(self.done)} done{earlier}{failed}: {printable(out)}, listed in {printable(path)}')
         for each in self.failed:
             print(f'    failed: {each["input"]}: {each["reason"]}')
         return 1 if self.failed else 0
+
+
+def _former_folders(path: Path) -> dict[str, str]:
+    """``Outcome.folders`` of former commands that wrote beside ``path``, as far as the folders still exist."""
+    try:
+        folders = read_json(path)['folders']
+        return {source: name for source, name in folders.items() if (path.parent / name).is_dir()}
+    except (UserError, LookupError, TypeError, AttributeError):
+        return {}
 
 
 class Item(NamedTuple):
     """One pair of hands, cropped and ready for the network."""
 
     source: Path
-    folder: Path  # of its results
+    results: Path  # folder of the image's or video's results
+    pair: int  # from 1, of an image
     shown: Shown
     crop: Crop
     about: dict[str, Any]  # what hands.json records of its origin
 
+    @property
+    def folder(self) -> Path:
+        """That of this pair."""
+        return _pair_folder(self.results, self.pair)
+
+
+def _pair_folder(results: Path, pair: int) -> Path:
+    return results if pair == 1 else results / str(pair)
+
+
+class _NothingWritten(Exception):
+    """Leaves no file of a video that was stopped before its first frame."""
+
 
 class Job(NamedTuple):
-    """A reconstructor at work on a list of inputs."""
+    """A reconstructor at work on a list of inputs. One process at a time may work on an output folder."""
 
     reconstruct: Reconstructor
     boxes: Boxes
@@ -123,33 +163,39 @@ class Job(NamedTuple):
     view: LiveView | None = None  # shows overlays of videos and cameras while they are processed
 
     def run(self, inputs: Inputs, camera: int | None = None) -> None:
-        """Process all images, then all videos, then the camera."""
-        out = self.settings.out
-        folders = output_folders(out, [*inputs.images, *inputs.videos])
-        for folder in folders.values():
-            remove_stale_partials(folder, recursive=True)
+        """Process all images, then all videos, then the camera, until a stop is requested."""
+        choice = Folders(self.settings.out)
+        folders = {source: choice.choose(source) for source in [*inputs.images, *inputs.videos]}
         self.run_images(inputs.images, folders)
         for video in inputs.videos:
             if not self.stop.requested:
                 self.run_video(video, folders[video])
         if camera is not None and not self.stop.requested:
-            self.run_video(camera, out / f'camera{camera}')
+            self.run_video(camera, choice.choose(camera))
 
     # Images
 
     def run_images(self, paths: list[Path], folders: dict[Path, Path]) -> None:
         items = self.image_items(tqdm(paths, unit='image', disable=not paths), folders)
+        begun: set[Path] = set()
         for item, hands in self.reconstructed(items):
+            if item.results not in begun:
+                begun.add(item.results)
+                remove_partials(item.results)
+                remove_results(item.results)
             models = self.reconstruct.hand_models
             write_image_files(item.folder, item.shown, item.crop.image, hands, models, **item.about)
-            self.outcome.done.append(str(item.folder))
+            self.outcome.finished(item.source, item.results, pair=item.pair)
             self.warn_of_small_hands(item, hands)
 
     def reconstructed(self, items: Iterator[Item]) -> Iterator[tuple[Item, Reconstruction]]:
         """Items with their hands (no leading axis, on the CPU), a batch at a time, until a stop is requested."""
         while not self.stop.requested and (batch := list(islice(items, self.settings.batch))):
             hands = self.reconstruct.from_crops([item.crop for item in batch]).cpu()
-            yield from ((item, hands.one(number)) for number, item in enumerate(batch))
+            for number, item in enumerate(batch):
+                if self.stop.requested:
+                    return
+                yield item, hands.one(number)
 
     def warn_of_small_hands(self, item: Item, hands: Reconstruction) -> None:
         size = float(hands.size_in_crop)
@@ -176,8 +222,8 @@ class Job(NamedTuple):
 
     def open_image(self, path: Path, folder: Path) -> list[Item]:
         asked = self.settings.record(path)
-        if already_done(folder / 'hands.json', asked):
-            self.outcome.earlier.append(str(folder))
+        if already_done(folder / IMAGE_RECORD, asked):
+            self.outcome.finished(path, folder, earlier=True)
             return []
         image, focal = read_photo(path)
         boxes, intrinsics, shown = self.boxes(path, image), self.settings.intrinsics(image, focal), reduced(image)
@@ -185,14 +231,8 @@ class Job(NamedTuple):
             raise UserError('The detector finds no hands in it; pass --box or --boxes.')
         about = {'size': list(image.shape[1::-1]), 'focal_from': self.settings.focal_from(focal)}
         items = [
-            Item(
-                path,
-                folder if number == 0 else folder / str(number + 1),
-                shown,
-                cut_crop(image, box, intrinsics),
-                {'asked': asked, 'box': box, **about},
-            )
-            for number, box in enumerate(boxes)
+            Item(path, folder, pair, shown, cut_crop(image, box, intrinsics), {'asked': asked, 'box': box, **about})
+            for pair, box in enumerate(boxes, 1)
         ]
         return items[::-1]  # the first pair marks the image as done, so it is written last
 
@@ -200,85 +240,103 @@ class Job(NamedTuple):
 
     def run_video(self, source: Path | int, folder: Path) -> None:
         """Reconstruct a video or a camera's frames. A stop keeps the frames so far, as a shorter video."""
-        asked = self.settings.record(source)
-        if not isinstance(source, int) and already_done(folder / 'video.json', asked):
-            self.outcome.earlier.append(str(folder))
-            return
         name = Path(f'camera {source}') if isinstance(source, int) else source
         try:
-            video = Video(source)
-            try:
-                written = self.write_video_files(video, name, folder)
-            finally:
-                video.close()
+            asked = self.settings.record(source)
+            if already_done(folder / VIDEO_RECORD, asked):
+                self.outcome.finished(source, folder, earlier=True)
+                return
+            if isinstance(source, int):
+                camera = Camera(source)
+                try:
+                    about = self.write_video_files(camera, camera.first.shape, camera.rate, name, folder)
+                finally:
+                    camera.close()
+            else:
+                video = Video(source, limit=self.settings.frames, stop=lambda: self.stop.requested)
+                about = self.write_video_files(video, video.first.shape, video.timing.rate, name, folder)
+                about |= self.report_damage(video, name)
+        except _NothingWritten:
+            return
         except UserError as error:
             self.outcome.fail(name, str(error))
             return
-        ends_early = video.announced and written < min(video.announced, self.settings.frames or video.announced)
-        if ends_early and not self.stop.requested:
-            self.outcome.warn(name, f'The video ends early, after {written} of the {video.announced} announced frames.')
-        about = {
+        except FileNotFoundError as error:
+            self.outcome.fail(name, f'{error.strerror}.')
+            return
+        about |= {
             'asked': asked,
-            'frames': written,
-            'frames_per_second': video.rate,
             'focal_from': self.settings.focal_from(),
-            'complete': not self.stop.requested,
+            'complete': isinstance(source, int) or not self.stop.requested,
         }
-        write_json(folder / 'video.json', header(self.reconstruct.hand_models, **about))
-        self.outcome.done.append(str(folder))
+        write_json(folder / VIDEO_RECORD, header(self.reconstruct.hand_models, **about))
+        self.outcome.finished(source, folder)
 
-    def write_video_files(self, video: Video, name: Path, folder: Path) -> int:
-        """Write overlay.mp4, joints.csv and hands.jsonl, a batch of frames at a time -> number of frames."""
+    def report_damage(self, video: Video, name: Path) -> dict[str, Any]:
+        """Warn of a file's damage -> what video.json records of it."""
+        damage = video.timing.damage
+        if video.timing.truncated:
+            self.outcome.warn(name, f'The file is truncated: the video ends early, after {video.timing.frames} frames.')
+        if damage:
+            first, broken = damage[0], sum(place.broken for place in damage)
+            self.outcome.warn(
+                name,
+                f'The video is damaged in {len(damage)} place(s), first after {first.time_s:.2f} s (near frame '
+                f'{first.frame}): {first.message or "undecodable frames"}. {broken} frame(s) could not be decoded.',
+            )
+        listed = [place._asdict() for place in damage[:LISTED_DAMAGE]]
+        return {'truncated': video.timing.truncated, 'damaged_places': len(damage), 'damage': listed}
+
+    def write_video_files(
+        self, frames: Iterable[Frame], shape: tuple[int, ...], rate: float, name: Path, folder: Path
+    ) -> dict[str, Any]:
+        """Write overlay.mp4, joints.csv and hands.jsonl, a batch of frames at a time -> what video.json records of it.
+
+        shape: (height, width, ...) of a frame; rate: of the overlay, frames/s.
+        """
         limit, models = self.settings.frames, self.reconstruct.hand_models
-        height, width = reduced(video.first).image.shape[:2]
-        frames = self.video_items(islice(video, limit), name, folder)
-        total = min(video.announced, limit or video.announced) if video.announced else limit
-        written = 0
+        height, width = reduced(np.empty(shape, np.uint8)).image.shape[:2]
+        written, last = 0, 0.0
+        remove_partials(folder)
         with (
-            video_writer(folder / 'overlay.mp4', rate=video.rate, width=width, height=height) as movie,
-            atomic_file(folder / 'joints.csv') as table,
-            atomic_file(folder / 'hands.jsonl') as lines,
-            tqdm(total=total, desc=name.name, unit='frame') as bar,
+            video_writer(folder / OVERLAY, rate=rate, width=width, height=height) as movie,
+            atomic_file(folder / TABLE) as table,
+            atomic_file(folder / LINES) as lines,
+            tqdm(
+                total=frames.timing.frames if isinstance(frames, Video) else limit, desc=name.name, unit='frame'
+            ) as bar,
         ):
             table.write(csv_line(['frame', 'time_s', *JOINT_COLUMNS]))
-            for item, hands in self.reconstructed(frames):
-                movie.write(overlay := draw_overlay(item.shown, hands, models))
+            for item, hands in self.reconstructed(self.video_items(islice(frames, limit), name, folder)):
+                last = item.about['time_s']
+                movie.write(overlay := draw_overlay(item.shown, hands, models), last)
                 if self.view:
                     self.view.show(overlay)
-                seconds = written / video.rate
-                table.write(csv_line([written, f'{seconds:.4f}', *joint_row(hands)]))
-                about = {'frame': written, 'time_s': round(seconds, 4), 'box': item.about['box']}
+                table.write(csv_line([written, f'{last:.4f}', *joint_row(hands)]))
+                about = {'frame': written, 'time_s': round(last, 4), 'box': item.about['box']}
                 lines.write(json_line(about | as_numbers(hands)))
                 if written == 0:
                     self.warn_of_small_hands(item, hands)
                 written += 1
                 bar.update()
-        return written
+            if not written:
+                raise _NothingWritten
+            remove_results(folder)
+        measured = (written - 1) / last if last else rate
+        return {'frames': written, 'frames_per_second': round(measured, 4), 'overlay_frames_per_second': rate}
 
-    def video_items(self, frames: Iterable[np.ndarray], name: Path, folder: Path) -> Iterator[Item]:
+    def video_items(self, frames: Iterable[Frame], name: Path, folder: Path) -> Iterator[Item]:
         """Frames with their crops. Detected boxes are smoothed; where none is found, the last one is kept."""
         box: Box | None = None
         for frame in frames:
-            boxes = self.boxes(name, frame)
+            if self.stop.requested:
+                return
+            boxes = self.boxes(name, frame.image)
             if len(boxes) > 1:
                 raise UserError('A video accepts one box for all its frames.')
             box = smoothed(box, boxes[0]) if self.settings.detect else boxes[0]
-            crop = cut_crop(frame, box, self.settings.intrinsics(frame))
-            yield Item(name, folder, reduced(frame), crop, {'box': box})
-
-
-def output_folders(out: Path, sources: list[Path]) -> dict[Path, Path]:
-    """A folder per input, named after the file; a number distinguishes files of one name."""
-    folders: dict[Path, Path] = {}
-    taken: set[str] = set()
-    for source in sources:
-        name, number = source.stem, 1
-        while name in taken:
-            number += 1
-            name = f'{source.stem}-{number}'
-        taken.add(name)
-        folders[source] = out / name
-    return folders
+            crop = cut_crop(frame.image, box, self.settings.intrinsics(frame.image))
+            yield Item(name, folder, 1, reduced(frame.image), crop, {'box': box, 'time_s': frame.time_s})
 
 
 def already_done(record: Path, asked: dict[str, Any]) -> bool:

@@ -1,9 +1,13 @@
 """apps/demo.py on pictures and videos, good and bad ones."""
 
 import csv
+import io
 import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,14 +15,15 @@ import pytest
 import torch
 import trimesh
 from PIL import Image
-from test_media import write_frames
 from tiny import tiny_config, tiny_model
+from videos import write_frames, write_timed
 
 from apps import demo
 from inference import boxes, job
 from inference.detector import HandDetector
 from models.checkpoint import save_checkpoint
 from utils.hand import NUM_FACES, NUM_VERTICES
+from utils.stopping import STOP_SIGNALS
 
 FILES = {'overlay.jpg', 'side.jpg', 'above.jpg', 'crop.jpg', 'left.obj', 'right.obj', 'hands.glb', 'hands.json'}
 
@@ -135,11 +140,91 @@ def test_bad_files_are_listed_and_the_rest_goes_on(run, pictures, tmp_path, caps
     assert '1 done, 5 failed' in capsys.readouterr().out
 
 
-def test_files_of_one_name_keep_apart(run, pictures, tmp_path):
-    (pictures / 'more').mkdir()
-    (pictures / 'more' / 'a.png').write_bytes((pictures / 'b.png').read_bytes())
-    assert run(pictures / 'a.jpg', pictures / 'more' / 'a.png') == 0
-    assert hands(tmp_path, 'a')['size'] == [160, 120] and hands(tmp_path, 'a-2')['size'] == [120, 160]
+# Folders
+
+
+def inputs_of(tmp_path) -> dict[str, str]:
+    """Folder of results -> name of the input's folder and file."""
+    records = [*(tmp_path / 'out').glob('*/hands.json'), *(tmp_path / 'out').glob('*/video.json')]
+    inputs = {record.parent.name: json.loads(record.read_text())['asked']['input'] for record in records}
+    return {folder: '/'.join(name.split('/')[-2:]) for folder, name in inputs.items()}
+
+
+def test_files_of_one_name_have_different_folders_in_one_command_and_over_several(run, pictures, tmp_path):
+    for day in ('day1', 'day2', 'day3'):
+        (tmp_path / day).mkdir()
+        (tmp_path / day / 'a.jpg').write_bytes((pictures / 'a.jpg').read_bytes())
+    (tmp_path / 'day1' / 'a.png').write_bytes((pictures / 'b.png').read_bytes())
+    write_frames(tmp_path / 'day1' / 'a.mp4', 2)
+    assert run(tmp_path / 'day1' / 'a.jpg', tmp_path / 'day2' / 'a.jpg') == 0
+    before = {'a': 'day1/a.jpg', 'a-2': 'day2/a.jpg'}
+    assert inputs_of(tmp_path) == before
+    assert run(tmp_path / 'day2' / 'a.jpg') == 0  # keeps its folder
+    assert outcome(tmp_path)['earlier'] == [str(tmp_path / 'out' / 'a-2')] and inputs_of(tmp_path) == before
+    assert run(tmp_path / 'day3', tmp_path / 'day1') == 0
+    after = inputs_of(tmp_path)
+    assert after.items() > before.items() and len(after) == 5
+    assert set(after.values()) == {'day1/a.jpg', 'day2/a.jpg', 'day3/a.jpg', 'day1/a.png', 'day1/a.mp4'}
+    listed = outcome(tmp_path)['folders']
+    assert {name: '/'.join(source.split('/')[-2:]) for source, name in listed.items()} == after
+    assert run(tmp_path / 'day2' / 'a.jpg', '--focal', 300) == 0  # other options: the same folder
+    assert inputs_of(tmp_path) == after and hands(tmp_path, 'a-2')['focal_from'] == 'given'
+
+
+def test_an_input_is_known_by_its_place_and_not_by_how_it_is_named(run, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(pictures)
+    assert run('a.jpg') == 0
+    monkeypatch.chdir(tmp_path)
+    assert run('in/a.jpg') == 0 and len(outcome(tmp_path)['earlier']) == 1
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other' / 'a.jpg').write_bytes((pictures / 'b.png').read_bytes())
+    monkeypatch.chdir(tmp_path / 'other')
+    assert run('a.jpg') == 0 and inputs_of(tmp_path) == {'a': 'in/a.jpg', 'a-2': 'other/a.jpg'}
+
+
+def test_fewer_pairs_than_before_leave_none_of_the_former_results(run, pictures, tmp_path):
+    (tmp_path / 'three.json').write_text(json.dumps({'a.jpg': [[20, 10, 60, 70]] * 3}))
+    assert run(pictures / 'a.jpg', '--boxes', tmp_path / 'three.json', '--batch', 2) == 0
+    folder = tmp_path / 'out' / 'a'
+    assert {path.name for path in folder.iterdir()} == {*FILES, '2', '3'}
+    (folder / 'notes.txt').write_text('of the user')
+    (folder / '3' / 'notes.txt').write_text('of the user')
+    assert run(pictures / 'a.jpg', '--box', 20, 10, 60, 70) == 0
+    assert {path.name for path in folder.iterdir()} == {*FILES, '3', 'notes.txt'}
+    assert [path.name for path in (folder / '3').iterdir()] == ['notes.txt']
+
+
+def test_an_interrupted_image_is_done_again_whatever_the_command(run, pictures, tmp_path, monkeypatch):
+    assert run(pictures / 'a.jpg') == 0
+
+    def full(*_, **__):
+        raise OSError(28, 'No space left on device')
+
+    with monkeypatch.context() as patch:
+        patch.setattr('inference.files.write_meshes', full)
+        assert run(pictures / 'a.jpg', '--focal', 300) == 2  # the overlay is new, the meshes are not written
+    assert run(pictures / 'a.jpg') == 0
+    assert outcome(tmp_path)['earlier'] == [] and {path.name for path in (tmp_path / 'out' / 'a').iterdir()} == FILES
+
+
+def test_images_of_any_name_are_done_and_the_rest_too(run, pictures, tmp_path, monkeypatch):
+    names = [b'H\xe4nde', b'50%03d: a\nb']
+    for old, name in zip(('b.png', 'c.jpg'), names):
+        os.rename(os.fsencode(pictures / old), os.fsencode(pictures) + b'/' + name)
+    (pictures / 'text.jpg').write_text('no image')
+    given = [pictures, *(os.fsdecode(os.fsencode(pictures) + b'/' + name) for name in names)]
+    with monkeypatch.context() as patch:
+        for stream in ('stdout', 'stderr'):
+            patch.setattr(sys, stream, io.TextIOWrapper(io.BytesIO(), 'ascii', 'strict'))
+        assert run(*given) == 1
+    assert {path.name for path in (tmp_path / 'out').iterdir()} == {'a', 'H_nde', '50_03d_ a_b', 'demo.json'}
+    assert hands(tmp_path, 'H_nde')['asked']['input'].endswith(r'/in/H\xe4nde')
+    (pictures / 'boxes.json').write_text(json.dumps({r'H\xe4nde': [20, 10, 60, 70]}))
+    assert run(given[1], '--boxes', pictures / 'boxes.json') == 0
+    assert hands(tmp_path, 'H_nde')['box'] == [20, 10, 60, 70]
+
+
+# Reruns
 
 
 def test_given_again_only_what_is_new_is_done(run, pictures, tmp_path):
@@ -185,7 +270,23 @@ def test_a_video_gives_an_overlay_and_joints_over_time(run, tmp_path):
     assert run(tmp_path / 'clip.mp4', '--box', 10, 10, 30, 30, '--batch', 3) == 0
     assert outcome(tmp_path)['earlier'] == [str(folder)]
     assert run(tmp_path / 'clip.mp4', '--frames', 2, '--serve', 0) == 0
-    assert json.loads((folder / 'video.json').read_text())['frames'] == 2
+    record = json.loads((folder / 'video.json').read_text())
+    assert (record['frames'], record['frames_per_second'], record['damage'], record['truncated']) == (2, 25, [], False)
+
+
+def test_a_video_of_varying_rate_keeps_its_times(run, tmp_path):
+    write_timed(tmp_path / 'phone.mp4', [0, 1 / 30, 2 / 30, 3 / 30, 4 / 30, 0.3, 0.5])
+    assert run(tmp_path / 'phone.mp4') == 0
+    folder = tmp_path / 'out' / 'phone'
+    with open(folder / 'joints.csv') as file:
+        times = [float(row['time_s']) for row in csv.DictReader(file)]
+    assert times == pytest.approx([0, 0.0333, 0.0667, 0.1, 0.1333, 0.3, 0.5], abs=1e-3)
+    record = json.loads((folder / 'video.json').read_text())
+    assert record['frames_per_second'] == pytest.approx(12, abs=0.1)
+    assert record['overlay_frames_per_second'] == pytest.approx(30, abs=0.1)
+    movie = cv2.VideoCapture(str(folder / 'overlay.mp4'))
+    assert movie.get(cv2.CAP_PROP_FRAME_COUNT) == 16  # half a second at 30 frames/s, and the last one
+    assert outcome(tmp_path)['warnings'] == []
 
 
 def test_a_video_that_ends_early_says_so(run, tmp_path):
@@ -198,23 +299,64 @@ def test_a_video_that_ends_early_says_so(run, tmp_path):
     assert any('ends early' in each['warning'] for each in outcome(tmp_path)['warnings'])
 
 
-def test_a_stop_keeps_what_is_done_and_the_next_run_does_it_again(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize('number', STOP_SIGNALS)
+def test_a_stop_ends_a_video_at_the_next_frame_and_a_rerun_completes_it(run, tmp_path, monkeypatch, capsys, number):
     write_frames(tmp_path / 'clip.mp4', 8)
     draw, drawn = job.draw_overlay, []
 
     def interrupt(*arguments):
         drawn.append(None)
         if len(drawn) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return draw(*arguments)
 
     monkeypatch.setattr(job, 'draw_overlay', interrupt)
-    assert run(tmp_path / 'clip.mp4', '--batch', 2) == 130
+    assert run(tmp_path / 'clip.mp4', '--batch', 4) == 128 + number
     record = json.loads((tmp_path / 'out' / 'clip' / 'video.json').read_text())
-    assert record['frames'] == 4 and not record['complete']
-    assert cv2.VideoCapture(str(tmp_path / 'out' / 'clip' / 'overlay.mp4')).get(cv2.CAP_PROP_FRAME_COUNT) == 4
-    assert run(tmp_path / 'clip.mp4', '--batch', 2) == 0
+    assert record['frames'] == 3 and not record['complete']
+    assert cv2.VideoCapture(str(tmp_path / 'out' / 'clip' / 'overlay.mp4')).get(cv2.CAP_PROP_FRAME_COUNT) == 3
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        error == f'Stopped by {signal.Signals(number).name}; finished work is kept. Rerun the same command to continue.'
+    )
+    assert run(tmp_path / 'clip.mp4', '--batch', 4) == 0
     assert json.loads((tmp_path / 'out' / 'clip' / 'video.json').read_text())['frames'] == 8
+
+
+def test_a_stop_before_the_first_frame_leaves_no_video(run, tmp_path, monkeypatch):
+    write_frames(tmp_path / 'clip.mp4', 3)
+    cut = job.cut_crop
+    monkeypatch.setattr(job, 'cut_crop', lambda *some: (os.kill(os.getpid(), signal.SIGTERM), cut(*some))[1])
+    assert run(tmp_path / 'clip.mp4') == 143
+    assert not list((tmp_path / 'out' / 'clip').iterdir()) and outcome(tmp_path)['done'] == []
+
+
+def test_a_stop_keeps_the_images_that_are_done(run, pictures, tmp_path, monkeypatch):
+    write, written = job.write_image_files, []
+
+    def interrupt(*arguments, **more):
+        written.append(None)
+        if len(written) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return write(*arguments, **more)
+
+    monkeypatch.setattr(job, 'write_image_files', interrupt)
+    assert run(pictures) == 143
+    assert len(outcome(tmp_path)['done']) == 2
+    assert run(pictures) == 0 and len(written) == 3 and len(outcome(tmp_path)['earlier']) == 2
+
+
+def test_one_command_at_a_time_writes_a_folder(run, pictures, tmp_path, capsys):
+    program = (
+        f'import time, utils.ownership as o\nwith o.owned({str(tmp_path / "out")!r}): print(flush=True); time.sleep(60)'
+    )
+    other = subprocess.Popen([sys.executable, '-c', program], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
+    other.stdout.readline()
+    assert run(pictures) == 2
+    other.kill()
+    other.wait()
+    assert f'out is in use by process {other.pid}' in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()
 
 
 # What is asked for

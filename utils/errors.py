@@ -1,6 +1,8 @@
 """How scripts report a user's mistake: one sentence on stderr, exit code 2, no traceback."""
 
 import functools
+import io
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -8,9 +10,17 @@ from collections.abc import Callable
 from manopth.errors import ManoError
 from utils.stopping import Stopped, first_process, unwinding_at_stop_signals
 
+_UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]')  # controls, line ends, text direction
+
 
 class UserError(Exception):
     """A mistake that the user can fix. The message names the file or key, what is wrong and what to do."""
+
+
+def printable(path: str | os.PathLike[str]) -> str:
+    """A file name as one line of valid text: undecodable bytes and control characters become escapes such as \\xe4."""
+    text = os.fsencode(path).decode('utf-8', 'backslashreplace')
+    return _UNPRINTABLE.sub(lambda found: found[0].encode('unicode_escape').decode(), text)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -30,10 +40,13 @@ _OUT_OF_MEMORY = (
 
 def user_facing(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wrap a script's ``main``: a mistake, a full disk or too little memory -> one line and exit code 2; a stop signal
-    -> one line and 128 + its number."""
+    -> one line and 128 + its number. What standard output cannot encode is printed as escapes."""
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # and not a test's or notebook's own stream
+                stream.reconfigure(errors='backslashreplace')  # file names need not be valid text
         try:
             with unwinding_at_stop_signals():
                 return main(*args, **kwargs) or 0

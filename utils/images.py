@@ -4,13 +4,9 @@ JPEG is decoded by OpenCV, everything else by Pillow; the orientation always com
 of it depends on the format and the version.
 """
 
-import fcntl
 import io
 import math
-import os
 import re
-import tempfile
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,6 +18,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+
+from utils.stderr import print_to_stderr, with_stderr
 
 DIAGONAL_35MM = math.hypot(36, 24)  # mm: of a 35 mm film frame
 _JPEG = b'\xff\xd8'
@@ -121,71 +119,17 @@ def _orientation(content: bytes) -> int:
         return 1
 
 
-# JPEG: libjpeg reports damage to standard error only
-
-_lock = threading.Lock()
-
-
-class _StderrFile:
-    """A file that standard error can be redirected to; ``new`` returns what was written to it since the last call."""
-
-    def __init__(self) -> None:
-        try:
-            os.fstat(2)
-        except OSError:  # started without standard error
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        if hasattr(os, 'memfd_create'):
-            self.descriptor = os.memfd_create('stderr')
-        else:
-            with tempfile.TemporaryFile() as file:
-                self.descriptor = os.dup(file.fileno())
-        # Another thread's write may end late: it is appended, and found by the next call.
-        fcntl.fcntl(self.descriptor, fcntl.F_SETFL, os.O_APPEND)
-        self.begin = 0
-
-    def new(self) -> bytes:
-        length = os.fstat(self.descriptor).st_size - self.begin
-        content = os.pread(self.descriptor, length, self.begin) if length else b''
-        self.begin += length
-        return content
-
-
-_stderr_file: _StderrFile | None = None
+# JPEG
 
 
 def _decode_jpeg(content: bytes) -> tuple[np.ndarray | None, str]:
-    """The image and libjpeg's warning. Standard error is redirected meanwhile; what others print there is passed on."""
-    global _stderr_file
-    with _lock:
-        _stderr_file = _stderr_file or _StderrFile()
-        stderr = os.dup(2)
-        try:
-            os.dup2(_stderr_file.descriptor, 2)
-            image = cv2.imdecode(np.frombuffer(content, np.uint8), _UNTURNED)
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-        printed = _stderr_file.new()
+    """The image and libjpeg's warning, which it only prints."""
+    image, printed = with_stderr(lambda: cv2.imdecode(np.frombuffer(content, np.uint8), _UNTURNED))
     if not printed:
         return image, ''
-    text = printed.decode('utf-8', 'surrogateescape')
-    if others := _WARNING.sub('', text):
-        os.write(2, others.encode('utf-8', 'surrogateescape'))
-    found = _WARNING.search(text)
-    return image, found[0].strip() if found else ''
-
-
-def _after_fork() -> None:
-    """The file is shared with the parent process."""
-    global _stderr_file
-    if _stderr_file:
-        os.close(_stderr_file.descriptor)
-        _stderr_file = None
-    _lock.release()
-
-
-# No fork while standard error is redirected.
-os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_after_fork)
+    print_to_stderr(_WARNING.sub('', printed))
+    warning = _WARNING.search(printed)
+    return image, warning[0].strip() if warning else ''
 
 
 class _Segment(NamedTuple):
