@@ -221,6 +221,8 @@ def validate_and_keep_best(run: Training, progress: Progress, *, log: RunLog | N
             bar.write(
                 f'epoch {epoch}: validation joint {joint:.2f} mm, vert {vert:.2f} mm, root {summary["root_mm"]:.2f} mm'
             )
+            for folder, figures in summary.get('sets', {}).items():
+                bar.write(f'    {folder}: joint {figures["joint_mm"]["all"]:.2f} mm, root {figures["root_mm"]:.2f} mm')
         progress.tick()
         if joint < progress.best:
             progress.best = joint

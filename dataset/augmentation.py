@@ -137,10 +137,9 @@ def _draw_degradation(ranges: AugmentationRanges, random: np.random.Generator) -
         return NO_OCCLUDERS, 1, 1.0, False, 0
     occluded, coarse, grey, compressed = (random.random(4) < probabilities).tolist()
     gamma = 2 ** random.uniform(-ranges.gamma, ranges.gamma)
-    reduction = int(random.integers(*REDUCTIONS, endpoint=True)) if coarse else 1
-    quality = int(random.integers(*QUALITIES, endpoint=True)) if compressed else 0
+    reduction, quality = (int(random.integers(*limits, endpoint=True)) for limits in (REDUCTIONS, QUALITIES))
     occluders = list(NO_OCCLUDERS)
     for place in range(int(random.integers(1, MOST_OCCLUDERS, endpoint=True)) if occluded else 0):
         centre, half_sides = random.uniform(0.1, 0.9, 2), random.uniform(0.02, 0.14, 2)
         occluders[place] = (*centre, *half_sides, random.uniform(0, math.pi), *random.uniform(0, 255, 3))
-    return tuple(occluders), reduction, gamma, grey, quality
+    return tuple(occluders), reduction if coarse else 1, gamma, grey, quality if compressed else 0

@@ -50,7 +50,12 @@ VARIANTS = [
     {'STAGES': 1, 'PROJECTION': 'joints'},
     {'PROJECTION': 'none'},
     {'STAGES': 1, 'INIT': 'published'},
+    {'STAGES': 0, 'FIRST_STRIDE': 8},
+    {'STAGES': 1, 'FIRST_STRIDE': 4},
+    {'FIRST_STRIDE': 8, 'ENHANCE_LAST': 'false', 'GRAPH_LAYERS': 2, 'GRAPH_SKIP': 'true'},
+    {'STAGES': 1, 'TOKEN_CHANNELS': 32, 'JOINT_FEATURES': 16, 'ATTENTION_CHANNELS': 8, 'DENSE_CHANNELS': 8},
 ]
+LEVELS_BEFORE = {16: 0, 8: 1, 4: 2}  # FIRST_STRIDE -> levels of the neck
 
 
 @pytest.mark.parametrize('changes', VARIANTS, ids=lambda c: ' '.join(f'{k}={v}' for k, v in c.items()) or 'default')
@@ -58,7 +63,8 @@ def test_one_training_step_reaches_every_parameter(standin, changes):
     model = tiny_model(standin, **changes).train()
     output = model(images(3))
     stages = changes.get('STAGES', 2)
-    check_shapes(output, batch=3, stages=stages, map_size=2 * 2**stages)
+    levels = stages + LEVELS_BEFORE[changes.get('FIRST_STRIDE', 16)]
+    check_shapes(output, batch=3, stages=stages, map_size=2 * 2**levels)
     sum(build_criterion(tiny_config(**changes), standin)(output, made_target(3)).values()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
