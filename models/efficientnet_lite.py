@@ -59,7 +59,7 @@ def from_package(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     converted = {
         f'{ours}.{key.removeprefix(theirs)[1:]}': state[key]
-        for theirs, ours in _names()
+        for theirs, ours in layer_names()
         for key in state
         if key.startswith(f'{theirs}.')
     }
@@ -71,7 +71,7 @@ def from_package(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def _names() -> Iterator[tuple[str, str]]:
+def layer_names() -> Iterator[tuple[str, str]]:
     """(the package's name of a layer, ours), for every layer of the backbone."""
     yield '_conv_stem', 'features.0.0'
     yield '_bn0', 'features.0.1'
