@@ -40,9 +40,8 @@ def needs_imagenet(without: Iterable[str]) -> bool:
 
 def check_not_own_output(path: str, output_dir: str) -> None:
     """Raise UserError if the checkpoint lies in the folder that the new run is going to write."""
-    folder = Path(path).resolve()
-    folder = folder if folder.is_dir() else folder.parent
-    if folder == Path(output_dir).resolve():
+    source, own = Path(path).resolve(), Path(output_dir).resolve()
+    if source == own or (source.parent == own and not source.is_dir()):
         raise UserError(
             f'TRAIN.INIT_FROM {path} lies in OUTPUT_DIR, the folder of this run itself. Continue that run with '
             '--resume, or choose another OUTPUT_DIR.'

@@ -150,9 +150,10 @@ def test_the_published_checkpoint_is_a_source_too(standin, tmp_path):
 def test_the_runs_own_output_is_no_source(tmp_path):
     (tmp_path / 'run').mkdir()
     (tmp_path / 'alias').symlink_to(tmp_path / 'run')
-    for path in ('run', 'run/best.pth', 'alias/latest.pth', 'run/../run'):
+    for path in ('run', 'run/best.pth', 'alias/latest.pth', 'run/../run', 'new'):
         with pytest.raises(UserError, match='the folder of this run itself'):
-            check_not_own_output(str(tmp_path / path), str(tmp_path / 'run'))
+            check_not_own_output(str(tmp_path / path), str(tmp_path / ('new' if path == 'new' else 'run')))
+    check_not_own_output(str(tmp_path / 'run'), str(tmp_path))  # a run beside the new one's files
     check_not_own_output(str(tmp_path / 'other/best.pth'), str(tmp_path / 'run'))
 
 
@@ -175,7 +176,9 @@ def test_the_trainer_starts_from_them_with_its_average_and_resuming_does_not_rea
         Trainer(cfg, standin, torch.device('cpu'))
 
 
+@pytest.mark.slow
 def test_training_records_its_source_and_resumes_without_it(tiny_prepared, tmp_path, capsys):
+    """Slow: three trainings."""
     # fmt: off
     words = [
         '--cfg', 'configs/demo.yaml', 'MODEL.IMAGE_SIZE', '64', 'MODEL.MAP_CHANNELS', '16', 'MODEL.STAGES', '0',

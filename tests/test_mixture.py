@@ -220,7 +220,9 @@ def test_repeated_samples_are_augmented_differently(sets):
 # Training.
 
 
+@pytest.mark.slow
 def test_training_on_two_sets_resumes_exactly_and_reports_each(sets, tmp_path, capsys):
+    """Slow: three trainings."""
     # fmt: off
     words = [
         '--cfg', 'configs/demo.yaml', 'MODEL.IMAGE_SIZE', '64', 'MODEL.MAP_CHANNELS', '16', 'MODEL.STAGES', '0',
