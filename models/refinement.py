@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.bone_projection import ProjectedConvolution, drawn_norm
+from models.hand_head import full_precision
 from models.joint_interaction import JointInteraction
 from models.layers import PerHandLinear, PerHandMLP, Residual, SharedMLP
 from models.predictions import NUM_PARAMETERS, HandPrediction
@@ -104,8 +105,10 @@ class RefinementStage(SkipConnection):
 
     def regress(self, tokens: Tensor, previous: HandPrediction) -> tuple[Tensor, Tensor]:
         """-> new parameters (B, 2, 64), offset (B, 3): not residuals, but the previous ones are among the inputs."""
-        parameters = self.parameters_head(torch.cat([tokens.flatten(2), previous.parameters], -1))
-        return parameters, self.offset_head(torch.cat([tokens.flatten(1), previous.offset], -1))
+        with full_precision(tokens.device.type):  # bfloat16 would round the previous estimate to 8 bits
+            tokens = tokens.to(previous.parameters.dtype)
+            parameters = self.parameters_head(torch.cat([tokens.flatten(2), previous.parameters], -1))
+            return parameters, self.offset_head(torch.cat([tokens.flatten(1), previous.offset], -1))
 
     def enhance(self, x: Tensor, hands: HandPrediction, tokens: Tensor) -> Tensor:
         """Draw the refined joint features into the map along the *new* bones, with gradient into the new estimate."""

@@ -136,6 +136,8 @@ def test_hands_are_made_in_full_precision_under_autocast(standin):
     with torch.autocast('cpu', torch.bfloat16):
         output = model(images(2))
     assert output.segmentation.dtype == torch.bfloat16  # the rest is not
+    refined = output.stages[1].parameters
+    assert not torch.equal(refined, refined.bfloat16().float())  # nor is what is regressed
     for hands in output.stages:
         alone = model.hand_head(hands.parameters, hands.offset)
         assert all(torch.equal(a, b) for a, b in zip(hands, alone)) and hands.vertices.dtype == torch.float32
@@ -345,10 +347,12 @@ class NothingFromTheHost(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def test_forward_and_losses_never_wait_for_the_device(standin, monkeypatch):
+@pytest.mark.parametrize('changes', [{}, {'FIRST_STRIDE': 8, 'GRAPH_SKIP': 'true', 'ENHANCE_LAST': 'false'}], ids=str)
+def test_forward_and_losses_never_wait_for_the_device(standin, monkeypatch, changes):
     """On a device without values, whatever asks for one (item, bool, nonzero) fails."""
-    monkeypatch.setattr(hand_head, 'full_precision', lambda device: nullcontext())  # that device has no autocast
-    model = tiny_model(standin).to('meta')
+    for module in (hand_head, refinement):
+        monkeypatch.setattr(module, 'full_precision', lambda device: nullcontext())  # that device has no autocast
+    model = tiny_model(standin, **changes).to('meta')
     criterion = build_criterion(tiny_config(), standin).to('meta')
     target = Target(*(values.to('meta') for values in made_target(2)))
     image = images(2).to('meta')
