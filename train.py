@@ -22,8 +22,8 @@ from yacs.config import CfgNode
 
 from dataset import PreparedSplit, Sample
 from dataset.batch import BatchMaker, build_batch_maker, parts_of
-from dataset.hand_model_record import check_hand_model_record
 from dataset.loader import EpochSampler, evaluation_split, training_loader
+from dataset.mixture import check_hand_model_records, folders_with
 from evaluation.validation import validate
 from manopth import HandPair
 from models.checkpoint import check_hand_model, read_checkpoint, save_checkpoint, to_plain
@@ -115,14 +115,16 @@ def main(argv: list[str] | None = None) -> int:
 def build_training(cfg: CfgNode, device: torch.device, *, fresh: bool) -> Training:
     """Open the data and build the network; ``fresh`` False skips the ImageNet weights, since a checkpoint follows."""
     hands = load_hands(cfg.MANO.SOURCE, cfg.MANO.PATH)
-    check_hand_model_record(cfg.DATASET.PATH, hands)
+    check_hand_model_records(cfg.DATASET.PATH, hands)
     loader, sampler = training_loader(cfg)
     validation = None
-    if (Path(cfg.DATASET.PATH) / 'val').exists():
+    if folders_with(cfg.DATASET.PATH, 'val'):
         validation = evaluation_split(cfg, 'val')  # opened now: an unreadable split must not show after an epoch
     elif distributed.is_main():
         print(f'{cfg.DATASET.PATH} has no split val: nothing is validated, and best.pth holds the last epoch.')
     trainer = Trainer(cfg, hands, device, pretrained=None if fresh else False)
+    if trainer.initial_weights and distributed.is_main():
+        print(trainer.initial_weights.describe(hands))
     return Training(cfg, hands, trainer, build_batch_maker(cfg, hands).to(device), loader, sampler, validation)
 
 
@@ -130,6 +132,8 @@ def fit(run: Training, progress: Progress) -> int:
     """The epoch loop -> exit code."""
     cfg, stop, steps_done = run.cfg, StopRequest(), progress.epoch * run.sampler.steps + progress.step
     log = RunLog(run.folder, step=steps_done) if distributed.is_main() else None
+    if log and run.trainer.initial_weights:
+        log.write('init_from', 0, **run.trainer.initial_weights._asdict())
     with tqdm(total=run.total_steps, initial=steps_done, unit='step', mininterval=1, disable=log is None) as bar:
         while progress.epoch < cfg.TRAIN.EPOCHS:
             bar.set_description(f'epoch {progress.epoch + 1}/{cfg.TRAIN.EPOCHS}')
@@ -156,7 +160,9 @@ def train_one_epoch(run: Training, progress: Progress, *, stop: StopRequest, log
     waits = Waits(run.loader)
     for samples in waits:
         step = progress.epoch * run.sampler.steps + progress.step
-        rate = learning_rate(step, total=run.total_steps, base=cfg.TRAIN.LR, warmup=cfg.TRAIN.WARMUP_STEPS)
+        rate = learning_rate(
+            step, total=run.total_steps, base=cfg.TRAIN.LR, warmup=cfg.TRAIN.WARMUP_STEPS, flat=cfg.TRAIN.FLAT
+        )
         terms = train_step(run, samples, rate)
         progress.step += 1
         progress.tick()
@@ -215,6 +221,8 @@ def validate_and_keep_best(run: Training, progress: Progress, *, log: RunLog | N
             bar.write(
                 f'epoch {epoch}: validation joint {joint:.2f} mm, vert {vert:.2f} mm, root {summary["root_mm"]:.2f} mm'
             )
+            for folder, figures in summary.get('sets', {}).items():
+                bar.write(f'    {folder}: joint {figures["joint_mm"]["all"]:.2f} mm, root {figures["root_mm"]:.2f} mm')
         progress.tick()
         if joint < progress.best:
             progress.best = joint

@@ -14,6 +14,7 @@ from utils.config import (
     CHECKOUT,
     CHOICES,
     MAY_BE_EMPTY,
+    NAMES,
     RANGES,
     RENAMED,
     Range,
@@ -199,13 +200,13 @@ def test_a_value_of_another_type_is_refused(tmp_path, key, text):
 
 
 # A folder may have any name: none of these is a number, a date, a time, a truth value or nothing.
-NAMES = (
+FOLDERS = (
     '2024_01_15 20240115_123000 1.10 1e3 0x10 3#a 0123 0o17 1_000 12:30:00 2024-01-15 2024-01-15T10:00:00Z None null ~ '
     'True true no off .inf nan +1 007 1,5 5e-4 =x <<'
 )
 
 
-@pytest.mark.parametrize('name', NAMES.split())
+@pytest.mark.parametrize('name', FOLDERS.split())
 @pytest.mark.parametrize(
     'key', ['OUTPUT_DIR', 'DATASET.PATH', 'DATASET.COLOURS', 'MANO.PATH', 'MODEL.BACKBONE_WEIGHTS']
 )
@@ -238,6 +239,36 @@ def test_text_of_a_checkpoint_must_be_text():
             load_config(base={'OUTPUT_DIR': value})
 
 
+@pytest.mark.parametrize(
+    'typed, names',
+    [
+        ('[2024_01_15, 1e3]', ['2024_01_15', '1e3']),
+        ('2024_01_15', '2024_01_15'),
+        ('[0123]', '0123'),
+        ('["a, b", c]', ['a, b', 'c']),
+        ('[None, ~]', ['None', '~']),
+        ('a b', 'a b'),
+    ],
+)
+def test_several_names_stay_as_typed(tmp_path, typed, names):
+    assert names == load_config(None, ['DATASET.PATH', typed]).DATASET.PATH
+    file = write(tmp_path / 'a.yaml', f'DATASET.PATH: {typed}\n')
+    assert names == load_config(file).DATASET.PATH
+    assert load_config(file, ['DATASET.PATH', 'one']).DATASET.PATH == 'one'
+    assert names == load_config(base={'DATASET': {'PATH': names}}).DATASET.PATH
+    parts = load_config(None, ['TRAIN.INIT_FROM', 'x', 'TRAIN.INIT_WITHOUT', typed]).TRAIN.INIT_WITHOUT
+    assert parts == (names if isinstance(names, list) else [names])
+
+
+@pytest.mark.parametrize('typed', ['[a, [b]]', '[a, {b: c}]', '[]'])
+def test_names_that_are_no_list_of_names(tmp_path, typed):
+    with pytest.raises(UserError, match='DATASET.PATH'):
+        load_config(write(tmp_path / 'a.yaml', f'DATASET.PATH: {typed}\n'))
+    for value in ([1], [None], [['a']], 5):
+        with pytest.raises(UserError, match='DATASET.PATH must be a name or a list of names'):
+            load_config(base={'DATASET': {'PATH': value}})
+
+
 def test_a_later_pair_overrides_an_earlier_one():
     assert load_config(None, ['SEED', '1', 'SEED', '2']).SEED == 2
 
@@ -267,7 +298,7 @@ def test_sections_may_be_dotted_and_empty(tmp_path):
 def test_every_key_that_holds_a_number_has_a_range():
     default = flatten(default_config())
     numeric = {key for key, value in default.items() if type(value) in (int, float, list)}
-    assert set(RANGES) == numeric - set(CHOICES) and set(CHOICES) <= set(default)
+    assert set(RANGES) == numeric - set(CHOICES) - set(NAMES) and set(CHOICES) <= set(default)
     for key, allowed in RANGES.items():
         assert -2 < allowed.low < allowed.high < 10**10
         assert all(value in allowed for value in (default[key] if isinstance(default[key], list) else [default[key]]))
@@ -277,12 +308,13 @@ def test_every_key_that_holds_a_number_has_a_range():
 @pytest.mark.parametrize('key', RANGES)
 def test_a_number_that_cannot_be_meant_is_refused_by_key(tmp_path, key):
     low, high, low_open, high_open = RANGES[key]
-    whole = type(flatten(default_config())[key]) is int
+    kind = type(flatten(default_config())[key])
+    whole = kind is int
     a_little = 1 if whole else 1e-3
     words = [repr(low if low_open else low - a_little), repr(high if high_open else high + a_little * 1000), '-1e400']
     words += ['9' * 400] if whole else ['nan', '-nan', 'inf', '-inf', '1e400', 'NaN', '9' * 400]
     for word in words[: 2 if whole else None]:
-        text = f'[1, 2, {word}]' if key == 'MODEL.BONE_RADIUS' else word
+        text = f'[1, 2, {word}]' if kind is list else word
         with pytest.raises(
             UserError, match=f'{key} (is|has the entry) .*; it must be {re.escape(str(RANGES[key]))}'
         ) as refused:

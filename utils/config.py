@@ -32,18 +32,27 @@ _C.MANO.SOURCE = 'files'  # 'files': the official MANO pickles; 'standin': hands
 _C.MANO.PATH = 'misc/mano'  # folder with MANO_LEFT.pkl and MANO_RIGHT.pkl; the default also in the checkout
 
 _C.DATASET = CfgNode()
-_C.DATASET.PATH = './data/interhand2.6m/'  # prepared (python dataset/interhand.py) or packed (dataset/pack.py) data set
+_C.DATASET.PATH = './data/interhand2.6m/'  # prepared or packed data set; several as a list, [A, B]
+_C.DATASET.WEIGHTS = []  # of several sets, e.g. [3, 1]: their shares of an epoch; []: every sample once
 _C.DATASET.TARGETS = 'files'  # masks and dense maps: 'files' as prepared; 'render': drawn on the model's device
 _C.DATASET.COLOURS = ''  # v_color.pkl for 'render' if the data was prepared with --colours; '': colours by position
 
 _C.MODEL = CfgNode()
-_C.MODEL.BACKBONE = 'resnet50'  # a torchvision network in the table of models/backbone.py: resnet18, swin_t, ...
+_C.MODEL.BACKBONE = 'resnet50'  # a name in the table of models/backbone.py: resnet18, swin_t, efficientnet_lite0 ...
 _C.MODEL.PRETRAINED = True  # start the backbone from ImageNet weights
 _C.MODEL.BACKBONE_WEIGHTS = ''  # local ImageNet file (a torchvision state_dict); '': torchvision's cache or download
 _C.MODEL.IMAGE_SIZE = 256  # pixels: side of the network's input, a multiple of 32; crops on disk are always 256
-_C.MODEL.MAP_CHANNELS = 256  # channels of the refined feature maps and of the dense heads
+_C.MODEL.MAP_CHANNELS = 256  # channels of the refined feature maps
+_C.MODEL.DENSE_CHANNELS = 0  # channels of the dense heads; 0: MAP_CHANNELS
+_C.MODEL.ATTENTION_CHANNELS = 0  # hidden channels of each hand's attention in the initial estimate; 0: half of c4's
 _C.MODEL.STAGE_VARIANT = 'dir'  # kind of refinement stage: a name in STAGE_VARIANTS of models/refinement.py
 _C.MODEL.STAGES = 2  # refinement stages, 0 to 3: the first takes c3, the second c2, the third c1
+_C.MODEL.FIRST_STRIDE = 16  # pixels per cell of the first stage's map: 16 (c3), 8 or 4; each later stage halves it
+_C.MODEL.TOKEN_CHANNELS = 128  # channels of a joint's token within a stage, a multiple of 4 (the transformer's heads)
+_C.MODEL.JOINT_FEATURES = 64  # channels of a joint's token after the transformer: regressed from, drawn into the map
+_C.MODEL.GRAPH_LAYERS = 4  # graph layers per stage
+_C.MODEL.GRAPH_SKIP = False  # graph layers add their output to their input
+_C.MODEL.ENHANCE_LAST = True  # the last stage draws its joints into its map too, which only the dense heads read
 _C.MODEL.BONE_RADIUS = [1.0, 2.0, 4.0]  # feature-map cells: half width of a projected bone, stage by stage
 _C.MODEL.INTERACTION = 'both'  # joint interaction: 'both', 'graph' (within a hand), 'transformer' (across), 'none'
 _C.MODEL.PROJECTION = 'bones'  # draw joint features into the image along 'bones', at 'joints' only, or 'none'
@@ -64,26 +73,39 @@ _C.LOSS.WEIGHT.OFFSET = 10.0  # huber on (right root - left root) / 0.15 m
 _C.LOSS.WEIGHT.SEGMENTATION = 0.1  # cross-entropy, class weights 0.1, 0.45, 0.45
 _C.LOSS.WEIGHT.LOVASZ = 0.1  # Lovasz-softmax
 _C.LOSS.WEIGHT.DENSE = 1.0  # huber on vertex colours
+_C.LOSS.STAGE_WEIGHT = [1.0, 1.0, 1.0, 1.0]  # factor of all terms of the initial estimate, then of each stage
 _C.LOSS.LOVASZ_INPUT = 'logits'  # 'logits' as published (punishes confidence) or 'probabilities' as its authors define
 _C.LOSS.SCALE_TO_TRUTH = False  # scale predictions by true / predicted length of bone 0-9 before the 3D terms (paper)
 
 _C.AUGMENT = CfgNode()  # all draws uniform
 _C.AUGMENT.ROTATION = 180.0  # degrees, +-
-_C.AUGMENT.SCALE = 0.1  # 1 +- this
-_C.AUGMENT.SHIFT = 10.0  # pixels of the 256 crop, +-, each axis
+_C.AUGMENT.SCALE = 0.1  # 1 +- this: boxes that are too large or too small
+_C.AUGMENT.SHIFT = 10.0  # pixels of the 256 crop, +-, each axis: boxes that are off
 _C.AUGMENT.FLIP = 0.5  # probability of a left-right flip (hands swapped)
 _C.AUGMENT.BLUR = 0.3  # probability of motion blur, line of 3 to 9 pixels at any angle
 _C.AUGMENT.GAIN = 0.3  # per channel, 1 +- this
 _C.AUGMENT.BRIGHTNESS = 0.05  # of 255, +-, all channels
 _C.AUGMENT.NOISE = 0.01  # of 255: standard deviation of Gaussian noise per value
+_C.AUGMENT.OCCLUDE = 0.0  # probability of 1 to 3 plain rectangles in front of the hands
+_C.AUGMENT.COARSE = 0.0  # probability of a half to a fifth of the resolution
+_C.AUGMENT.GREY = 0.0  # probability of an image without colour
+_C.AUGMENT.GAMMA = 0.0  # values in [0, 1] are raised to the power 2 ** +- this
+_C.AUGMENT.JPEG = 0.0  # probability of JPEG compression, quality 10 to 60
 
 _C.TRAIN = CfgNode()
 _C.TRAIN.BATCH_SIZE = 64  # samples per step, summed over all processes
 _C.TRAIN.EPOCHS = 50  # passes over the training split
+_C.TRAIN.INIT_FROM = ''  # checkpoint whose weights a new run starts from; optimizer and schedule start anew
+_C.TRAIN.INIT_WITHOUT = []  # parts that do not fit and start anew, by name: [dense_heads, stages.1]
 _C.TRAIN.LR = 5e-4  # AdamW, at the start; cosine towards 0 at the last step
 _C.TRAIN.WARMUP_STEPS = 0  # steps of linear warm-up
+_C.TRAIN.FLAT = 0.0  # share of the steps after the warm-up at the full rate, before the cosine begins
+_C.TRAIN.BACKBONE_RATE = 1.0  # learning rate of the backbone, as a multiple of LR
+_C.TRAIN.REGRESSOR_RATE = 1.0  # the same for the layers that regress hand parameters and offset
+_C.TRAIN.FROZEN_LAYERS = 0  # of the backbone's four levels (strides 4 to 32), the first ones that are not trained
 _C.TRAIN.WEIGHT_DECAY = 0.01  # AdamW
 _C.TRAIN.DECAY_ALL = True  # weight decay on norms, biases and position embeddings too, as published
+_C.TRAIN.DECAY_REGRESSORS = True  # weight decay on the layers that regress hand parameters and offset
 _C.TRAIN.CLIP_NORM = 0.0  # maximum gradient norm; 0: no clipping
 _C.TRAIN.ACCUMULATE = 1  # equal parts of a batch, processed one after the other to save memory
 _C.TRAIN.EMA = 0.0  # decay per step of a moving average of the weights, stored in best.pth; 0: none
@@ -112,6 +134,7 @@ CHOICES = {
     'MANO.SOURCE': ('files', 'standin'),
     'DATASET.TARGETS': ('files', 'render'),
     'MODEL.STAGES': (0, 1, 2, 3),
+    'MODEL.FIRST_STRIDE': (16, 8, 4),
     'MODEL.INTERACTION': ('both', 'graph', 'transformer', 'none'),
     'MODEL.PROJECTION': ('bones', 'joints', 'none'),
     'MODEL.INIT': ('published', 'identity'),
@@ -119,7 +142,8 @@ CHOICES = {
     'EVAL.PRECISION': PRECISIONS,
     'LOSS.LOVASZ_INPUT': ('logits', 'probabilities'),
 }
-MAY_BE_EMPTY = ('DATASET.COLOURS', 'MODEL.BACKBONE_WEIGHTS')  # of the keys that hold text
+MAY_BE_EMPTY = ('DATASET.COLOURS', 'MODEL.BACKBONE_WEIGHTS', 'TRAIN.INIT_FROM')  # of the keys that hold text
+NAMES = ('DATASET.PATH', 'TRAIN.INIT_WITHOUT')  # lists of names, [A, B]; the first may also be one name alone
 
 
 class Range(NamedTuple):
@@ -143,6 +167,7 @@ class Range(NamedTuple):
 
 
 _COUNT, _AMOUNT, _PROBABILITY = Range(1, 10**9), Range(0, 10**9), Range(0, 1)
+_CHANNELS = Range(0, 65536)  # 0: derived from others
 _WEIGHT = Range(0, 10**6)  # of a loss term
 _PROCESSES = 4096
 # Every key that holds a number, unless CHOICES lists its values; of a list, the range of its entries.
@@ -150,8 +175,15 @@ RANGES = {
     'SEED': Range(0, 2**32 - 1),  # the sampler multiplies it by a million, within 64 bits
     'MODEL.IMAGE_SIZE': Range(32, 4096),
     'MODEL.MAP_CHANNELS': Range(2, 65536),  # the heads halve it
+    'MODEL.DENSE_CHANNELS': _CHANNELS,
+    'MODEL.ATTENTION_CHANNELS': _CHANNELS,
+    'MODEL.TOKEN_CHANNELS': Range(4, 65536),
+    'MODEL.JOINT_FEATURES': Range(1, 65536),
+    'MODEL.GRAPH_LAYERS': Range(1, 100),
     'MODEL.BONE_RADIUS': Range(0, 1024, low_open=True),
     'MODEL.LEFT_MIDDLE_TIP': Range(0, 777),
+    'DATASET.WEIGHTS': Range(0, 10**6, low_open=True),
+    'LOSS.STAGE_WEIGHT': Range(0, 10**6, low_open=True),
     **{f'LOSS.WEIGHT.{name}': _WEIGHT for name in _C.LOSS.WEIGHT},
     'AUGMENT.ROTATION': Range(0, 180),
     'AUGMENT.SCALE': Range(0, 1, high_open=True),  # an image reduced to nothing has no inverse map
@@ -161,10 +193,19 @@ RANGES = {
     'AUGMENT.GAIN': Range(0, 1),
     'AUGMENT.BRIGHTNESS': Range(0, 1),
     'AUGMENT.NOISE': Range(0, 1),
+    'AUGMENT.OCCLUDE': _PROBABILITY,
+    'AUGMENT.COARSE': _PROBABILITY,
+    'AUGMENT.GREY': _PROBABILITY,
+    'AUGMENT.GAMMA': Range(0, 10),
+    'AUGMENT.JPEG': _PROBABILITY,
     'TRAIN.BATCH_SIZE': _COUNT,
     'TRAIN.EPOCHS': Range(1, 10**6),
     'TRAIN.LR': Range(0, 10),
     'TRAIN.WARMUP_STEPS': _AMOUNT,
+    'TRAIN.FLAT': Range(0, 1),
+    'TRAIN.BACKBONE_RATE': Range(0, 1000),
+    'TRAIN.REGRESSOR_RATE': Range(0, 1000),
+    'TRAIN.FROZEN_LAYERS': Range(0, 4),  # the backbone has four levels
     'TRAIN.WEIGHT_DECAY': Range(0, 10),
     'TRAIN.CLIP_NORM': _AMOUNT,
     'TRAIN.ACCUMULATE': _COUNT,
@@ -390,18 +431,28 @@ def _sections() -> set[str]:
 
 def _set_from_words(cfg: CfgNode, key: str, words: str | list[str], *, where: str) -> None:
     """Set a key to what was typed: a text, or the texts of a list's entries."""
-    default = flatten(cfg).get(key)
-    _set(cfg, key, words if default is None else _parsed(words, default), where=where)
+    default = flatten(_C).get(key)
+    if isinstance(words, str) and (key in NAMES or isinstance(default, list)):
+        words = _entries(words, brackets=('[]',) if key in NAMES else ('[]', '()'))
+    _set(cfg, key, words if default is None or key in NAMES else _parsed(words, default), where=where)
+
+
+def _entries(words: str, *, brackets: tuple[str, ...]) -> str | list[str]:
+    """'[A, B]' -> its entries as typed; any other text is returned as it is."""
+    if words[:1] + words[-1:] not in brackets:
+        return words
+    try:
+        node = _PlainComposer(f'[{words[1:-1]}]').get_single_node()
+    except (yaml.YAMLError, UserError, ValueError, OverflowError):
+        return words
+    entries = node.value if isinstance(node, yaml.SequenceNode) else []
+    return [entry.value for entry in entries] if all(isinstance(entry, yaml.ScalarNode) for entry in entries) else words
 
 
 def _parsed(words: str | list[str], default: Any) -> Any:
     """What was typed as a value of the default's type, or as it is if it cannot be one."""
     if isinstance(default, list):
-        if isinstance(words, str):
-            if words[:1] + words[-1:] not in ('[]', '()'):
-                return words
-            words = [word.strip() for word in words[1:-1].rstrip(', ').split(',')] if words[1:-1].strip() else []
-        return [_parsed(word, 0.0) for word in words]
+        return [_parsed(word, 0.0) for word in words] if isinstance(words, list) else words
     if isinstance(words, list) or isinstance(default, str):
         return words
     if isinstance(default, bool):
@@ -414,7 +465,7 @@ def _parsed(words: str | list[str], default: Any) -> Any:
 
 def _set(cfg: CfgNode, key: str, value: Any, *, where: str) -> None:
     """Set a key to a value of its type; an integer also serves for a float."""
-    known = flatten(cfg)
+    known = flatten(_C)
     if key in RENAMED:
         raise UserError(f'{where}: {key} is now called {RENAMED[key]}.')
     if key not in known:
@@ -431,6 +482,12 @@ def _set(cfg: CfgNode, key: str, value: Any, *, where: str) -> None:
 
 
 def _typed(key: str, value: Any, default: Any, where: str) -> Any:
+    if key in NAMES:
+        names = value if isinstance(value, (list, tuple)) else [value]
+        nested = isinstance(value, str) and value[:1] + value[-1:] == '[]'  # it was not a plain list
+        if nested or not all(isinstance(name, str) for name in names):
+            raise UserError(f'{where}: {key} must be a name or a list of names like [A, B], not {_shown(value)}.')
+        return names[0] if isinstance(default, str) and len(names) == 1 else list(names)
     if isinstance(default, list):
         if isinstance(value, (list, tuple)) and all(type(entry) in (int, float) for entry in value):
             return [_float(entry) for entry in value]
@@ -466,12 +523,34 @@ def _check(cfg: CfgNode) -> None:
                 what = f'{key} has the entry' if isinstance(flat[key], list) else f'{key} is'
                 raise UserError(f'{what} {_shown(value)}; it must be {allowed}.')
     for key, value in flat.items():
-        if isinstance(value, str):
-            _check_text(key, value)
+        for name in value if isinstance(value, list) else [value]:
+            if isinstance(name, str):
+                _check_text(key, name)
     if cfg.MODEL.IMAGE_SIZE % 32:
         raise UserError(f'MODEL.IMAGE_SIZE is {cfg.MODEL.IMAGE_SIZE}; it must be a multiple of 32.')
     if len(cfg.MODEL.BONE_RADIUS) < cfg.MODEL.STAGES:
         raise UserError(f'MODEL.BONE_RADIUS has {len(cfg.MODEL.BONE_RADIUS)} entries for {cfg.MODEL.STAGES} stages.')
+    if (most := {16: 3, 8: 2, 4: 1}[cfg.MODEL.FIRST_STRIDE]) < cfg.MODEL.STAGES:
+        raise UserError(
+            f'MODEL.STAGES is {cfg.MODEL.STAGES}, but from MODEL.FIRST_STRIDE {cfg.MODEL.FIRST_STRIDE} on the backbone '
+            f'has maps for {most} only.'
+        )
+    if cfg.MODEL.TOKEN_CHANNELS % 4:
+        raise UserError(f'MODEL.TOKEN_CHANNELS is {cfg.MODEL.TOKEN_CHANNELS}; it must be a multiple of 4.')
+    if len(cfg.LOSS.STAGE_WEIGHT) <= cfg.MODEL.STAGES:
+        raise UserError(
+            f'LOSS.STAGE_WEIGHT has {len(cfg.LOSS.STAGE_WEIGHT)} entries for {cfg.MODEL.STAGES + 1} estimates: the '
+            'initial one and one per stage.'
+        )
+    paths = cfg.DATASET.PATH if isinstance(cfg.DATASET.PATH, list) else [cfg.DATASET.PATH]
+    if not paths:
+        raise UserError('DATASET.PATH is an empty list; name at least one data set.')
+    if cfg.DATASET.WEIGHTS and len(cfg.DATASET.WEIGHTS) != len(paths):
+        raise UserError(
+            f'DATASET.WEIGHTS has {len(cfg.DATASET.WEIGHTS)} entries for {len(paths)} sets in DATASET.PATH.'
+        )
+    if cfg.TRAIN.INIT_WITHOUT and not cfg.TRAIN.INIT_FROM:
+        raise UserError('TRAIN.INIT_WITHOUT leaves parts of a checkpoint out, but TRAIN.INIT_FROM names none.')
 
 
 def _check_text(key: str, value: str) -> None:
