@@ -33,9 +33,9 @@ from yacs.config import CfgNode
 from dataset import PreparedSplit, Sample
 from dataset.batch import BatchMaker, build_batch_maker, parts_of
 from dataset.damage import DAMAGED, DamageRecord, TooMuchDamageError
-from dataset.hand_model_record import check_hand_model_record
 from dataset.identity import check_data_identity, data_identity
 from dataset.loader import EpochSampler, Loader, WorkerError, evaluation_split, training_loader
+from dataset.mixture import check_hand_model_records, folders_with
 from evaluation.evaluate import StoppedEarly
 from evaluation.validation import validate
 from manopth import HandPair
@@ -200,16 +200,18 @@ def take_over(cfg: CfgNode, at_end: ExitStack, *, wait_s: float = 0.0) -> Path |
 def build_training(cfg: CfgNode, device: torch.device, content: dict[str, Any] | None = None) -> Training:
     """Open the data and build the network, without the ImageNet weights if ``content``, a checkpoint, will follow."""
     hands = load_hands(cfg.MANO.SOURCE, cfg.MANO.PATH)
-    check_hand_model_record(cfg.DATASET.PATH, hands)
+    check_hand_model_records(cfg.DATASET.PATH, hands)
     loader, sampler = training_loader(cfg)
     data = {'train': data_identity(cast(PreparedSplit, loader.dataset))}
     validation = None
-    if (Path(cfg.DATASET.PATH) / 'val').exists():
+    if folders_with(cfg.DATASET.PATH, 'val'):
         validation = evaluation_split(cfg, 'val')  # opened now: an unreadable split must not show after an epoch
         data['val'] = data_identity(validation)
     elif distributed.is_main():
         print(f'{cfg.DATASET.PATH} has no split val: nothing is validated, and best.pth holds the last epoch.')
     trainer = Trainer(cfg, hands, device, pretrained=False if content else None)
+    if trainer.initial_weights and distributed.is_main():
+        print(trainer.initial_weights.describe(hands))
     previous = content.get('record') if content else None
     record = run_record(seed=cfg.SEED, hand_model=hands.identity, data=data, device=device, previous=previous)
     batch_maker = build_batch_maker(cfg, hands).to(device)
@@ -222,6 +224,8 @@ def fit(run: Training, progress: Progress) -> int:
     log = None
     if distributed.is_main():
         log = RunLog(run.folder, step=steps_done, validation_due=progress.validation_due)
+        if run.trainer.initial_weights:
+            log.write('init_from', 0, **run.trainer.initial_weights._asdict())
         write_run_record(run.folder, run.record, config=to_plain(run.cfg))
     damage = DamageRecord(
         cast(PreparedSplit, run.loader.dataset),
@@ -305,7 +309,11 @@ def train_one_epoch(session: Session) -> bool:
                 samples.damage, step=session.steps_done + 1, epoch=progress.epoch, device=run.trainer.device
             )
             rate = learning_rate(
-                session.steps_done, total=run.total_steps, base=cfg.TRAIN.LR, warmup=cfg.TRAIN.WARMUP_STEPS
+                session.steps_done,
+                total=run.total_steps,
+                base=cfg.TRAIN.LR,
+                warmup=cfg.TRAIN.WARMUP_STEPS,
+                flat=cfg.TRAIN.FLAT,
             )
             terms, stopping = train_step(run, samples, rate, lambda: session.stop.requested)
             progress.step += 1
@@ -383,6 +391,10 @@ def validate_and_keep_best(session: Session) -> bool:
             f'epoch {progress.epoch}: validation joint {joint:.2f} mm, vert {vert:.2f} mm, '
             f'root {summary["root_mm"]:.2f} mm'
         )
+        for folder, figures in summary.get('sets', {}).items():
+            session.bar.write(
+                f'    {folder}: joint {figures["joint_mm"]["all"]:.2f} mm, root {figures["root_mm"]:.2f} mm'
+            )
     progress.tick()
     if joint < progress.best:
         progress.best = joint

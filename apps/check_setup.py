@@ -34,9 +34,12 @@ try:
 
     from dataset import open_split
     from dataset.hand_model_record import HAND_MODEL_RECORD, check_hand_model_record
+    from dataset.mixture import set_folders
     from dataset.prepared import RECORD, partial_folder
+    from models import build_model, efficientnet_lite
     from models.backbone import Backbone, load_imagenet
     from models.hands import load_hands
+    from models.initial_weights import check_not_own_output, load_initial_weights
     from utils.config import add_config_arguments, load_config
     from utils.distributed import choose_device, usable_cores
     from utils.errors import UserError, user_facing
@@ -96,13 +99,29 @@ def main(argv: list[str] | None = None) -> int:
 
 def examine(cfg: CfgNode) -> Iterator[Check]:
     """Run every check; an error that one of them raises becomes its result, and the others still run."""
+    sets = each_set(cfg)
     for what, check in CHECKS.items():
-        try:
-            result = check(what, cfg)
-        except (UserError, OSError) as error:
-            result = Check(WRONG, what, 'cannot be used', sentence(error))
-        if result:
-            yield result
+        for part in sets if what.startswith('data') else [cfg]:
+            try:
+                result = check(what, part)
+            except (UserError, OSError) as error:
+                result = Check(WRONG, what, 'cannot be used', sentence(error))
+            if result:
+                yield result
+
+
+def each_set(cfg: CfgNode) -> list[CfgNode]:
+    """One configuration per data set of DATASET.PATH."""
+    folders = set_folders(cfg.DATASET.PATH)
+    if len(folders) == 1:
+        return [cfg]
+    sets = []
+    for folder in folders:
+        one = cfg.clone()
+        one.defrost()
+        one.DATASET.PATH, one.TRAIN.BATCH_SIZE = folder, 1  # one set of several need not fill a batch
+        sets.append(one)
+    return sets
 
 
 def layout(check: Check) -> str:
@@ -269,8 +288,16 @@ def check_hands_of_data(what: str, cfg: CfgNode) -> Check | None:
 def check_weights(what: str, cfg: CfgNode) -> Check:
     """The backbone's initial weights; local ones are loaded into a backbone to see that they fit."""
     name, file = cfg.MODEL.BACKBONE, cfg.MODEL.BACKBONE_WEIGHTS
+    if cfg.TRAIN.INIT_FROM:
+        return check_initial_weights(what, cfg)
     if not cfg.MODEL.PRETRAINED:
         return Check(OK, what, f'{name} from scratch (MODEL.PRETRAINED false)')
+    if name == efficientnet_lite.NAME:
+        try:
+            load_imagenet(Backbone(name), name, file)
+        except UserError as error:
+            return Check(MISSING, what, f'{name}: no usable ImageNet weights', str(error))
+        return Check(OK, what, f'{name} from {file or efficientnet_lite.PACKAGE}')
     url = torchvision.models.get_model_weights(name).DEFAULT.url
     cached = Path(torch.hub.get_dir()) / 'checkpoints' / Path(urlparse(url).path).name
     if not file and not cached.exists():
@@ -289,6 +316,17 @@ def check_weights(what: str, cfg: CfgNode) -> Check:
     except UserError as error:
         return Check(WRONG if Path(source).exists() else MISSING, what, f'{source} cannot be used', f'{error}{again}')
     return Check(OK, what, f'{name} from {source}')
+
+
+def check_initial_weights(what: str, cfg: CfgNode) -> Check:
+    """The checkpoint of TRAIN.INIT_FROM fits the network."""
+    hands, path, without = load_hands(cfg.MANO.SOURCE, cfg.MANO.PATH), cfg.TRAIN.INIT_FROM, cfg.TRAIN.INIT_WITHOUT
+    try:
+        check_not_own_output(path, cfg.OUTPUT_DIR)
+        weights = load_initial_weights(build_model(cfg, hands, pretrained=False), path, without=without, hands=hands)
+    except UserError as error:
+        return Check(WRONG if Path(path).exists() else MISSING, what, f'{path} cannot be used', str(error))
+    return Check(OK, what, weights.describe(hands))
 
 
 def check_output(what: str, cfg: CfgNode) -> Check:

@@ -226,11 +226,13 @@ def latency(setting: Setting) -> Table:
 def projection(setting: Setting) -> Table:
     """Both stages' projections with gradients, against convolving the explicit map."""
     cfg, rows = setting.cfg, []
-    for stage, size in enumerate((cfg.MODEL.IMAGE_SIZE // 16, cfg.MODEL.IMAGE_SIZE // 8)):
+    features, first = cfg.MODEL.JOINT_FEATURES, cfg.MODEL.IMAGE_SIZE // cfg.MODEL.FIRST_STRIDE
+    for stage, size in enumerate((first, 2 * first)):
         torch.manual_seed(0)
-        layer = ProjectedConvolution(64, cfg.MODEL.MAP_CHANNELS, radius=cfg.MODEL.BONE_RADIUS[stage]).to(setting.device)
+        layer = ProjectedConvolution(features, cfg.MODEL.MAP_CHANNELS, radius=cfg.MODEL.BONE_RADIUS[stage])
+        layer = layer.to(setting.device)
         uv = torch.rand(setting.batch, 2, 21, 2, device=setting.device) - 0.5
-        tokens = torch.randn(setting.batch, 2, 21, 64, device=setting.device, requires_grad=True)
+        tokens = torch.randn(setting.batch, 2, 21, features, device=setting.device, requires_grad=True)
 
         def contracted(layer=layer, uv=uv, tokens=tokens, size=size):
             layer(uv, tokens, size=size).sum().backward()

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 BLUR_LENGTHS = (3, 9)  # pixels, length of the motion-blur line, inclusive
+REDUCTIONS = (2, 5)  # of the resolution, inclusive
+QUALITIES = (10, 60)  # of JPEG compression, inclusive
+MOST_OCCLUDERS = 3
+NO_OCCLUDERS = ((0.0,) * 8,) * MOST_OCCLUDERS
 
 
 class AugmentationRanges(NamedTuple):
@@ -21,10 +25,18 @@ class AugmentationRanges(NamedTuple):
     gain: float
     brightness: float
     noise: float
+    occlude: float = 0.0
+    coarse: float = 0.0
+    grey: float = 0.0
+    gamma: float = 0.0
+    jpeg: float = 0.0
 
 
 class AugmentationParameters(NamedTuple):
-    """Augmentation of one sample (with a leading axis: of a batch), in order: flip, blur, warp, colour, noise."""
+    """Augmentation of one sample (with a leading axis: of a batch).
+
+    In order: flip, blur, warp, occluders, reduction, gamma, colour, noise, loss of colour, compression.
+    """
 
     flip: Tensor  # () bool
     blur_length: Tensor  # () int64 pixels; 0 for no blur
@@ -36,9 +48,20 @@ class AugmentationParameters(NamedTuple):
     brightness: Tensor  # () grey levels
     noise: Tensor  # () grey levels, standard deviation
     noise_seed: Tensor  # () int64
+    occluders: (
+        Tensor  # (3, 8) centre (2) and half sides (2) in sides of the image, angle (rad), BGR; half sides 0: none
+    )
+    reduction: Tensor  # () int64: the resolution is divided by this
+    gamma: Tensor  # () exponent of values in [0, 1]
+    grey: Tensor  # () bool
+    quality: Tensor  # () int64 of JPEG compression; 0 for none
 
 
-_TYPES = (torch.bool, torch.int64, *[torch.float32] * 7, torch.int64)  # of the fields of AugmentationParameters
+# Of the fields of AugmentationParameters.
+_TYPES = (
+    *(torch.bool, torch.int64, *[torch.float32] * 7, torch.int64),
+    *(torch.float32, torch.int64, torch.float32, torch.bool, torch.int64),
+)
 
 
 def parameters(
@@ -53,9 +76,17 @@ def parameters(
     brightness: float = 0.0,
     noise: float = 0.0,
     noise_seed: int = 0,
+    occluders: tuple[tuple[float, ...], ...] = NO_OCCLUDERS,
+    reduction: int = 1,
+    gamma: float = 1.0,
+    grey: bool = False,
+    quality: int = 0,
 ) -> AugmentationParameters:
     """Augmentation parameters of one sample from plain numbers. The defaults leave the sample unchanged."""
-    row = (flip, blur_length, blur_angle, scale, angle, shift, gain, brightness, noise, noise_seed)
+    row = (
+        *(flip, blur_length, blur_angle, scale, angle, shift, gain, brightness, noise, noise_seed),
+        *(occluders, reduction, gamma, grey, quality),
+    )
     return AugmentationParameters(*(torch.tensor(value, dtype=kind) for value, kind in zip(row, _TYPES)))
 
 
@@ -95,4 +126,20 @@ def _draw(ranges: AugmentationRanges, key: tuple[int, int, int]) -> tuple:
         255 * brightness,
         255 * ranges.noise,
         int(random.integers(2**62)),
+        *_draw_degradation(ranges, random),
     )
+
+
+def _draw_degradation(ranges: AugmentationRanges, random: np.random.Generator) -> tuple:
+    """Occluders, reduction, gamma, grey, quality. Drawn last, so that all other draws do not depend on their ranges."""
+    probabilities = (ranges.occlude, ranges.coarse, ranges.grey, ranges.jpeg)
+    if not any(probabilities) and not ranges.gamma:
+        return NO_OCCLUDERS, 1, 1.0, False, 0
+    occluded, coarse, grey, compressed = (random.random(4) < probabilities).tolist()
+    gamma = 2 ** random.uniform(-ranges.gamma, ranges.gamma)
+    reduction, quality = (int(random.integers(*limits, endpoint=True)) for limits in (REDUCTIONS, QUALITIES))
+    occluders = list(NO_OCCLUDERS)
+    for place in range(int(random.integers(1, MOST_OCCLUDERS, endpoint=True)) if occluded else 0):
+        centre, half_sides = random.uniform(0.1, 0.9, 2), random.uniform(0.02, 0.14, 2)
+        occluders[place] = (*centre, *half_sides, random.uniform(0, math.pi), *random.uniform(0, 255, 3))
+    return tuple(occluders), reduction if coarse else 1, gamma, grey, quality if compressed else 0

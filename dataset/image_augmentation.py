@@ -1,12 +1,13 @@
-"""Augmentation of the pixels: mask flip and motion blur, then the warp, then colour and noise."""
+"""Augmentation of the pixels: mask flip and motion blur, the warp, occluders, resolution, colour and noise, JPEG."""
 
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dataset.augmentation import BLUR_LENGTHS, AugmentationParameters
+from dataset.augmentation import BLUR_LENGTHS, MOST_OCCLUDERS, REDUCTIONS, AugmentationParameters
 from utils.geometry import CROP_SIZE, mirror_image_matrix, similarity_about_centre, warp
 
 
@@ -34,7 +35,13 @@ def augment_images(
     if size != CROP_SIZE or moves_pixels(plan):
         warped = warp(stacked, image_map, size=size)
         parts = dict(zip(images, warped.split([image.shape[-1] for image in images.values()], 1)))
-    return parts | {'image': colour_and_noise(parts['image'], plan)}
+    image = parts['image']
+    occlude_(image, plan)
+    reduce_resolution_(image, plan)
+    image = colour_and_noise(apply_gamma(image, plan), plan)
+    remove_colour_(image, plan)
+    compress_(image, plan)
+    return parts | {'image': image}
 
 
 def moves_pixels(plan: AugmentationParameters) -> bool:
@@ -85,3 +92,98 @@ def colour_and_noise(image: Tensor, plan: AugmentationParameters) -> Tensor:
         one.normal_(generator=generator.manual_seed(seed))
     image = torch.addcmul(brightness[:, None, None, None], image, gain[:, :, None, None])
     return image.addcmul_(grain, noise[:, None, None, None]).round_().clamp_(0, 255)
+
+
+def occlude_(image: Tensor, plan: AugmentationParameters) -> None:
+    """Paint plain rectangles over the chosen samples, in place."""
+    chosen = (plan.occluders[:, :, 2] > 0).any(1).nonzero().flatten()
+    if len(chosen) == 0:
+        return
+    rows, rectangles = chosen.to(image.device), plan.occluders[chosen].to(image)
+    steps = (torch.arange(image.shape[-1], device=image.device) + 0.5) / image.shape[-1]
+    picked = image[rows]
+    for place in range(MOST_OCCLUDERS):
+        x, y, half_width, half_height, angle = rectangles[:, place, :5, None, None].unbind(1)
+        right, down = steps - x, steps[:, None] - y
+        along = right * angle.cos() + down * angle.sin()
+        beside = down * angle.cos() - right * angle.sin()
+        inside = (along.abs() < half_width) & (beside.abs() < half_height)
+        picked = torch.where(inside[:, None], rectangles[:, place, 5:, None, None], picked)
+    image.index_copy_(0, rows, picked)
+
+
+def reduce_resolution_(image: Tensor, plan: AugmentationParameters) -> None:
+    """Average the chosen samples over larger pixels and interpolate back to their size, in place."""
+    size = image.shape[-1]
+    for divisor in range(REDUCTIONS[0], REDUCTIONS[1] + 1):
+        chosen = (plan.reduction == divisor).nonzero().flatten()
+        if len(chosen):
+            rows = chosen.to(image.device)
+            small = F.interpolate(image[rows], (size // divisor, size // divisor), mode='area')
+            image.index_copy_(0, rows, F.interpolate(small, (size, size), mode='bilinear', align_corners=False))
+
+
+def apply_gamma(image: Tensor, plan: AugmentationParameters) -> Tensor:
+    """Raise values in [0, 1] to the power ``gamma``. Without any in the batch, the image is returned unchanged."""
+    if not bool((plan.gamma != 1).any()):
+        return image
+    return 255 * (image / 255).clamp(0, 1) ** plan.gamma.to(image)[:, None, None, None]
+
+
+def remove_colour_(image: Tensor, plan: AugmentationParameters) -> None:
+    """Replace the chosen samples' channels by their luma, in place."""
+    chosen = plan.grey.nonzero().flatten()
+    if len(chosen):
+        rows = chosen.to(image.device)
+        blue, green, red = image[rows].split(1, 1)
+        luma = (0.114 * blue + 0.587 * green + 0.299 * red).round_()
+        image.index_copy_(0, rows, luma.expand(-1, 3, -1, -1))
+
+
+def compress_(image: Tensor, plan: AugmentationParameters) -> None:
+    """Apply JPEG's loss (without chroma subsampling) to the chosen samples, in place: BGR in [0, 255], side / 8 whole.
+
+    ITU-T T.81: quantise the discrete cosine transform of 8 x 8 blocks with the tables of its Annex K, scaled to the
+    quality as libjpeg does.
+    """
+    chosen = plan.quality.nonzero().flatten()
+    if len(chosen) == 0:
+        return
+    rows, quality = chosen.to(image.device), plan.quality[chosen].float()
+    scale = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality)[:, None, None, None]
+    quantum = ((_QUANTISATION * scale + 50) / 100).floor().clamp(1, 255).to(image)  # (N, 3, 8, 8)
+    quantum = quantum[:, :, None, :, None, :]
+    cosines, to_ycc = _cosines().to(image), _YCC_OF_BGR.to(image)
+    picked = image[rows]
+    size = picked.shape[-1]
+    ycc = torch.einsum('cd,ndyx->ncyx', to_ycc, picked)
+    ycc[:, 0] -= 128
+    blocks = ycc.unflatten(3, (size // 8, 8)).unflatten(2, (size // 8, 8))  # (N, 3, S / 8, 8, S / 8, 8)
+    frequencies = torch.einsum('ui,ncyixj,vj->ncyuxv', cosines, blocks, cosines)
+    frequencies = (frequencies / quantum).round_() * quantum
+    ycc = torch.einsum('ui,ncyuxv,vj->ncyixj', cosines, frequencies, cosines).flatten(4).flatten(2, 3)
+    ycc[:, 0] += 128
+    lossy = torch.einsum('dc,ncyx->ndyx', torch.linalg.inv(_YCC_OF_BGR).to(image), ycc)
+    image.index_copy_(0, rows, lossy.round_().clamp_(0, 255))
+
+
+_YCC_OF_BGR = torch.tensor([[0.114, 0.587, 0.299], [0.5, -0.331264, -0.168736], [-0.081312, -0.418688, 0.5]])
+_LUMA = [
+    *([16, 11, 10, 16, 24, 40, 51, 61], [12, 12, 14, 19, 26, 58, 60, 55], [14, 13, 16, 24, 40, 57, 69, 56]),
+    *([14, 17, 22, 29, 51, 87, 80, 62], [18, 22, 37, 56, 68, 109, 103, 77], [24, 35, 55, 64, 81, 104, 113, 92]),
+    *([49, 64, 78, 87, 103, 121, 120, 101], [72, 92, 95, 98, 112, 100, 103, 99]),
+]
+_CHROMA = [
+    *([17, 18, 24, 47, 99, 99, 99, 99], [18, 21, 26, 66, 99, 99, 99, 99], [24, 26, 56, 99, 99, 99, 99, 99]),
+    *([47, 66, 99, 99, 99, 99, 99, 99], *[[99] * 8] * 4),
+]
+_QUANTISATION = torch.tensor([_LUMA, _CHROMA, _CHROMA], dtype=torch.float32)
+
+
+@cache
+def _cosines() -> Tensor:
+    """The orthonormal discrete cosine transform of 8 values: (frequency, position)."""
+    frequency, position = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing='ij')
+    matrix = 0.5 * torch.cos((2 * position + 1) * frequency * math.pi / 16)
+    matrix[0] /= 2**0.5
+    return matrix

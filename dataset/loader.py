@@ -21,6 +21,7 @@ from yacs.config import CfgNode
 from dataset import open_split
 from dataset.augmentation import AugmentationRanges
 from dataset.batch import learns_dense
+from dataset.mixture import MixedSplit, WeightedOrder, folders_with, set_folders
 from dataset.prepared import PreparedSplit, Sample
 from utils.distributed import rank_and_world, usable_cores, use_one_thread
 from utils.errors import UserError
@@ -32,11 +33,12 @@ _END_S = 5.0  # for a worker process to end
 class EpochSampler(Sampler[tuple[int, int]]):
     """Yield (index, epoch) of this process's share of each global batch, starting at ``start_at``.
 
-    The global order does not depend on the number of processes. An incomplete last batch is dropped.
+    The global order does not depend on the number of processes. An incomplete last batch is dropped. order: (index, key
+    of its augmentation) of every draw of an epoch; None for every sample once, in random order.
     """
 
-    def __init__(self, length: int, *, batch_size: int, seed: int):
-        self.length, self.batch_size, self.seed = length, batch_size, seed
+    def __init__(self, length: int, *, batch_size: int, seed: int, order: WeightedOrder | None = None):
+        self.length, self.batch_size, self.seed, self.order = length, batch_size, seed, order
         self.epoch, self.first_step = 0, 0
         rank, world = rank_and_world()
         share = batch_size // world
@@ -52,11 +54,14 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.epoch, self.first_step = epoch, step
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
+        draws = self.order(self.epoch) if self.order else self._permutation()
+        for step in range(self.first_step, self.steps):
+            yield from draws[step * self.batch_size : (step + 1) * self.batch_size][self.mine]
+
+    def _permutation(self) -> list[tuple[int, int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.length, generator=generator).tolist()
-        for step in range(self.first_step, self.steps):
-            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
-            yield from ((index, self.epoch) for index in batch[self.mine])
+        return [(index, self.epoch) for index in order]
 
     def __len__(self) -> int:
         return (self.steps - self.first_step) * (self.mine.stop - self.mine.start)
@@ -259,15 +264,23 @@ def training_loader(cfg: CfgNode) -> tuple[Loader, EpochSampler]:
             f'{dataset.folder} holds {len(dataset)} samples, fewer than TRAIN.BATCH_SIZE '
             f'{cfg.TRAIN.BATCH_SIZE}: set it to {len(dataset)} or less.'
         )
-    sampler = EpochSampler(len(dataset), batch_size=cfg.TRAIN.BATCH_SIZE, seed=cfg.SEED)
+    order = None
+    if isinstance(dataset, MixedSplit) and cfg.DATASET.WEIGHTS:
+        order = WeightedOrder(dataset, cfg.DATASET.WEIGHTS, seed=cfg.SEED)
+    sampler = EpochSampler(len(dataset), batch_size=cfg.TRAIN.BATCH_SIZE, seed=cfg.SEED, order=order)
     loader = _loader(dataset, cfg, batch_size=cfg.TRAIN.BATCH_SIZE // world, sampler=sampler, workers=cfg.TRAIN.WORKERS)
     return loader, sampler
 
 
 def evaluation_split(cfg: CfgNode, split: str) -> PreparedSplit:
-    """Open a split for evaluation: without augmentation and dense maps; batches leave damaged samples out."""
+    """Open a split for evaluation, of all sets that hold it: without augmentation and dense maps.
+
+    Batches leave damaged samples out.
+    """
+    folders = folders_with(cfg.DATASET.PATH, split) or set_folders(cfg.DATASET.PATH)  # without any, opening fails
     with_mask = cfg.DATASET.TARGETS == 'files'
-    return open_split(cfg.DATASET.PATH, split, with_mask=with_mask, with_dense=False, on_damage='leave out')
+    path = folders if len(folders) > 1 else folders[0]
+    return open_split(path, split, with_mask=with_mask, with_dense=False, on_damage='leave out')
 
 
 def evaluation_loader(dataset: PreparedSplit, cfg: CfgNode, indices: Sequence[int] | None = None) -> Loader:

@@ -42,6 +42,13 @@ class Evaluation(NamedTuple):
         """The headline figures of a stage."""
         return summarise(self.stages[stage], self.protocol, self.metrics)
 
+    def summary_of(self, samples: range, stage: int = -1) -> dict[str, Any] | None:
+        """``summary`` of those of ``samples`` that were evaluated; None if none of them was."""
+        rows = ((self.indices >= samples.start) & (self.indices < samples.stop)).nonzero().flatten()
+        if len(rows) == 0:
+            return None
+        return summarise(choose_rows(self.stages[stage], rows), self.protocol, self.metrics)
+
     def report(self) -> dict[str, Any]:
         """Every figure of metrics.json. Raises ValueError if the details were not evaluated."""
         if self.details is None:

@@ -11,9 +11,9 @@ import torch
 from yacs.config import CfgNode
 
 from dataset.batch import BatchMaker, build_batch_maker
-from dataset.hand_model_record import check_hand_model_record
 from dataset.identity import data_identity
 from dataset.loader import evaluation_loader, evaluation_split
+from dataset.mixture import check_hand_model_records, sample_ranges
 from dataset.prepared import PreparedSplit
 from dataset.subsets import AnnotatedJoints, Subset, choose
 from evaluation.evaluate import Evaluation, evaluate
@@ -107,7 +107,7 @@ def evaluate_split(model: torch.nn.Module, cfg: CfgNode, args: argparse.Namespac
     name, protocol = chosen_protocol(args)
     device = distributed.start(cfg.DEVICE)
     hand_models = load_hands(cfg.MANO.SOURCE, cfg.MANO.PATH)
-    check_hand_model_record(cfg.DATASET.PATH, hand_models)
+    check_hand_model_records(cfg.DATASET.PATH, hand_models)
     batch_maker = build_batch_maker(cfg, hand_models).to(device)
     dataset = evaluation_split(cfg, args.split)
     subset = choose(
@@ -143,11 +143,16 @@ def report(measured: Measured, *, title: str, out: str | None, more: dict[str, A
         'of': len(dataset),
     }
     summary['damaged'] = [one._asdict() for one in result.damage]
+    sets = {folder: result.summary_of(samples) for folder, samples in sample_ranges(dataset).items()}
+    if any(sets.values()):
+        summary['sets'] = {folder: figures for folder, figures in sets.items() if figures}
     part = f' ({subset.description}; the split has {len(dataset)})' if subset.description else ''
     frames = f'{summary["frames"]} frames of {dataset.folder}{part}'
     print(f'{title}\nprotocol {name}: {result.protocol.describe()}; {frames}')
     print(format_damage(result.damage), end='')
     print(format_summary(summary))
+    for folder, figures in summary.get('sets', {}).items():
+        print(f'\n{figures["frames"]} frames of {folder}\n{format_summary(figures)}')
     print(f'\n{format_breakdown(summary)}')
     if result.grid:
         print(f'\n{format_grid(summary["protocols"])}')

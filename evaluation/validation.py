@@ -11,6 +11,7 @@ from yacs.config import CfgNode
 from dataset import PreparedSplit
 from dataset.batch import BatchMaker
 from dataset.loader import evaluation_loader
+from dataset.mixture import sample_ranges
 from evaluation.aggregation import Samples
 from evaluation.evaluate import Evaluation, StoppedEarly, evaluate
 from evaluation.metrics import Protocol
@@ -37,6 +38,8 @@ def validate(
     stopping: Callable[[], bool],
 ) -> dict:
     """Evaluate ``model`` on a split in the training's own protocol -> the headline figures of the last stage.
+
+    With several data sets, 'sets' holds the same figures of each, by its folder.
 
     log: where figures, histograms and pictures go, all of them at the end; None on processes that do not write.
     stopping: asked before each batch and after drawing whether to raise StoppedEarly. Every process of a
@@ -67,7 +70,16 @@ def validate(
             write_image(Path(cfg.OUTPUT_DIR) / 'pictures' / f'epoch_{epoch:03d}.jpg', sheets['validation'])
             for name, sheet in sheets.items():
                 log.picture(name, sheet, step)
-    return result.summary()
+    sets = {
+        folder: summary
+        for folder, samples in sample_ranges(dataset).items()
+        if (summary := result.summary_of(samples)) is not None
+    }
+    for number, (folder, summary) in enumerate(sets.items()):
+        if log:  # one kind per set: a tag of TensorBoard holds the values of one of them
+            figures = _scalars(summary)
+            log.write(f'val_set{number}', step, epoch=epoch, set=folder, frames=summary['frames'], **figures)
+    return result.summary() | ({'sets': sets} if sets else {})
 
 
 def _log_figures(log: RunLog, result: Evaluation, *, epoch: int, step: int) -> None:
@@ -77,11 +89,15 @@ def _log_figures(log: RunLog, result: Evaluation, *, epoch: int, step: int) -> N
         tqdm.write(format_damage(result.damage).rstrip())
     for stage, errors in enumerate(result.stages):
         summary = result.summary(stage)
-        figures = {f'{name}_{side}': value for name in LOGGED_FIGURES for side, value in summary[name].items()}
-        log.write(f'val_stage{stage}', step, epoch=epoch, root_mm=summary['root_mm'], **figures)
+        log.write(f'val_stage{stage}', step, epoch=epoch, **_scalars(summary))
         for name, values in _errors_of_samples(errors).items():
             # A tag holds values of one kind only, and the scalars own the plain names.
             log.board.add_histogram(f'val_stage{stage}/{name}_samples', values, step)
+
+
+def _scalars(summary: dict) -> dict[str, float]:
+    sides = {f'{name}_{side}': value for name in LOGGED_FIGURES for side, value in summary[name].items()}
+    return {'root_mm': summary['root_mm']} | sides
 
 
 def _errors_of_samples(errors: Samples) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from models.hand_head import HandHead
 from models.initial_regressor import InitialRegressor
 from models.initialisation import initialise
 from models.preprocessing import Preprocessing
-from models.refinement import STAGE_VARIANTS
+from models.refinement import STAGE_VARIANTS, MapFusion
 from utils.errors import UserError
 from utils.hand import LEFT, TIP_VERTICES
 
@@ -29,28 +29,38 @@ def build_model(cfg: CfgNode, hand_models: HandPair, *, pretrained: bool | None 
     tips = [list(TIP_VERTICES), list(TIP_VERTICES)]
     tips[LEFT][2] = m.LEFT_MIDDLE_TIP
     c1, c2, c3, c4 = backbone.channels
+    before = {16: 0, 8: 1, 4: 2}[m.FIRST_STRIDE]  # levels of the neck
+    coarser, skips = [c4, *[m.MAP_CHANNELS] * 3], [c3, c2, c1]
+    neck = [MapFusion(a, b, channels=m.MAP_CHANNELS) for a, b in list(zip(coarser, skips))[:before]]
     if m.STAGE_VARIANT not in STAGE_VARIANTS:
         raise UserError(f'MODEL.STAGE_VARIANT is {m.STAGE_VARIANT!r}; it must be one of {", ".join(STAGE_VARIANTS)}.')
     stages = [
         STAGE_VARIANTS[m.STAGE_VARIANT](
-            c4 if index == 0 else m.MAP_CHANNELS,
+            previous,
             skip,
             channels=m.MAP_CHANNELS,
             radius=m.BONE_RADIUS[index],
             projection=m.PROJECTION,
+            tokens=m.TOKEN_CHANNELS,
+            features=m.JOINT_FEATURES,
             graph=m.INTERACTION in ('both', 'graph'),
+            graph_layers=m.GRAPH_LAYERS,
+            graph_skip=m.GRAPH_SKIP,
             transformer=m.INTERACTION in ('both', 'transformer'),
+            enhances=m.ENHANCE_LAST or index < m.STAGES - 1,
         )
-        for index, skip in enumerate((c3, c2, c1)[: m.STAGES])
+        for index, (previous, skip) in enumerate(list(zip(coarser, skips))[before : before + m.STAGES])
     ]
+    last_channels = m.MAP_CHANNELS if stages or neck else c4
     model = DIR(
         hands=hand_models,
         preprocess=Preprocessing(m.IMAGE_SIZE),
         backbone=backbone,
-        initial_regressor=InitialRegressor(c4),
+        initial_regressor=InitialRegressor(c4, attention_channels=m.ATTENTION_CHANNELS or None),
         hand_head=HandHead(TwoHandLayer(hand_models, tip_vertices=tips), root_joint=cfg.ROOT_JOINT),
+        neck=neck,
         stages=stages,
-        dense_heads=DenseHeads(m.MAP_CHANNELS if stages else c4, m.MAP_CHANNELS) if m.DENSE_HEADS else None,
+        dense_heads=DenseHeads(last_channels, m.DENSE_CHANNELS or m.MAP_CHANNELS) if m.DENSE_HEADS else None,
         detach=m.DETACH,
     )
     initialise(model, m.INIT)
@@ -65,6 +75,7 @@ def build_criterion(cfg: CfgNode, hand_models: HandPair) -> DIRCriterion:
     return DIRCriterion(
         hand_models,
         weights=weights,
+        stage_weights=cfg.LOSS.STAGE_WEIGHT,
         root_joint=cfg.ROOT_JOINT,
         lovasz_on_probabilities=cfg.LOSS.LOVASZ_INPUT == 'probabilities',
         scale_to_truth=cfg.LOSS.SCALE_TO_TRUTH,

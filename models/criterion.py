@@ -1,5 +1,6 @@
 """The training objective: output + target -> named, weighted loss terms."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from manopth import HandPair
 from models import losses
 from models.predictions import DIROutput, HandPrediction, Target
 from utils.distributed import whole_batch
-from utils.geometry import bone_length
+from utils.geometry import scale_to_truth
 from utils.hand import HAND_SCALE, LEFT, RIGHT, SIDES
 
 SEGMENTATION_CLASS_WEIGHTS = (0.1, 0.45, 0.45)  # background, left, right
@@ -20,7 +21,7 @@ class DIRCriterion(nn.Module):
     """Losses on every stage's hands and on the dense maps (Ren et al., ICCV 2023).
 
     weights: joint_uv, vertex_uv, joint_xyz, vertex_xyz, edge, normal, offset (every stage), segmentation, lovasz,
-    dense.
+    dense. stage_weights: further factor of the terms of each estimate, the initial one first; None for 1.
     root_joint: the joint on which prediction and target are both centred. scale_to_truth: before the 3D terms, each
     predicted hand is scaled by true / predicted length of bone 0-9, with gradient through the scale.
     """
@@ -33,12 +34,13 @@ class DIRCriterion(nn.Module):
         hand_models: HandPair,
         *,
         weights: dict[str, float],
+        stage_weights: Sequence[float] | None = None,
         root_joint: int,
         lovasz_on_probabilities: bool = False,
         scale_to_truth: bool = False,
     ):
         super().__init__()
-        self.weights, self.root_joint = weights, root_joint
+        self.weights, self.stage_weights, self.root_joint = weights, stage_weights, root_joint
         self.lovasz_on_probabilities, self.scale_to_truth = lovasz_on_probabilities, scale_to_truth
         self.register_buffer('faces', torch.from_numpy(hand_models.faces), persistent=False)
         self.register_buffer('class_weights', torch.tensor(SEGMENTATION_CLASS_WEIGHTS), persistent=False)
@@ -48,7 +50,9 @@ class DIRCriterion(nn.Module):
         terms = self._dense_terms(output.segmentation, output.dense, target)
         truth = self._centred_truth(target)
         for stage, hands in enumerate(output.stages):
+            factor = 1.0 if self.stage_weights is None else self.stage_weights[stage]
             for name, value in self._hand_terms(hands, target, truth).items():
+                value = value if factor == 1 else factor * value
                 if value.ndim:  # one value per hand
                     terms |= {f'{name}_{side}_{stage}': value[index] for index, side in enumerate(SIDES)}
                 else:
@@ -86,7 +90,7 @@ class DIRCriterion(nn.Module):
     def _hand_terms(self, hands: HandPrediction, target: Target, truth: '_CentredTruth') -> dict[str, Tensor]:
         joints, vertices = hands.joints / HAND_SCALE, hands.vertices / HAND_SCALE
         if self.scale_to_truth:
-            scale = bone_length(truth.joints) / bone_length(joints)
+            scale = scale_to_truth(joints, truth.joints)
             joints, vertices = joints * scale, vertices * scale
         edges = losses.face_edges(vertices, self.faces)
         return self._weighted(

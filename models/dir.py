@@ -16,7 +16,7 @@ from models.initial_regressor import InitialRegressor
 from models.layers import conv_head
 from models.predictions import DIROutput
 from models.preprocessing import Preprocessing
-from models.refinement import RefinementStage
+from models.refinement import MapFusion, RefinementStage
 
 
 class DenseHeads(nn.Module):
@@ -36,7 +36,8 @@ class DenseHeads(nn.Module):
 class DIR(nn.Module):
     """Image (B, 3, H, W), RGB, ImageNet-normalised, H = W a multiple of 32 -> DIROutput.
 
-    preprocess: stored crops -> such images. hands: the pair that the network predicts.
+    preprocess: stored crops -> such images. hands: the pair that the network predicts. neck: fuses the coarsest map
+    with finer ones, one level after the other, before the first stage.
     dense_heads: None trains the hands alone (ablation). detach: no gradient flows from a stage into the previous
     estimate.
     """
@@ -53,19 +54,24 @@ class DIR(nn.Module):
         initial_regressor: InitialRegressor,
         hand_head: HandHead,
         stages: Sequence[RefinementStage],
+        neck: Sequence[MapFusion] = (),
         dense_heads: DenseHeads | None,
         detach: bool = True,
     ):
         super().__init__()
         self.hands, self.preprocess = hands, preprocess
         self.backbone, self.initial_regressor, self.hand_head = backbone, initial_regressor, hand_head
+        self.neck = cast(Sequence[MapFusion], nn.ModuleList(neck))
         self.stages = cast(Sequence[RefinementStage], nn.ModuleList(stages))
         self.dense_heads, self.detach = dense_heads, detach
 
     def forward(self, image: Tensor) -> DIROutput:
         *skips, x = self.backbone(image)
         estimates = [self.hand_head(*self.initial_regressor(x))]
-        for stage, skip in zip(self.stages, reversed(skips)):
+        finer = reversed(skips)
+        for fusion in self.neck:
+            x = fusion(x, next(finer))
+        for stage, skip in zip(self.stages, finer):
             previous = estimates[-1].detach() if self.detach else estimates[-1]
             x, hands = stage(x, skip, previous, self.hand_head)
             estimates.append(hands)

@@ -11,11 +11,14 @@ from models.predictions import NUM_PARAMETERS
 
 
 class InitialRegressor(nn.Module):
-    """c4 (B, C, S, S) -> hand parameters (B, 2, 64), offset (B, 3)."""
+    """c4 (B, C, S, S) -> hand parameters (B, 2, 64), offset (B, 3).
 
-    def __init__(self, channels: int):
+    attention_channels: hidden channels of each hand's attention; None for half of c4's.
+    """
+
+    def __init__(self, channels: int, *, attention_channels: int | None = None):
         super().__init__()
-        hidden = channels // 2
+        hidden = attention_channels or channels // 2
         # Both hands in one convolution: the first half of the hidden channels is the left hand's.
         self.attention = nn.Sequential(
             nn.Conv2d(channels, 2 * hidden, 3, padding=1),

@@ -22,7 +22,7 @@ def initialise(model: DIR, scheme: str) -> None:
     stage's estimate, and the transformer keeps PyTorch's linear initialisation, with which it is not almost off.
     """
     linear = (nn.Linear, PerHandLinear) if scheme == 'published' else ()
-    parts = [model.initial_regressor, *model.stages, model.dense_heads]
+    parts = [model.initial_regressor, *model.neck, *model.stages, model.dense_heads]
     for module in (module for part in parts if part is not None for module in part.modules()):
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=(2 / (module.kernel_size[0] ** 2 * module.out_channels)) ** 0.5)

@@ -13,15 +13,15 @@ class SkeletonGraphLayer(nn.Module):
     """Graph layer with separate matrices for every joint of every hand: (B, 2, J, a) -> (B, 2, J, b).
 
     out = x W_self + softmax(A) (x W_neighbour) + bias, BN, ReLU; A holds one learned logit per directed bone. (The
-    published layer also learns a logit per joint for the self term, which a softmax over one entry ignores.) Call
-    ``reset_parameters`` before training.
+    published layer also learns a logit per joint for the self term, which a softmax over one entry ignores.) ``skip``
+    adds the input to the output. Call ``reset_parameters`` before training.
     """
 
     edges: Tensor
 
-    def __init__(self, a: int, b: int):
+    def __init__(self, a: int, b: int, *, skip: bool = False):
         super().__init__()
-        self.out_features = b
+        self.out_features, self.skip = b, skip
         # W_self and W_neighbour side by side, for one product.
         self.weight = nn.Parameter(torch.zeros(2, NUM_JOINTS, a, 2 * b))
         self.bias = nn.Parameter(torch.zeros(2, b))
@@ -49,8 +49,9 @@ class SkeletonGraphLayer(nn.Module):
         both = torch.bmm(by_joint, self.weight.flatten(0, 1)).view(2, NUM_JOINTS, batch, 2, self.out_features)
         own, around = both.unbind(3)  # (2, J, B, b)
         mixed = own + (self.neighbour_weights() @ around.flatten(2)).view_as(own)
-        tokens = mixed.permute(2, 0, 1, 3) + self.bias[:, None]
-        return F.relu(unfold_hands(self.norm(fold_hands(tokens))))
+        mixed = mixed.permute(2, 0, 1, 3) + self.bias[:, None]
+        mixed = F.relu(unfold_hands(self.norm(fold_hands(mixed))))
+        return tokens + mixed if self.skip else mixed
 
 
 class TransformerBlock(nn.Module):
@@ -96,12 +97,22 @@ class CrossHandTransformer(nn.Module):
 class JointInteraction(nn.Module):
     """Graph layers within each hand, position in the common frame, transformer across: (B, 2, J, a) -> (B, 2, J, b).
 
-    ``graph`` and ``transformer`` switch these parts on (ablations).
+    ``graph`` and ``transformer`` switch these parts on (ablations). ``graph_skip``: of each graph layer.
     """
 
-    def __init__(self, a: int, b: int, *, graph: bool = True, transformer: bool = True, graph_layers: int = 4):
+    def __init__(
+        self,
+        a: int,
+        b: int,
+        *,
+        graph: bool = True,
+        transformer: bool = True,
+        graph_layers: int = 4,
+        graph_skip: bool = False,
+    ):
         super().__init__()
-        self.graph = nn.Sequential(*[SkeletonGraphLayer(a, a) for _ in range(graph_layers if graph else 0)])
+        layers = graph_layers if graph else 0
+        self.graph = nn.Sequential(*[SkeletonGraphLayer(a, a, skip=graph_skip) for _ in range(layers)])
         self.global_position = SharedMLP(3, a, a)
         self.transformer = CrossHandTransformer(a) if transformer else nn.Identity()
         self.head = nn.Sequential(nn.LayerNorm(a), nn.Linear(a, b))

@@ -41,6 +41,14 @@ _FIXED = (
     'MODEL.INTERACTION',
     'MODEL.PROJECTION',
     'MODEL.DENSE_HEADS',
+    'MODEL.FIRST_STRIDE',
+    'MODEL.ATTENTION_CHANNELS',
+    'MODEL.TOKEN_CHANNELS',
+    'MODEL.JOINT_FEATURES',
+    'MODEL.GRAPH_LAYERS',
+    'MODEL.GRAPH_SKIP',
+    'MODEL.ENHANCE_LAST',
+    'MODEL.DENSE_CHANNELS',
 )
 _INTEGERS = ('num_batches_tracked', 'th_faces')  # endings of the names of int64 tensors; all others are float32
 _NAMES_SHOWN = 20  # per kind, in an error message
@@ -211,26 +219,37 @@ def load_published(
     Raises UserError for names that are missing or unknown, for other shapes or types, and if its hand model is not
     that of MANO.PATH.
     """
-    net = content['net']
-    _check_names(net, path)
+    net, state = content['net'], published_state(content, path=path)
     cfg = load_config(None, [*CONFIGURATION, *overrides])
     hand_models = load_hands(cfg.MANO.SOURCE, cfg.MANO.PATH)
-    arrays = hand_arrays(hand_models)
-    for key, array in arrays.items():
-        if not torch.allclose(net[key], array, rtol=0, atol=_SAME_HAND * max(array.abs().max().item(), 1)):
-            raise UserError(
-                f'{path} was trained on another hand model than that of {cfg.MANO.PATH} ({key} differs). Set MANO.PATH '
-                'to the files it was trained on.'
-            )
-    model, state = build_model(cfg, hand_models, pretrained=False), to_ours(net)
+    if key := differing_array(net, hand_models):
+        raise UserError(
+            f'{path} was trained on another hand model than that of {cfg.MANO.PATH} ({key} differs). Set MANO.PATH '
+            'to the files it was trained on.'
+        )
+    model = build_model(cfg, hand_models, pretrained=False)
     model.load_state_dict(state)
-    back = to_published(state)
+    back, arrays = to_published(state), hand_arrays(hand_models)
     rest = {
         key: value
         for key, value in net.items()
         if key not in arrays and not (key in back and torch.equal(back[key], value))
     }
     return model.eval(), cfg, rest
+
+
+def published_state(content: dict[str, Any], *, path: str | Path) -> dict[str, Tensor]:
+    """Our state_dict from a published file's content. Raises UserError for missing, unknown or misshapen names."""
+    _check_names(content['net'], path)
+    return to_ours(content['net'])
+
+
+def differing_array(net: dict[str, Tensor], hand_models: HandPair) -> str | None:
+    """The first MANO array of a published network that is not this hand model's; None if all agree."""
+    for key, array in hand_arrays(hand_models).items():
+        if not torch.allclose(net[key], array, rtol=0, atol=_SAME_HAND * max(array.abs().max().item(), 1)):
+            return key
+    return None
 
 
 def to_ours(net: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -17,9 +17,10 @@ from yacs.config import CfgNode
 from manopth import HandPair
 from models import DIR, build_criterion, build_model
 from models.checkpoint import load_state, to_device
+from models.initial_weights import InitialWeights, check_not_own_output, load_initial_weights, needs_imagenet
 from models.predictions import Target
 from utils import distributed
-from utils.training import autocast, build_optimizer, compiled, set_float32_precision
+from utils.training import autocast, build_optimizer, compiled, set_float32_precision, set_learning_rate
 
 
 class NonFiniteLossError(Exception):
@@ -47,11 +48,20 @@ class Trainer:
     """
 
     def __init__(self, cfg: CfgNode, hands: HandPair, device: torch.device, *, pretrained: bool | None = None):
-        """pretrained: overrides MODEL.PRETRAINED. The weights follow from SEED alone."""
+        """pretrained: overrides MODEL.PRETRAINED; False skips TRAIN.INIT_FROM too. New weights depend on SEED only."""
         self.cfg, self.device = cfg, device
         world = distributed.rank_and_world()[1]
         torch.manual_seed(cfg.SEED)
-        self.model: DIR = to_device(build_model(cfg, hands, pretrained=pretrained), device)
+        self.initial_weights: InitialWeights | None = None  # where they come from, if from TRAIN.INIT_FROM
+        init_from, without = cfg.TRAIN.INIT_FROM, cfg.TRAIN.INIT_WITHOUT
+        if init_from and pretrained is not False:
+            check_not_own_output(init_from, cfg.OUTPUT_DIR)
+            model = build_model(cfg, hands, pretrained=None if needs_imagenet(without) else False)
+            self.initial_weights = load_initial_weights(model, init_from, without=without, hands=hands)
+        else:
+            model = build_model(cfg, hands, pretrained=pretrained)
+        model.backbone.freeze(cfg.TRAIN.FROZEN_LAYERS)
+        self.model: DIR = to_device(model, device)
         if world > 1 and cfg.TRAIN.SYNC_BN:
             self.model = distributed.synchronise_batch_norm(self.model, device)
         self.average = None
@@ -114,8 +124,7 @@ class Trainer:
         self, batches: Iterable[tuple[Tensor, Target]], *, count: int, rate: float, asked_to_stop: Callable[[], bool]
     ) -> Update:
         """The first half of ``step``: everything that can fail, without a change of weights."""
-        for group in self.optimizer.param_groups:
-            group['lr'] = rate
+        set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
         parts = [
             self.accumulate(image, target, share=1 / count, last=number == count)

@@ -1,12 +1,13 @@
 import math
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from prepared_tree import hand_outlines, make_annotations
 from torch.utils.data import default_collate
 
-from dataset.augmentation import BLUR_LENGTHS, AugmentationRanges, draw_augmentation, parameters
+from dataset.augmentation import BLUR_LENGTHS, NO_OCCLUDERS, AugmentationRanges, draw_augmentation, parameters
 from dataset.batch import BatchMaker, parts_of
 from dataset.image_augmentation import augmentation_map, line_kernels
 from dataset.prepare.frames import FramePreparer
@@ -298,6 +299,87 @@ def test_images_stay_within_8_bits(samples, maker):
 
 
 # Random draws.
+
+
+def degraded(samples, maker, **plan):
+    """The first sample's image, (3, 256, 256), before and after."""
+    before, after = (maker(planned(samples, [one])).image[0] for one in ({}, plan))
+    return before, after
+
+
+@pytest.mark.parametrize('quality', [10, 35, 60])
+def test_compression_loses_what_a_jpeg_encoder_loses(samples, maker, quality):
+    samples = samples._replace(image=torch.from_numpy(textured(8)))
+    before, after = degraded(samples, maker, quality=quality)
+    stored = before.permute(1, 2, 0).byte().numpy()
+    options = [
+        cv2.IMWRITE_JPEG_QUALITY,
+        quality,
+        cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
+        cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
+    ]
+    encoded = cv2.imdecode(cv2.imencode('.jpg', stored, options)[1], cv2.IMREAD_COLOR)
+    expected = torch.from_numpy(encoded).permute(2, 0, 1).float()
+    loss = (expected - before).square().mean().sqrt()
+    assert loss > 2 and (after - expected).square().mean().sqrt() < 0.2 * loss
+    assert torch.equal(after, after.round()) and after.min() >= 0 and after.max() <= 255
+
+
+def textured(count: int) -> np.ndarray:
+    """Smooth colour patterns with edges and some noise, (count, 256, 256, 3) uint8."""
+    random = np.random.default_rng(0)
+    image = cv2.resize(random.uniform(0, 255, (12, 12, 3)), (256, 256), interpolation=cv2.INTER_CUBIC)
+    image[60:180, 90:140] = (30, 90, 200)
+    return np.repeat((image + random.normal(0, 6, image.shape)).clip(0, 255)[None], count, 0).astype(np.uint8)
+
+
+def test_occluders_are_filled_rectangles_of_their_place_size_angle_and_colour(samples, maker):
+    rectangle = (0.5, 0.25, 0.125, 0.0625, 0.0, 10.0, 200.0, 90.0)
+    before, after = degraded(samples, maker, occluders=(rectangle, *NO_OCCLUDERS[1:]))
+    changed = torch.zeros(256, 256, dtype=torch.bool)
+    changed[48:80, 96:160] = True
+    assert (after[:, changed] == torch.tensor([10.0, 200.0, 90.0])[:, None]).all()
+    assert torch.equal(after[:, ~changed], before[:, ~changed])
+    upright = (0.5, 0.25, 0.0625, 0.125, math.pi / 2, *rectangle[5:])
+    assert torch.equal(degraded(samples, maker, occluders=(upright, *NO_OCCLUDERS[1:]))[1], after)
+
+
+@pytest.mark.parametrize('reduction', [2, 4])
+def test_a_reduced_resolution_keeps_the_mean_of_a_block_and_no_detail(samples, maker, reduction):
+    stripes = np.zeros((8, 256, 256, 3), np.uint8)
+    stripes[:, :, ::2] = 200
+    _, after = degraded(samples._replace(image=torch.from_numpy(stripes)), maker, reduction=reduction)
+    torch.testing.assert_close(after, torch.full_like(after, 100.0))
+
+
+def test_gamma_and_loss_of_colour(samples, maker):
+    samples = samples._replace(image=torch.from_numpy(textured(8)))
+    before, darker = degraded(samples, maker, gamma=2.0)
+    torch.testing.assert_close(darker, 255 * (before / 255) ** 2, atol=1e-3, rtol=0)
+    _, grey = degraded(samples, maker, grey=True)
+    expected = cv2.cvtColor(before.permute(1, 2, 0).byte().numpy(), cv2.COLOR_BGR2GRAY)
+    assert (grey == grey[0]).all() and (grey[0] - torch.from_numpy(expected)).abs().max() <= 1
+
+
+def test_degradation_leaves_other_samples_masks_and_colours_of_the_surface(samples, maker):
+    worn = {'occluders': ((0.5, 0.5, 0.2, 0.2, 0.4, 1.0, 2.0, 3.0),) * 3, 'reduction': 3, 'grey': True, 'quality': 20}
+    plain, mixed = (maker(planned(samples, plans)) for plans in ([{}, {}], [worn, {}]))
+    assert torch.equal(plain.image[1], mixed.image[1]) and not torch.equal(plain.image[0], mixed.image[0])
+    assert torch.equal(plain.target.segmentation, mixed.target.segmentation)
+    assert torch.equal(plain.target.dense, mixed.target.dense)
+
+
+def test_degradation_is_drawn_after_and_apart_from_everything_else():
+    ranges = WIDE._replace(occlude=0.5, coarse=0.5, grey=0.5, gamma=1.0, jpeg=0.5)
+    plan, plain = (default_collate([draw_augmentation(r, (0, 0, i)) for i in range(300)]) for r in (ranges, WIDE))
+    for name in plain._fields[:10]:
+        assert torch.equal(getattr(plan, name), getattr(plain, name)), name
+    for chosen in (plan.occluders[:, 0, 2] > 0, plan.reduction > 1, plan.grey, plan.quality > 0):
+        assert 100 < chosen.sum() < 200
+    assert set(plan.reduction.tolist()) == {1, 2, 3, 4, 5} and plan.quality.max() <= 60
+    assert plan.gamma.min() < 0.6 and plan.gamma.max() > 1.7 and plan.gamma.min() >= 0.5 and plan.gamma.max() <= 2
+    without = default_collate([draw_augmentation(ranges._replace(coarse=0.0), (0, 0, i)) for i in range(300)])
+    assert torch.equal(without.quality, plan.quality) and torch.equal(without.occluders, plan.occluders)
 
 
 def test_draws_depend_on_the_key_alone():

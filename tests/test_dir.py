@@ -50,7 +50,12 @@ VARIANTS = [
     {'STAGES': 1, 'PROJECTION': 'joints'},
     {'PROJECTION': 'none'},
     {'STAGES': 1, 'INIT': 'published'},
+    {'STAGES': 0, 'FIRST_STRIDE': 8},
+    {'STAGES': 1, 'FIRST_STRIDE': 4},
+    {'FIRST_STRIDE': 8, 'ENHANCE_LAST': 'false', 'GRAPH_LAYERS': 2, 'GRAPH_SKIP': 'true'},
+    {'STAGES': 1, 'TOKEN_CHANNELS': 32, 'JOINT_FEATURES': 16, 'ATTENTION_CHANNELS': 8, 'DENSE_CHANNELS': 8},
 ]
+LEVELS_BEFORE = {16: 0, 8: 1, 4: 2}  # FIRST_STRIDE -> levels of the neck
 
 
 @pytest.mark.parametrize('changes', VARIANTS, ids=lambda c: ' '.join(f'{k}={v}' for k, v in c.items()) or 'default')
@@ -58,7 +63,8 @@ def test_one_training_step_reaches_every_parameter(standin, changes):
     model = tiny_model(standin, **changes).train()
     output = model(images(3))
     stages = changes.get('STAGES', 2)
-    check_shapes(output, batch=3, stages=stages, map_size=2 * 2**stages)
+    levels = stages + LEVELS_BEFORE[changes.get('FIRST_STRIDE', 16)]
+    check_shapes(output, batch=3, stages=stages, map_size=2 * 2**levels)
     sum(build_criterion(tiny_config(**changes), standin)(output, made_target(3)).values()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
@@ -130,6 +136,8 @@ def test_hands_are_made_in_full_precision_under_autocast(standin):
     with torch.autocast('cpu', torch.bfloat16):
         output = model(images(2))
     assert output.segmentation.dtype == torch.bfloat16  # the rest is not
+    refined = output.stages[1].parameters
+    assert not torch.equal(refined, refined.bfloat16().float())  # nor is what is regressed
     for hands in output.stages:
         alone = model.hand_head(hands.parameters, hands.offset)
         assert all(torch.equal(a, b) for a, b in zip(hands, alone)) and hands.vertices.dtype == torch.float32
@@ -339,10 +347,12 @@ class NothingFromTheHost(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def test_forward_and_losses_never_wait_for_the_device(standin, monkeypatch):
+@pytest.mark.parametrize('changes', [{}, {'FIRST_STRIDE': 8, 'GRAPH_SKIP': 'true', 'ENHANCE_LAST': 'false'}], ids=str)
+def test_forward_and_losses_never_wait_for_the_device(standin, monkeypatch, changes):
     """On a device without values, whatever asks for one (item, bool, nonzero) fails."""
-    monkeypatch.setattr(hand_head, 'full_precision', lambda device: nullcontext())  # that device has no autocast
-    model = tiny_model(standin).to('meta')
+    for module in (hand_head, refinement):
+        monkeypatch.setattr(module, 'full_precision', lambda device: nullcontext())  # that device has no autocast
+    model = tiny_model(standin, **changes).to('meta')
     criterion = build_criterion(tiny_config(), standin).to('meta')
     target = Target(*(values.to('meta') for values in made_target(2)))
     image = images(2).to('meta')

@@ -10,7 +10,7 @@ from torch import nn
 
 from models import build_model
 from utils.config import load_config
-from utils.training import LOG_NAME, RunLog, Waits, build_optimizer, learning_rate
+from utils.training import LOG_NAME, RunLog, Waits, build_optimizer, learning_rate, set_learning_rate
 
 # Learning rate
 
@@ -25,6 +25,13 @@ def test_warm_up_climbs_linearly_and_the_cosine_follows():
     rates = [learning_rate(step, total=100, base=1.0, warmup=4) for step in range(101)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and max(rates) == rates[4]
     assert rates[52] == pytest.approx(0.5) and rates[100] == pytest.approx(0, abs=1e-15)
+
+
+def test_the_flat_part_keeps_the_full_rate_and_the_cosine_takes_the_rest():
+    rates = [learning_rate(step, total=104, base=1.0, warmup=4, flat=0.6) for step in range(105)]
+    assert rates[4:65] == [1.0] * 61 and rates[84] == pytest.approx(0.5) and rates[104] == pytest.approx(0, abs=1e-15)
+    assert all(a > b for a, b in zip(rates[64:], rates[65:]))
+    assert [learning_rate(step, total=9, base=1.0, flat=1.0) for step in range(9)] == [1.0] * 9
 
 
 @pytest.mark.parametrize('total, warmup', [(1, 0), (3, 3), (3, 10)])
@@ -62,6 +69,32 @@ def test_norms_biases_and_positions_are_not_decayed_without_decay_all(network):
             assert id(parameter) in (free if plain else decayed), f'{module_name}.{name}'
             spared += plain
     assert spared > 50 and len(decayed) > 50
+
+
+def test_backbone_and_regressors_have_rates_and_decay_of_their_own(network):
+    words = ['TRAIN.BACKBONE_RATE', '0.3', 'TRAIN.REGRESSOR_RATE', '0.5', 'TRAIN.DECAY_REGRESSORS', 'false']
+    optimizer = build_optimizer(network, load_config(None, [*TINY, *words]))
+    set_learning_rate(optimizer, 0.1)
+    groups = {id(p): group for group in optimizer.param_groups for p in group['params']}
+    for name, parameter in network.named_parameters():
+        regressor = '_head.' in name and 'interaction' not in name
+        rate = 0.03 if name.startswith('backbone.') else 0.05 if regressor else 0.1
+        assert groups[id(parameter)]['lr'] == pytest.approx(rate), name
+        assert groups[id(parameter)]['weight_decay'] == (0 if regressor else 0.01), name
+
+
+def test_frozen_parameters_are_not_optimised_and_old_optimizer_states_have_one_rate(standin):
+    network = build_model(load_config(None, TINY), standin)
+    network.backbone.freeze(1)
+    optimizer = build_optimizer(network, load_config(None, TINY))
+    held = {id(p) for group in optimizer.param_groups for p in group['params']}
+    assert {id(p) for p in network.parameters() if p.requires_grad} == held
+    state = optimizer.state_dict()
+    for group in state['param_groups']:
+        del group['rate_factor']
+    optimizer.load_state_dict(state)
+    set_learning_rate(optimizer, 0.2)
+    assert {group['lr'] for group in optimizer.param_groups} == {0.2}
 
 
 def test_weight_decay_shrinks_what_has_no_gradient_of_its_own():

@@ -22,24 +22,47 @@ from utils.errors import UserError
 from utils.files import write_atomically
 
 LOG_NAME = 'log.jsonl'
+RATE_FACTOR = 'rate_factor'  # key of a parameter group: its learning rate as a multiple of TRAIN.LR
 
 
-def learning_rate(step: int, *, total: int, base: float, warmup: int = 0) -> float:
-    """Learning rate of step ``step`` (0-based): linear warm-up, then cosine to 0 at ``total``."""
+def learning_rate(step: int, *, total: int, base: float, warmup: int = 0, flat: float = 0.0) -> float:
+    """Learning rate of step ``step`` (0-based): linear warm-up, then cosine to 0 at ``total``.
+
+    flat: share of the steps after the warm-up that keep the full rate before the cosine begins.
+    """
     if step < warmup:
         return base * (step + 1) / (warmup + 1)
-    return base * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+    begin = warmup + round(flat * (total - warmup))
+    return base * 0.5 * (1 + math.cos(math.pi * max(step - begin, 0) / max(total - begin, 1)))
 
 
 def build_optimizer(model: nn.Module, cfg: CfgNode) -> torch.optim.AdamW:
-    """AdamW; without TRAIN.DECAY_ALL, norms, biases and position embeddings are not decayed."""
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
+    """AdamW on every parameter that is trained; ``set_learning_rate`` sets the rates of its groups.
+
+    Without TRAIN.DECAY_ALL, norms, biases and position embeddings are not decayed; without TRAIN.DECAY_REGRESSORS,
+    neither are the regressors: those of the stages contain an identity, the previous estimate, that decay shrinks.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        regressor = 'parameters_head.' in name or 'offset_head.' in name
+        factor = cfg.TRAIN.BACKBONE_RATE if name.startswith('backbone.') else 1.0
+        factor = cfg.TRAIN.REGRESSOR_RATE if regressor else factor
         plain = parameter.ndim <= 1 or name.endswith(('bias', 'position', 'neighbour_logits'))
-        (free if plain and not cfg.TRAIN.DECAY_ALL else decayed).append(parameter)
-    groups = [{'params': decayed, 'weight_decay': cfg.TRAIN.WEIGHT_DECAY}, {'params': free, 'weight_decay': 0.0}]
-    return torch.optim.AdamW([group for group in groups if group['params']], lr=cfg.TRAIN.LR, fused=True)
+        spared = (plain and not cfg.TRAIN.DECAY_ALL) or (regressor and not cfg.TRAIN.DECAY_REGRESSORS)
+        groups.setdefault((not spared, factor), []).append(parameter)
+    described = [
+        {'params': parameters, 'weight_decay': cfg.TRAIN.WEIGHT_DECAY if decayed else 0.0, RATE_FACTOR: factor}
+        for (decayed, factor), parameters in groups.items()
+    ]
+    return torch.optim.AdamW(described, lr=cfg.TRAIN.LR, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rate of every group: ``rate`` times the group's factor."""
+    for group in optimizer.param_groups:
+        group['lr'] = rate * group.get(RATE_FACTOR, 1.0)  # optimizer states of earlier versions have no factors
 
 
 def set_float32_precision(precision: str) -> None:
