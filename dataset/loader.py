@@ -87,12 +87,9 @@ def training_loader(cfg: CfgNode) -> tuple[DataLoader, EpochSampler]:
 
 def evaluation_split(cfg: CfgNode, split: str) -> PreparedSplit:
     """Open a split for evaluation, of all sets that hold it: without augmentation and dense maps."""
-    folders = folders_with(cfg.DATASET.PATH, split) or set_folders(
-        cfg.DATASET.PATH
-    )  # missing everywhere: opening fails
-    return open_split(
-        folders if len(folders) > 1 else folders[0], split, with_mask=cfg.DATASET.TARGETS == 'files', with_dense=False
-    )
+    folders = folders_with(cfg.DATASET.PATH, split) or set_folders(cfg.DATASET.PATH)  # if none has it, opening fails
+    path = folders if len(folders) > 1 else folders[0]
+    return open_split(path, split, with_mask=cfg.DATASET.TARGETS == 'files', with_dense=False)
 
 
 def evaluation_loader(dataset: PreparedSplit, cfg: CfgNode, indices: Sequence[int] | None = None) -> DataLoader:
