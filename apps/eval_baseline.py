@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
     cfg = load_config(args.cfg, [*args.opts, 'DATASET.PATH', args.data_path])
     hand_layer = TwoHandLayer(load_hands(cfg.MANO.SOURCE, cfg.MANO.PATH))
-    labels = open_split(args.data_path, 'train', with_mask=False, with_dense=False)
+    labels = open_split(cfg.DATASET.PATH, 'train', with_mask=False, with_dense=False)
     means = mean_prediction(labels, hand_layer, root_joint=cfg.ROOT_JOINT, workers=cfg.TRAIN.WORKERS)
     model = ConstantPrediction(HandHead(hand_layer, root_joint=cfg.ROOT_JOINT), *means)
     with owned_output(args.out):

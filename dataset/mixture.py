@@ -73,6 +73,11 @@ class MixedSplit(PreparedSplit):
         part, own = self._find(index)
         return part.mask(own)
 
+    def siblings(self, index: int) -> range:
+        """The samples of the same set: a damaged sample is replaced by one of them, so that no set loses its share."""
+        place = bisect_right(self.ends, index)
+        return range(self.ends[place] - len(self.parts[place]), self.ends[place])
+
     def _find(self, index: int) -> tuple[PreparedSplit, int]:
         place = bisect_right(self.ends, index)
         part = self.parts[place]

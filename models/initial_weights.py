@@ -51,6 +51,7 @@ def check_not_own_output(path: str, output_dir: str) -> None:
 def load_initial_weights(model: DIR, path: str, *, without: Sequence[str] = (), hands: HandPair) -> InitialWeights:
     """Load a checkpoint's weights into ``model``: ours (of a folder, its best.pth) or the published one.
 
+    Of a latest.pth, these are the weights themselves and not their moving average, which best.pth holds.
     without: prefixes of parameter names, at a dot, that keep the weights they have. The hand model may be another one;
     ``InitialWeights.hand_model`` records it. Raises UserError if the file cannot be read or holds no weights, if what
     is not left out does not fit, and if a prefix matches nothing.

