@@ -34,7 +34,7 @@ from inference.media import find_inputs
 from utils.config import default_config, flatten
 from utils.distributed import keep_freed_memory
 from utils.errors import UserError, user_facing
-from utils.training import StopRequest
+from utils.stopping import Stopped, StopRequest
 
 
 @user_facing
@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f'left out, neither image nor video: {", ".join(path.name for path in inputs.others[:5])}{more}')
         job.run(inputs, args.camera)
     code = job.outcome.finish(settings.out)
-    if job.stop.requested and args.camera is None:
-        raise KeyboardInterrupt
+    if job.stop.number is not None and args.camera is None:
+        raise Stopped(job.stop.number)
     return code
 
 

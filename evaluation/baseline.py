@@ -1,10 +1,13 @@
 """The best constant prediction: mean parameters and mean offset of a training split."""
 
+from contextlib import closing
+
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from dataset.loader import Loader
 from dataset.prepared import PreparedSplit
 from manopth import TwoHandLayer
 from manopth.rotations import nearest_rotation
@@ -54,15 +57,15 @@ def mean_prediction(
     """Means over ``dataset``: parameters (2, 64) and offset (3,). The mean rotation is the chordal one."""
     rotation, pose, shape, offset = torch.zeros(2, 3, 3), torch.zeros(2, 45), torch.zeros(2, 10), torch.zeros(3)
     camera_sum = torch.zeros(2, 3)
-    loader = DataLoader(_Annotations(dataset), batch_size=256, num_workers=workers)
-    for root, poses, shapes, translation, *camera, intrinsics in tqdm(loader, desc='mean', leave=False):
-        joints = world_to_camera(hand_layer(root, poses, shapes).joints + translation[:, :, None], *camera)
-        offset += (joints[:, RIGHT, root_joint] - joints[:, LEFT, root_joint]).sum(0) / HAND_SCALE / len(dataset)
-        uv = to_uv(project(joints, intrinsics[:, None]))
-        camera_sum += nearest_camera(joints - joints[:, :, root_joint : root_joint + 1], uv).sum(0)
-        rotation += (camera[0][:, None] @ root).sum(0)
-        pose += poses.sum(0) / len(dataset)
-        shape += shapes.sum(0) / len(dataset)
+    with closing(Loader(_Annotations(dataset), batch_size=256, num_workers=workers)) as loader:
+        for root, poses, shapes, translation, *camera, intrinsics in tqdm(loader, desc='mean', leave=False):
+            joints = world_to_camera(hand_layer(root, poses, shapes).joints + translation[:, :, None], *camera)
+            offset += (joints[:, RIGHT, root_joint] - joints[:, LEFT, root_joint]).sum(0) / HAND_SCALE / len(dataset)
+            uv = to_uv(project(joints, intrinsics[:, None]))
+            camera_sum += nearest_camera(joints - joints[:, :, root_joint : root_joint + 1], uv).sum(0)
+            rotation += (camera[0][:, None] @ root).sum(0)
+            pose += poses.sum(0) / len(dataset)
+            shape += shapes.sum(0) / len(dataset)
     parameters = torch.zeros(2, NUM_PARAMETERS)
     parameters[:, ROOT_ROTATION] = nearest_rotation(rotation)[..., :2].transpose(-1, -2).flatten(1)
     parameters[:, POSE], parameters[:, SHAPE] = pose, shape

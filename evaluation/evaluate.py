@@ -21,6 +21,10 @@ from utils.errors import UserError
 from utils.training import autocast, set_float32_precision
 
 
+class StoppedEarly(Exception):
+    """A process was asked to stop during an evaluation; raised on all of them."""
+
+
 class Evaluation(NamedTuple):
     """Per-sample values of the metrics, in the order of the split."""
 
@@ -121,19 +125,25 @@ def evaluate(
     *,
     title: str = 'evaluate',
     precision: str = 'float32',
+    stopping: Callable[[], bool] = lambda: False,
     **judgement,
 ) -> Evaluation:
     """Evaluate every stage of ``model`` on ``loader`` (this process's share); the model's mode is restored.
 
-    model: DIR or a module with its interface. precision: of the network, as EVAL.PRECISION. judgement: keyword
-    arguments of ``Judge``. Raises UserError naming the samples if a prediction is not finite.
+    model: DIR or a module with its interface. precision: of the network, as EVAL.PRECISION. stopping: asked before
+    each batch whether to raise StoppedEarly. judgement: keyword arguments of ``Judge``. Raises UserError naming the
+    samples if a prediction is not finite.
     """
     set_float32_precision(precision)
     judge = Judge(batch_maker, **judgement).to(batch_maker.device)
     was_training = model.training
     model.eval()
     judged: list[JudgedBatch] = []
+    stopped = False
     for samples in tqdm(loader, desc=title, unit='batch', disable=not distributed.is_main(), leave=False):
+        stopped = stopping()
+        if stopped:
+            break
         batch = batch_maker(samples)
         image = model.preprocess.normalise(batch.image)
         with autocast(precision, image.device):
@@ -141,6 +151,8 @@ def evaluate(
         _check_finite(output, batch, loader.dataset)
         judged.append(judge(output, batch))
     model.train(was_training)
+    if distributed.any_process(stopped):
+        raise StoppedEarly
     return _gather(judged, judge)
 
 

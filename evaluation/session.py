@@ -1,6 +1,7 @@
 """One evaluation as the commands run it: arguments, protocol, split, printed figures and files."""
 
 import argparse
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,17 +100,18 @@ def evaluate_split(model: torch.nn.Module, cfg: CfgNode, args: argparse.Namespac
     subset = choose(
         dataset, image_ids=args.image_ids, annotation_ids=args.annotation_ids, captures=args.capture, first=args.first
     )
-    result = evaluate(
-        to_device(model, device),
-        evaluation_loader(dataset, cfg, subset.indices),
-        batch_maker,
-        precision=cfg.EVAL.PRECISION,
-        network_root=cfg.ROOT_JOINT,
-        protocol=protocol,
-        grid=GRID if args.all_protocols else (),
-        details=True,
-        annotated=AnnotatedJoints(dataset, args.annotations) if protocol.joints == 'annotated' else None,
-    )
+    with closing(evaluation_loader(dataset, cfg, subset.indices)) as loader:
+        result = evaluate(
+            to_device(model, device),
+            loader,
+            batch_maker,
+            precision=cfg.EVAL.PRECISION,
+            network_root=cfg.ROOT_JOINT,
+            protocol=protocol,
+            grid=GRID if args.all_protocols else (),
+            details=True,
+            annotated=AnnotatedJoints(dataset, args.annotations) if protocol.joints == 'annotated' else None,
+        )
     return Measured(result, name, dataset, subset, model, batch_maker)
 
 

@@ -1,5 +1,7 @@
 """Validation during training: figures of every stage and pictures, written to the run's log."""
 
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from torch import Tensor
@@ -9,10 +11,11 @@ from dataset import PreparedSplit
 from dataset.batch import BatchMaker
 from dataset.loader import evaluation_loader
 from evaluation.aggregation import Samples
-from evaluation.evaluate import Evaluation, evaluate
+from evaluation.evaluate import Evaluation, StoppedEarly, evaluate
 from evaluation.metrics import Protocol
 from evaluation.pictures import draw_sheets, spread_over
 from models import DIR
+from utils import distributed
 from utils.drawing import write_image
 from utils.hand import SIDES
 from utils.training import RunLog
@@ -29,26 +32,34 @@ def validate(
     epoch: int,
     step: int,
     log: RunLog | None,
+    stopping: Callable[[], bool],
 ) -> dict:
     """Evaluate ``model`` on a split in the training's own protocol -> the headline figures of the last stage.
 
-    log: where figures, histograms and pictures go; None on processes that do not write. Every process of a distributed
-    run takes part. Raises UserError if a prediction is not finite.
+    log: where figures, histograms and pictures go, all of them at the end; None on processes that do not write.
+    stopping: asked before each batch and after drawing whether to raise StoppedEarly. Every process of a
+    distributed run takes part. Raises UserError if a prediction is not finite.
     """
-    result = evaluate(
-        model,
-        evaluation_loader(dataset, cfg),
-        batch_maker,
-        network_root=cfg.ROOT_JOINT,
-        protocol=Protocol(cfg.ROOT_JOINT, scale=True),
-        title='validate',
-        precision=cfg.EVAL.PRECISION,
-    )
+    with closing(evaluation_loader(dataset, cfg)) as loader:
+        result = evaluate(
+            model,
+            loader,
+            batch_maker,
+            network_root=cfg.ROOT_JOINT,
+            protocol=Protocol(cfg.ROOT_JOINT, scale=True),
+            title='validate',
+            precision=cfg.EVAL.PRECISION,
+            stopping=stopping,
+        )
+    sheets = {}
+    if log and cfg.TRAIN.PICTURES:
+        sheets = draw_sheets(model, dataset, spread_over(len(dataset), cfg.TRAIN.PICTURES), batch_maker)
+    if distributed.any_process(stopping()):  # drawing takes a while, in one of the processes
+        raise StoppedEarly
     if log:
         _log_figures(log, result, epoch=epoch, step=step)
-        if cfg.TRAIN.PICTURES:
+        if sheets:
             # Every sheet goes to TensorBoard, predictions beside the truth to the run folder as well.
-            sheets = draw_sheets(model, dataset, spread_over(len(dataset), cfg.TRAIN.PICTURES), batch_maker)
             write_image(Path(cfg.OUTPUT_DIR) / 'pictures' / f'epoch_{epoch:03d}.jpg', sheets['validation'])
             for name, sheet in sheets.items():
                 log.picture(name, sheet, step)

@@ -26,7 +26,7 @@ from inference.media import Inputs, Video, read_image, video_writer
 from inference.reconstruct import SMALL_HANDS, Box, Crop, Reconstruction, Reconstructor, assumed_intrinsics, cut_crop
 from utils.errors import UserError
 from utils.files import atomic_file, read_json, write_json
-from utils.training import StopRequest
+from utils.stopping import StopRequest
 
 
 class Settings(NamedTuple):

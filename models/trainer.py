@@ -1,14 +1,15 @@
 """One update at a time: a network, its objective, its optimizer and the moving average of its weights."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import reduce
 from operator import add
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from yacs.config import CfgNode
@@ -30,10 +31,19 @@ class NonFiniteLossError(Exception):
         self.terms, self.here = terms, here
 
 
+class Update(NamedTuple):
+    """What a step reports."""
+
+    terms: dict[str, float]  # loss terms of the whole batch
+    stop: bool  # whether any process was asked to stop; the same on all of them
+
+
 class Trainer:
     """The network in training. Build it after ``utils.distributed.start`` has joined the other processes, if any.
 
     model: the network itself, which checkpoints hold; parallel: the same, compiled and wrapped for several processes.
+    whole: whether the state is that of a finished step, which may be saved. It is after a failure, too, except in the
+    middle of an update.
     """
 
     def __init__(self, cfg: CfgNode, hands: HandPair, device: torch.device, *, pretrained: bool | None = None):
@@ -57,6 +67,11 @@ class Trainer:
             self.parallel = compiled(self.parallel, device)
         self.criterion = build_criterion(cfg, hands).to(device)
         self.optimizer = build_optimizer(self.model, cfg)
+        norms = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
+        # A forward pass changes these, so that a step that fails before its update has to restore them.
+        self.statistics = [buffer for norm in norms for buffer in norm.buffers()]
+        self.statistics_before = [buffer.clone() for buffer in self.statistics]
+        self.whole = True
 
     @property
     def result(self) -> DIR:
@@ -68,12 +83,37 @@ class Trainer:
         self.parallel.train()
         set_float32_precision(self.cfg.TRAIN.PRECISION)
 
-    def step(self, batches: Iterable[tuple[Tensor, Target]], *, count: int, rate: float) -> dict[str, float]:
-        """One update from a batch that arrives in ``count`` equal parts -> loss terms of the whole batch.
+    def step(
+        self,
+        batches: Iterable[tuple[Tensor, Target]],
+        *,
+        count: int,
+        rate: float,
+        asked_to_stop: Callable[[], bool] = lambda: False,
+    ) -> Update:
+        """One update from a batch that arrives in ``count`` equal parts.
 
-        batches: (image (B, 3, s, s) BGR in [0, 255], target) of each part, one at a time. rate: learning rate. Raises
+        batches: (image (B, 3, s, s) BGR in [0, 255], target) of each part, one at a time. rate: learning rate.
+        asked_to_stop: of this process; all processes learn each other's answer with the loss terms. Raises
         NonFiniteLossError, on every process alike, before the weights change.
         """
+        torch._foreach_copy_(self.statistics_before, self.statistics)
+        try:
+            update = self.gradients(batches, count=count, rate=rate, asked_to_stop=asked_to_stop)
+        except Exception:
+            torch._foreach_copy_(self.statistics, self.statistics_before)
+            raise
+        self.whole = False
+        self.optimizer.step()
+        if self.average:
+            self.average.update_parameters(self.model)
+        self.whole = True
+        return update
+
+    def gradients(
+        self, batches: Iterable[tuple[Tensor, Target]], *, count: int, rate: float, asked_to_stop: Callable[[], bool]
+    ) -> Update:
+        """The first half of ``step``: everything that can fail, without a change of weights."""
         for group in self.optimizer.param_groups:
             group['lr'] = rate
         self.optimizer.zero_grad(set_to_none=True)
@@ -83,15 +123,14 @@ class Trainer:
         ]
         mine = torch.stack([torch.stack(list(terms.values())) for terms in parts]).mean(0)
         # The device is waited for once a step. All processes see the same numbers, so all of them go on or none.
-        terms = dict(zip(parts[0], distributed.mean_over_processes(mine).tolist()))
-        if not math.isfinite(sum(terms.values())):
+        answer = mine.new_tensor([float(asked_to_stop())])
+        *values, stop = distributed.mean_over_processes(torch.cat([mine, answer])).tolist()
+        terms = dict(zip(parts[0], values))
+        if not math.isfinite(sum(values)):
             raise NonFiniteLossError(terms, here=not bool(mine.isfinite().all()))
         if self.cfg.TRAIN.CLIP_NORM > 0:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.TRAIN.CLIP_NORM)
-        self.optimizer.step()
-        if self.average:
-            self.average.update_parameters(self.model)
-        return terms
+        return Update(terms, stop > 0)
 
     def accumulate(self, image: Tensor, target: Target, *, share: float = 1.0, last: bool = True) -> dict[str, Tensor]:
         """Add the gradients of a part of a batch -> its loss terms. Processes exchange gradients with the last part."""

@@ -1,7 +1,10 @@
 """Real training on tiny data: exact resume, determinism, stopping, refusals."""
 
 import json
+import multiprocessing
 import os
+import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -9,15 +12,19 @@ import sys
 import time
 from pathlib import Path
 
+import kills
 import pytest
 import torch
+from prepared_tree import write_prepared
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 from dataset.loader import evaluation_split
+from evaluation import validation
 from evaluation.pictures import draw_samples
 from models import build_model, trainer
 from models.checkpoint import load_model
+from utils.ownership import lock_path
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = [
@@ -44,6 +51,9 @@ DEMO = [
     'DEVICE',
     'cpu',
 ]
+
+
+TWICE = pytest.mark.slow  # trains at least once, and again after the resume
 
 
 def arguments(data: Path, out: Path, *more: str) -> list[str]:
@@ -137,28 +147,243 @@ def test_killed_run_resumes_to_the_same_bits(finished, tiny_prepared, tmp_path):
     assert [line['step'] for line in lines(out, 'train')] == [1, 2, 3, 4]
 
 
-def run_until_ctrl_c(monkeypatch, *arguments) -> int:
-    """``run``, interrupted at its third step."""
+def run_until(monkeypatch, happens, *arguments) -> int:
+    """``run``; ``happens`` is called before its third step."""
     real_step, calls = train.train_step, []
 
-    def step_then_ctrl_c(*args):
+    def step(*args):
         calls.append(1)
         if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            happens()
         return real_step(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, 'train_step', step_then_ctrl_c)
+        patch.setattr(train, 'train_step', step)
         return run(*arguments)
 
 
-def test_interrupt_finishes_the_step_and_resumes_exactly(finished, tiny_prepared, tmp_path, monkeypatch):
+def run_until_ctrl_c(monkeypatch, *arguments) -> int:
+    return run_until(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGINT), *arguments)
+
+
+def progress(out: Path, name: str = 'latest.pth') -> tuple[int, int]:
+    saved = content(out / name)['progress']
+    return saved['epoch'], saved['step']
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Weights, optimizer state and figures are equal to the bit, and every step is in the log once."""
+    assert kills.differences(a, b, steps=4) == []
+
+
+@TWICE
+def test_interrupt_finishes_the_step_and_resumes_exactly(finished, tiny_prepared, tmp_path, monkeypatch, capsys):
     out = tmp_path / 'stopped'
     assert run_until_ctrl_c(monkeypatch, tiny_prepared, out) == 130
-    saved = content(out / 'latest.pth')
-    assert (saved['progress']['epoch'], saved['progress']['step']) == (1, 1)
+    stopped = 'Stopped by SIGINT. The run is saved after step 1 of epoch 2; continue with --resume.'
+    assert capsys.readouterr().out.splitlines()[-1] == stopped
+    assert progress(out) == (1, 1)
+    assert run(tiny_prepared, out, '--resume', 'auto') == 0
+    assert_same_run(finished, out)
+
+
+@TWICE
+def test_a_stop_during_validation_validates_after_the_resume(finished, tiny_prepared, tmp_path, monkeypatch, capsys):
+    out, real_draw = tmp_path / 'stopped', validation.draw_sheets
+
+    def draw(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real_draw(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(validation, 'draw_sheets', draw)
+        assert run(tiny_prepared, out) == 143
+    assert 'saved after epoch 1, before its validation' in capsys.readouterr().out
+    assert progress(out) == (1, 0) and content(out / 'latest.pth')['progress']['validation_due']
+    assert not (out / 'best.pth').exists() and lines(out, 'val_stage0') == []
     assert run(tiny_prepared, out, '--resume') == 0
-    assert_same_weights(finished / 'latest.pth', out / 'latest.pth')
+    assert_same_run(finished, out)
+
+
+@TWICE
+def test_a_stop_before_the_first_step(tiny_prepared, tmp_path, monkeypatch, capsys):
+    real_log = train.RunLog
+
+    def log(*args, **options):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return real_log(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'RunLog', log)
+        assert run(tiny_prepared, tmp_path / 'out') == 138
+    assert 'saved before its first step' in capsys.readouterr().out
+    assert progress(tmp_path / 'out') == (0, 0)
+
+
+def test_a_stop_while_the_network_is_built_leaves_nothing(tiny_prepared, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, 'Trainer', lambda *args, **options: os.kill(os.getpid(), signal.SIGHUP))
+    assert run(tiny_prepared, tmp_path / 'out') == 129
+    assert 'Stopped by SIGHUP' in capsys.readouterr().err
+    assert not any(path.is_file() for path in tmp_path.rglob('*'))
+
+
+# Resuming
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+@TWICE
+def test_resume_auto_starts_falls_back_and_refuses(finished, tiny_prepared, tmp_path, monkeypatch, capsys):
+    out = tmp_path / 'auto'
+    words = (tiny_prepared, out, 'TRAIN.SAVE_EVERY', '1', '--resume', 'auto')
+    assert run_until_ctrl_c(monkeypatch, *words) == 130  # there was no run yet
+    assert progress(out) == (1, 1) and progress(out, 'previous.pth') == (1, 0)
+    cut(out / 'latest.pth')
+    stale = out / '.latest.pth.0123456789abcdef.partial'
+    stale.write_bytes(b'left by a killed process')
+    assert run(*words) == 0
+    assert f'Continuing from {out / "previous.pth"}' in capsys.readouterr().out
+    assert_same_run(finished, out)
+    assert not stale.exists()
+    cut(out / 'latest.pth')
+    cut(out / 'previous.pth')
+    assert run(*words) == 2  # a run with damaged checkpoints is not silently started anew
+    error = capsys.readouterr().err
+    assert 'latest.pth' in error and 'previous.pth' in error and 'Traceback' not in error
+
+
+def test_a_run_is_not_resumed_on_other_data(finished, tiny_prepared, tmp_path, capsys):
+    out = tmp_path / 'copy'
+    shutil.copytree(finished, out)
+    before = (out / 'latest.pth').read_bytes()
+    for split, count, seed in (('train', 8, 5), ('val', 2, 1)):  # other frames, fewer of them
+        data = tmp_path / split
+        shutil.copytree(tiny_prepared, data)
+        shutil.rmtree(data / split)
+        write_prepared(data, split, count, seed=seed)
+        assert run(data, out, '--resume') == 2
+        error = capsys.readouterr().err
+        assert 'trained on other data' in error and error.count('\n') == 1
+    shutil.rmtree(data / 'val')
+    assert run(data, out, '--resume') == 2
+    assert f'was trained with a split val, which {data} lacks' in capsys.readouterr().err
+    assert (out / 'latest.pth').read_bytes() == before
+
+
+@pytest.mark.parametrize('resume', [[], ['--resume'], ['--resume', 'auto']])
+def test_a_run_folder_has_one_owner(finished, tiny_prepared, tmp_path, monkeypatch, capsys, resume):
+    out = tmp_path / 'run'
+    if resume:
+        shutil.copytree(finished, out)
+    monkeypatch.setattr(train, 'PATIENCE_S', 0.3)
+    owner = subprocess.Popen(  # what utils/ownership.py does, without the import of torch
+        [
+            sys.executable,
+            '-c',
+            'import fcntl, sys; f = open(sys.argv[1], "w"); fcntl.lockf(f, fcntl.LOCK_EX); print(); input()',
+            str(lock_path(out)),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    owner.stdout.readline()
+    try:
+        assert run(tiny_prepared, out, *resume) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f'error: {out} is in use by another process.')
+        assert out.exists() == bool(resume)
+    finally:
+        owner.communicate()
+
+
+@TWICE
+def test_minutes_between_saves(tiny_prepared, tmp_path, monkeypatch):
+    saved, real_save = [], train.save_rotating
+
+    def save(path, **content):
+        saved.append((content['progress']['epoch'], content['progress']['step']))
+        real_save(path, **content)
+
+    monkeypatch.setattr(train, 'save_rotating', save)
+    assert run(tiny_prepared, tmp_path / 'out', 'TRAIN.SAVE_MINUTES', '1e-9') == 0
+    assert saved == [(0, 1), (1, 0), (1, 0), (1, 1), (2, 0), (2, 0)]  # before and after each validation
+
+
+# Memory and loader processes
+
+
+def out_of_memory(kind: type[Exception], monkeypatch) -> None:
+    """Fail in the third step, after the forward pass has changed the statistics of the batch norms."""
+    real_build = trainer.build_criterion
+
+    def build(cfg, models):
+        criterion, calls = real_build(cfg, models), []
+        judge = criterion.forward
+
+        def forward(output, target):
+            calls.append(1)
+            if len(calls) == 3:
+                raise kind('CUDA out of memory. Tried to allocate 2.00 GiB.')
+            return judge(output, target)
+
+        criterion.forward = forward
+        return criterion
+
+    monkeypatch.setattr(trainer, 'build_criterion', build)
+
+
+@TWICE
+@pytest.mark.parametrize('kind', [torch.OutOfMemoryError, MemoryError])
+def test_out_of_memory_saves_the_last_whole_step(finished, tiny_prepared, tmp_path, monkeypatch, capsys, kind):
+    out = tmp_path / 'memory'
+    with monkeypatch.context() as patch:
+        out_of_memory(kind, patch)
+        assert run(tiny_prepared, out) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert 'Out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.)' in error
+    assert 'TRAIN.ACCUMULATE 2' in error and 'The run is saved after epoch 1' in error
+    if kind is MemoryError:
+        assert run(tiny_prepared, out, '--resume', 'TRAIN.ACCUMULATE', '2') == 0  # as advised
+        assert 'Warning: TRAIN.ACCUMULATE was 1, is 2' in capsys.readouterr().err
+    else:
+        assert run(tiny_prepared, out, '--resume') == 0
+        assert_same_run(finished, out)
+
+
+@TWICE
+def test_half_an_update_is_not_saved(tiny_prepared, tmp_path, monkeypatch, capsys):
+    real_step, calls = torch.optim.AdamW.step, []
+
+    def step(self, *args, **options):
+        calls.append(1)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError('no memory for the moments')
+        return real_step(self, *args, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, 'step', step)
+    assert run(tiny_prepared, tmp_path / 'out') == 2
+    assert 'in the middle of an update; --resume continues from the last checkpoint' in capsys.readouterr().err
+    assert progress(tmp_path / 'out') == (1, 0)
+
+
+@TWICE
+def test_a_killed_loader_process_costs_nothing(finished, tiny_prepared, tmp_path, monkeypatch, capsys):
+    out = tmp_path / 'killed'
+
+    def kill():
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
+
+    words = (tiny_prepared, out, 'TRAIN.WORKERS', '1')
+    assert run_until(monkeypatch, kill, *words) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert 'A loader process ended' in error and 'fewer loader processes than 1' in error
+    assert 'The run is saved after' in error and multiprocessing.active_children() == []
+    assert run(*words, '--resume') == 0
+    assert_same_run(finished, out)
 
 
 def test_resuming_a_finished_run_does_nothing(finished, tiny_prepared, tmp_path):
@@ -209,6 +434,42 @@ def test_full_disk_leaves_the_old_checkpoint(finished, tiny_prepared, tmp_path, 
     assert 'No space left on device' in capsys.readouterr().err
     assert (out / 'latest.pth').read_bytes() == old
     assert not list(out.glob('.*partial'))
+
+
+@TWICE
+def test_a_disk_that_fills_up_keeps_the_checkpoints(finished, tiny_prepared, tmp_path, monkeypatch, capsys):
+    out, limits = tmp_path / 'full', resource.getrlimit(resource.RLIMIT_FSIZE)
+    words = (tiny_prepared, out, 'TRAIN.SAVE_EVERY', '1')
+    try:
+        assert (
+            run_until(monkeypatch, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1])), *words) == 2
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert str(out / 'latest.pth') in error and 'disk full' in error
+    assert progress(out) == (1, 0) and progress(out, 'previous.pth') == (1, 0)
+    assert sorted(path.name for path in out.glob('.*')) == []
+    assert run(*words, '--resume') == 0
+    assert_same_run(finished, out)
+
+
+@pytest.mark.slow  # PyTorch is imported in a process of its own
+@pytest.mark.skipif(not shutil.which('unshare') or os.geteuid() != 0, reason='needs root to mount a file system')
+def test_a_read_only_folder_is_reported_before_training(tiny_prepared, tmp_path):
+    (tmp_path / 'disk').mkdir()
+    mount = f'mount -t tmpfs none {tmp_path}/disk && mkdir {tmp_path}/disk/run && mount -o remount,ro {tmp_path}/disk'
+    command = [sys.executable, 'train.py', *arguments(tiny_prepared, tmp_path / 'disk' / 'run')]
+    done = subprocess.run(
+        ['unshare', '-m', 'sh', '-c', f'{mount} && exec {shlex.join(command)}'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if 'mount' in done.stderr or 'unshare' in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.returncode == 2 and 'Traceback' not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith('error: Read-only file system')
 
 
 @pytest.mark.parametrize(
@@ -350,9 +611,9 @@ def test_moving_average_is_the_best_and_resumes_exactly(tiny_prepared, tmp_path,
 def one_step(data: Path, *words: str, evaluation_mode: bool = False) -> tuple[dict, dict]:
     """Loss terms and gradients of a step with learning rate 0."""
     words = [*DEMO[2:], 'DATASET.PATH', str(data), 'TRAIN.WEIGHT_DECAY', '0', *words]
-    training = train.build_training(train.load_config('configs/demo.yaml', words), torch.device('cpu'), fresh=True)
+    training = train.build_training(train.load_config('configs/demo.yaml', words), torch.device('cpu'))
     training.trainer.model.train(not evaluation_mode)
-    terms = train.train_step(training, next(iter(training.loader)), 0.0)
+    terms = train.train_step(training, next(iter(training.loader)), 0.0).terms
     return terms, {
         name: value.grad for name, value in training.trainer.model.named_parameters() if value.grad is not None
     }

@@ -1,14 +1,16 @@
 import json
-import signal
+import time
+from contextlib import contextmanager
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import TINY
 from torch import nn
 
 from models import build_model
 from utils.config import load_config
-from utils.training import LOG_NAME, RunLog, StopRequest, build_optimizer, learning_rate
+from utils.training import LOG_NAME, RunLog, Waits, build_optimizer, learning_rate
 
 # Learning rate
 
@@ -122,19 +124,41 @@ def test_a_fresh_run_starts_an_empty_log(tmp_path):
     assert [line['step'] for line in lines(tmp_path)] == [1]
 
 
-# Stopping
+def test_a_validation_that_is_due_again_leaves_no_records_twice(tmp_path):
+    """A kill between the figures of a validation and the checkpoint that follows."""
+    log = RunLog(tmp_path, step=0)
+    for step in (1, 2):
+        log.write('train', step, loss=step / 2)
+        log.write('val_stage0', step, joint_mm=9.0)
+    log.close()
+    log = RunLog(tmp_path, step=2, validation_due=True)
+    assert [(line['kind'], line['step']) for line in lines(tmp_path)] == [('train', 1), ('val_stage0', 1), ('train', 2)]
+    log.write('val_stage0', 2, joint_mm=9.0)
+    log.close()
+    shown = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in shown.Scalars('val_stage0/joint_mm')] == [1, 2]
+    assert [(event.step, event.value) for event in shown.Scalars('train/loss')] == [(1, 0.5), (2, 1.0)]
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_requests_a_stop_and_the_second_interrupts(number):
-    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        stop = StopRequest()
-        assert not stop.requested
-        signal.raise_signal(number)
-        assert stop.requested
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(number)
-    finally:
-        for n, handler in zip((signal.SIGINT, signal.SIGTERM), before):
-            signal.signal(n, handler)
+# Waiting for data
+
+
+def test_waits_are_measured_and_may_be_left():
+    def items():
+        time.sleep(0.05)
+        yield 1
+        yield 2
+
+    inside = []
+
+    @contextmanager
+    def waiting():
+        inside.append(True)
+        yield
+        inside.append(False)
+
+    waits = Waits(items(), waiting)
+    for _ in waits:
+        assert inside[-1] is False  # the loop's own work is outside
+    assert inside == [True, False] * 3
+    assert 0.04 < waits.since_last_asked() < 5 and waits.since_last_asked() == 0

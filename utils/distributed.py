@@ -6,8 +6,12 @@ Whatever mixes the samples of a batch does: batch norms, and losses over all pix
 
 import ctypes
 import os
-from collections.abc import Iterator
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import cv2
@@ -19,6 +23,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from utils.errors import UserError
 
 Network = TypeVar('Network', bound=nn.Module)
+Value = TypeVar('Value')
+# How gloo and PyTorch word the loss of a process, for which they have no exception of their own.
+_LOST = re.compile(
+    '(?i)connection (closed|reset|refused)|broken pipe|application timeout|timed out waiting|wait timeout|'
+    'failed to recv|remote process exited|socket timeout|nccl communicator was aborted'
+)
+_store: dist.Store | None = None  # of the processes of this run
+
+
+class LostProcessError(UserError):
+    """Another process of this run has ended or no longer answers."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -58,14 +73,25 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def start(device: str) -> torch.device:
-    """Join the process group if started by ``torchrun`` -> the device of this process for DEVICE ``device``."""
+def start(device: str, *, timeout_s: float = 1800) -> torch.device:
+    """Join the process group if started by ``torchrun`` -> the device of this process for DEVICE ``device``.
+
+    timeout_s: how long a process waits for the others in one exchange before it gives up (LostProcessError).
+    """
+    global _store
     if 'RANK' in os.environ and not dist.is_initialized():
         use_cuda = device.startswith('cuda') or (device == 'auto' and torch.cuda.is_available())
-        store, rank, world = next(dist.rendezvous('env://'))
-        # Restarted processes must not find the addresses of dead ones in the store.
-        store = dist.PrefixStore(f'start_{_restarts()}', store)
-        dist.init_process_group('nccl' if use_cuda else 'gloo', store=store, rank=rank, world_size=world)
+        with reporting_lost_processes():
+            store, rank, world = next(dist.rendezvous('env://'))
+            # Restarted processes must not find the addresses of dead ones in the store.
+            _store = dist.PrefixStore(f'start_{_restarts()}', store)
+            dist.init_process_group(
+                'nccl' if use_cuda else 'gloo',
+                store=_store,
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=timeout_s),
+            )
         device = 'cuda' if use_cuda else device
     chosen = choose_device(device)
     if chosen.type == 'cuda':
@@ -91,8 +117,10 @@ def keep_freed_memory() -> None:
 
 
 def stop() -> None:
+    global _store
     if dist.is_initialized():
         dist.destroy_process_group()
+    _store = None
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -104,19 +132,90 @@ def is_main() -> bool:
     return rank_and_world()[0] == 0
 
 
+@contextmanager
+def reporting_lost_processes() -> Iterator[None]:
+    """Raise LostProcessError where an exchange with the other processes fails because one of them is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if 'RANK' in os.environ and (isinstance(error, dist.DistError) or _LOST.search(str(error))):
+            raise LostProcessError(
+                'Another process of this run has ended or does not answer; its own message, or the log of the kernel '
+                'or the scheduler, tells why.'
+            ) from None
+        raise
+
+
 def gather_objects(part) -> list:
     """Every process's ``part``, in rank order, on every process."""
     world = rank_and_world()[1]
     if world == 1:
         return [part]
     parts = [None] * world
-    dist.all_gather_object(parts, part)
+    with reporting_lost_processes():
+        dist.all_gather_object(parts, part)
     return parts
 
 
 def any_process(flag: bool) -> bool:
     """Whether ``flag`` is set on any process, so that all leave a loop together."""
     return any(gather_objects(flag))
+
+
+def chosen_by_main(choose: Callable[[], Value]) -> Value:
+    """The value of ``choose`` in the main process, on every process. Its UserError or OSError ends all of them.
+
+    The main process alone reports it: the others raise SystemExit with exit code 2.
+    """
+    value: Value | None = None
+    problem: UserError | OSError | None = None
+    if is_main():
+        try:
+            value = choose()
+        except (UserError, OSError) as error:
+            problem = error
+    value, refused = gather_objects((value, problem is not None))[0]
+    if problem:
+        raise problem
+    if refused:
+        sys.exit(2)
+    return value  # type: ignore[return-value]  # None only if ``choose`` returned it
+
+
+class StopPoll:
+    """Whether any process has been asked to stop, for loops in which the processes do not wait for each other.
+
+    ``requested`` is this process's own answer. The others learn of it through the store, at most once a second.
+    """
+
+    def __init__(self, requested: Callable[[], bool], interval_s: float = 1.0):
+        self.requested, self.interval_s = requested, interval_s
+        self.stopped, self.asked = False, -interval_s
+
+    def __call__(self) -> bool:
+        if rank_and_world()[1] == 1 or _store is None:
+            return self.requested()
+        if not self.stopped and self.requested():
+            self.stopped = True
+            with _reachable() as store:
+                store.set('stop', 'requested')
+        now = time.monotonic()
+        if not self.stopped and now - self.asked >= self.interval_s:
+            self.asked = now
+            with _reachable() as store:
+                self.stopped = store.check(['stop'])
+        return self.stopped
+
+
+@contextmanager
+def _reachable() -> Iterator[dist.Store]:
+    """The store, whose host may be gone: its processes then get a stop signal of their own."""
+    assert _store is not None
+    try:
+        yield _store
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError):
+            raise
 
 
 def restarted() -> bool:
@@ -133,7 +232,8 @@ def mean_over_processes(values: Tensor) -> Tensor:
     world = rank_and_world()[1]
     if world > 1:
         values = values.clone()
-        dist.all_reduce(values)
+        with reporting_lost_processes():
+            dist.all_reduce(values)
         values /= world
     return values
 

@@ -14,18 +14,26 @@ from pathlib import Path
 from utils.errors import UserError
 
 _held: set[Path] = set()  # by this process, whose own POSIX locks never exclude each other
+_POLL_S = 0.2
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def lock_path(folder: str | Path) -> Path:
-    """The lock file of ``folder``: beside it, since the folder may be renamed or not exist yet."""
-    folder = Path(os.path.abspath(folder))
+    """The lock file of ``folder``: beside it, since the folder may be renamed or not exist yet.
+
+    Inside it where the parent is read-only, such as a volume of a container.
+    """
+    folder = Path(os.path.realpath(folder))  # two links to one folder have one lock
+    if folder.is_dir() and not os.access(folder.parent, os.W_OK):
+        return folder / '.lock'
     return folder.with_name(f'.{folder.name}.lock')
 
 
 @contextmanager
-def owned(folder: str | Path) -> Iterator[None]:
+def owned(folder: str | Path, *, wait_s: float = 0.0) -> Iterator[None]:
     """Own ``folder`` within the block. Raises UserError, naming host and process, while another process owns it.
+
+    wait_s: how long to wait for that process to end before giving up.
 
     The lock is a POSIX record lock (``fcntl``): the kernel drops it when the process ends, however it ends, and forked
     workers do not inherit it, so a stale lock file excludes nobody. NFS passes such locks to the server, which drops
@@ -36,7 +44,7 @@ def owned(folder: str | Path) -> Iterator[None]:
     if path in _held:
         raise UserError(f'{folder} is already in use by this process.')
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, owner = _acquire(path, folder), os.getpid()
+    descriptor, owner = _acquire(path, folder, until=time.monotonic() + wait_s), os.getpid()
     _held.add(path)
     try:
         yield
@@ -47,7 +55,8 @@ def owned(folder: str | Path) -> Iterator[None]:
             _held.discard(path)
 
 
-def _acquire(path: Path, folder: str | Path) -> int:
+def _acquire(path: Path, folder: str | Path, *, until: float) -> int:
+    announced = False
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -62,6 +71,12 @@ def _acquire(path: Path, folder: str | Path) -> int:
             else:
                 holder = _describe(descriptor)
                 os.close(descriptor)
+                if time.monotonic() < until:
+                    if not announced:
+                        print(f'Waiting for {folder}, which is in use by {holder}.', file=sys.stderr)
+                    announced = True
+                    time.sleep(_POLL_S)
+                    continue
                 raise UserError(
                     f'{folder} is in use by {holder}. Wait for it or stop it, or choose another folder.'
                 ) from None

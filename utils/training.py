@@ -1,12 +1,12 @@
-"""The surroundings of a training loop: schedule, parameter groups, precision, stop requests and logs."""
+"""The surroundings of a training loop: schedule, parameter groups, precision and logs."""
 
 import json
 import math
 import os
 import shutil
-import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -65,16 +65,20 @@ def compiled(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 class Waits:
-    """Iterate over ``items`` and sum up the time spent waiting for them."""
+    """Iterate over ``items`` and sum up the time spent waiting for them.
 
-    def __init__(self, items: Iterable):
-        self.items, self.seconds = items, 0.0
+    while_waiting: a context for each wait.
+    """
+
+    def __init__(self, items: Iterable, while_waiting: Callable[[], AbstractContextManager] = nullcontext):
+        self.items, self.while_waiting, self.seconds = items, while_waiting, 0.0
 
     def __iter__(self) -> Iterator:
         iterator, nothing = iter(self.items), object()
         while True:
             begin = time.perf_counter()
-            item = next(iterator, nothing)
+            with self.while_waiting():
+                item = next(iterator, nothing)
             self.seconds += time.perf_counter() - begin
             if item is nothing:
                 return
@@ -86,20 +90,6 @@ class Waits:
         return seconds
 
 
-class StopRequest:
-    """Ctrl-C or SIGTERM asks the loop to stop after the current step; a second one stops at once."""
-
-    def __init__(self):
-        self.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number, frame) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-
 def complete_lines(path: Path) -> list[str]:
     """The lines of a log.jsonl but for truncated ones: a kill leaves one, and a resumed run appends after it."""
     lines = path.read_text('utf-8', errors='replace').splitlines()
@@ -107,23 +97,45 @@ def complete_lines(path: Path) -> list[str]:
 
 
 class RunLog:
-    """log.jsonl (one object per line) and TensorBoard in ``folder``; records after ``step`` are discarded on resume."""
+    """log.jsonl (one object per line) and TensorBoard in ``folder``.
 
-    def __init__(self, folder: str | Path, *, step: int):
+    On resume, records after ``step`` are discarded, and with ``validation_due`` those of the validation at ``step``.
+    """
+
+    def __init__(self, folder: str | Path, *, step: int, validation_due: bool = False):
         self.path = Path(folder) / LOG_NAME
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = complete_lines(self.path) if self.path.exists() else []
-        kept = [line for line in lines if json.loads(line)['step'] <= step]
+        records = {line: json.loads(line) for line in lines}
+        kept = {
+            line: record
+            for line, record in records.items()
+            if record['step'] < step
+            or (record['step'] == step and not (validation_due and record['kind'].startswith('val')))
+        }
         write_atomically(self.path, ''.join(line + '\n' for line in kept).encode())
-        self.board = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        # TensorBoard forgets everything from a step on, so that what is kept of that step is shown again.
+        purge = step if validation_due else step + 1
+        self.board = SummaryWriter(str(folder), purge_step=purge if step else None)
+        for record in kept.values():
+            if record['step'] >= purge:
+                self._show(**record)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append one line, and its numbers to TensorBoard as scalars ``kind/name``."""
         with open(self.path, 'a') as file:
             file.write(json.dumps({'kind': kind, 'step': step, **values}) + '\n')
+        self._show(kind, step, **values)
+
+    def _show(self, kind: str, step: int, **values: Any) -> None:
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self.board.add_scalar(f'{kind}/{name}', value, step)
+
+    def sync(self) -> None:
+        """Wait until log.jsonl is on the disk: before a checkpoint, after which its records are not written again."""
+        with suppress(FileNotFoundError), open(self.path, 'rb') as file:
+            os.fsync(file.fileno())
 
     def picture(self, tag: str, picture: np.ndarray, step: int) -> None:
         """Show a sheet (H, W, 3) uint8 BGR in TensorBoard; as JPEG, thirty times faster than ``add_image``'s PNG."""
