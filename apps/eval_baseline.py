@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset import open_split
 from evaluation.baseline import ConstantPrediction, mean_prediction
-from evaluation.session import add_evaluation_arguments, evaluate_split, report
+from evaluation.session import add_evaluation_arguments, evaluate_split, owned_output, report
 from manopth import TwoHandLayer
 from models.hand_head import HandHead
 from models.hands import load_hands
@@ -36,9 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     labels = open_split(args.data_path, 'train', with_mask=False, with_dense=False)
     means = mean_prediction(labels, hand_layer, root_joint=cfg.ROOT_JOINT, workers=cfg.TRAIN.WORKERS)
     model = ConstantPrediction(HandHead(hand_layer, root_joint=cfg.ROOT_JOINT), *means)
-    measured = evaluate_split(model, cfg, args)
-    if distributed.is_main():
-        report(measured, title='best constant prediction', out=args.out, more={'config': flatten(cfg)})
+    with owned_output(args.out):
+        measured = evaluate_split(model, cfg, args)
+        if distributed.is_main():
+            report(measured, title='best constant prediction', out=args.out, more={'config': flatten(cfg)})
     distributed.stop()
     return 0
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.session import add_evaluation_arguments, evaluate_split, report
+from evaluation.session import add_evaluation_arguments, evaluate_split, owned_output, report
 from models.checkpoint import load_model
 from utils import distributed
 from utils.config import flatten
@@ -29,12 +29,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
 
     model, cfg, content = load_model(args.model, [*args.opts, 'DATASET.PATH', args.data_path])
-    measured = evaluate_split(model, cfg, args)
-    if distributed.is_main():
-        if 'format' not in content:
-            print(f'{args.model} has the published form and was converted (apps/convert_checkpoint.py keeps that).')
-        of_training = {'training': content.get('progress'), 'trained': content.get('record')}
-        report(measured, title=args.model, out=args.out, more={'config': flatten(cfg), **of_training})
+    with owned_output(args.out):
+        measured = evaluate_split(model, cfg, args)
+        if distributed.is_main():
+            if 'format' not in content:
+                print(f'{args.model} has the published form and was converted (apps/convert_checkpoint.py keeps that).')
+            more = {'config': flatten(cfg), 'training': content.get('progress'), 'trained': content.get('record')}
+            report(measured, title=args.model, out=args.out, more=more)
     distributed.stop()
     return 0
 

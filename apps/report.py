@@ -18,6 +18,7 @@ from evaluation.report.page import report_page
 from evaluation.runs import read_runs
 from utils.errors import user_facing
 from utils.files import write_atomically
+from utils.ownership import owned
 
 
 @user_facing
@@ -27,8 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--out', default='report.html', metavar='FILE', help='default: %(default)s')
     args = parser.parse_args(argv)
 
-    page = report_page(read_evaluated(read_runs(args.runs))).encode('utf-8', errors='replace')
-    write_atomically(args.out, page)
+    with owned(args.out):
+        page = report_page(read_evaluated(read_runs(args.runs))).encode('utf-8', errors='replace')
+        write_atomically(args.out, page)
     print(f'written: {args.out} ({len(page) / 1e6:.1f} MB)')
     return 0
 

@@ -22,10 +22,13 @@ from evaluation.registry import headline
 from models.checkpoint import load_model
 from utils.errors import UserError, user_facing
 from utils.files import read_json, write_json
+from utils.ownership import owned
+from utils.stopping import STOP_SIGNALS, Stopped, check_stop, obey_stop_signals, requested_stop
 
 CONFIG = 'configs/demo.yaml'
 FRAMES = (2400, 60, 200)
 PICTURES = 8
+POLL_S = 0.2
 
 
 @user_facing
@@ -44,6 +47,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
 
     out = Path(args.out)
+    with owned(out), obey_stop_signals():
+        return run_demo(out, args)
+
+
+def run_demo(out: Path, args: argparse.Namespace) -> int:
     raw, data, run = out / 'raw', out / 'data', out / 'run'
     config = ['--cfg', CONFIG]
     keys = ['DATASET.PATH', str(data), 'OUTPUT_DIR', str(run), *args.opts]
@@ -55,10 +63,9 @@ def main(argv: list[str] | None = None) -> int:
         run_command(name, [str(part) for part in command])
         seconds[name] = round(time.perf_counter() - started, 1)
 
-    if not raw.exists():
-        step('synthesize', 'dataset/synthesize.py', '--save_path', raw, '--frames', *args.frames, *hands)
+    step('synthesize', 'dataset/synthesize.py', '--save_path', raw, '--frames', *args.frames, *hands)
     step('prepare', 'dataset/interhand.py', '--data_path', raw, '--save_path', data, *hands)
-    step('train', 'train.py', *config, *(['--resume'] if (run / 'latest.pth').exists() else []), *keys)
+    step('train', 'train.py', *config, '--resume', 'auto', *keys)
     step(
         'evaluate', 'apps/eval_interhand.py', '--data_path', data, '--model', run, '--out', out / 'trained', *args.opts
     )
@@ -76,9 +83,26 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_command(name: str, command: list[str]) -> None:
-    """Run one of the project's scripts as a user would. Raises UserError if it fails; it has printed why."""
+    """Run one of the project's scripts as a user would, and pass stop signals on to it.
+
+    Raises UserError if it fails, and ``Stopped`` if it was stopped; it has printed why.
+    """
     print(f'\n== {name}\n$ python {shlex.join(command)}', flush=True)
-    code = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
+    check_stop()
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
+    passed_on = False
+    while process.poll() is None:
+        try:
+            process.wait(POLL_S)
+        except subprocess.TimeoutExpired:
+            number = requested_stop()
+            if number is not None and not passed_on:  # once: a group's signal has reached it already
+                process.send_signal(number)
+                passed_on = True
+    check_stop()
+    code = process.returncode
+    if code > 128 and code - 128 in STOP_SIGNALS:
+        raise Stopped(code - 128)
     if code:
         raise UserError(
             f"The demo stopped at '{name}' (exit code {code}). Rerun it to continue from there, or run `make clean` "

@@ -5,8 +5,10 @@ from pathlib import Path
 from manopth import HandPair
 from utils.errors import UserError
 from utils.files import read_json, write_json
+from utils.ownership import owned
 
 HAND_MODEL_RECORD = 'hand_model.json'
+LONGEST_WAIT_S = 60.0  # for other processes that write into the same folder
 
 
 def write_hand_model_record(root: str | Path, hands: HandPair) -> None:
@@ -14,14 +16,37 @@ def write_hand_model_record(root: str | Path, hands: HandPair) -> None:
     write_json(Path(root) / HAND_MODEL_RECORD, {'hand_model': hands.identity})
 
 
-def check_hand_model_record(root: str | Path, hands: HandPair) -> None:
-    """Raise UserError if the folder records another hand model. Without a record (real data), any model is accepted."""
+def claim_hand_model_record(root: str | Path, identity: str, *, replace: bool = False) -> None:
+    """Record the identity of the hand model of a data folder into which several processes may write.
+
+    Raises UserError if the folder records another one, unless ``replace``.
+    """
+    path = Path(root) / HAND_MODEL_RECORD
+    with owned(path, wait_s=LONGEST_WAIT_S):
+        recorded = recorded_hand_model(root)
+        if recorded is not None and recorded != identity and not replace:
+            raise UserError(
+                f'{root} holds data of the hand model {recorded}, but this data is of {identity}. Use another folder.'
+            )
+        if recorded != identity:
+            write_json(path, {'hand_model': identity})
+        for stale in path.parent.glob(f'.{path.name}.*.partial'):  # of killed processes
+            stale.unlink()
+
+
+def recorded_hand_model(root: str | Path) -> str | None:
+    """The identity of the recorded hand model; None without a record (real data). Raises UserError if it is damaged."""
     path = Path(root) / HAND_MODEL_RECORD
     if not path.exists():
-        return
+        return None
     content = read_json(path)
-    recorded = content.get('hand_model') if isinstance(content, dict) else None
-    if recorded != hands.identity:
+    return str(content.get('hand_model')) if isinstance(content, dict) else 'unknown'
+
+
+def check_hand_model_record(root: str | Path, hands: HandPair) -> None:
+    """Raise UserError if the folder records another hand model. Without a record (real data), any model is accepted."""
+    recorded = recorded_hand_model(root)
+    if recorded is not None and recorded != hands.identity:
         raise UserError(
             f'{root} was generated with the hand model {recorded}, but MANO.SOURCE and MANO.PATH select '
             f'{hands.identity}. Set them to the same model, or use another folder.'

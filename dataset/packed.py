@@ -17,7 +17,6 @@ from utils.hand import MASK_THRESHOLD
 
 FORMAT = 'dir-packed-1'  # raised when older readers would misread it
 MANIFEST, LABELS, SAMPLES = 'manifest.json', 'labels.npy', 'samples.bin'
-HEAD = 'head.json'  # of an unfinished split: the beginning of its manifest
 PARTS = ('img', 'mask', 'dense', 'entries')  # of a sample in samples.bin, in this order
 PACK_AGAIN = 'copy it again, or pack the data set again (python dataset/pack.py)'
 
@@ -72,7 +71,13 @@ class PackedDataset(PreparedSplit):
         return tuple(record[name] for name in LABEL_SHAPES)
 
     def entries(self, index: int) -> dict[str, dict]:
-        return json.loads(bytes(self._bytes('entries', index)))
+        try:
+            entries = json.loads(bytes(self._bytes('entries', index)))
+        except (ValueError, RecursionError):
+            entries = None
+        if not isinstance(entries, dict):
+            raise UserError(f'The entries of {self.name(index)} are damaged; {PACK_AGAIN}.')
+        return entries
 
     def image(self, kind: str, index: int) -> np.ndarray:
         return checked_crop(
@@ -90,7 +95,10 @@ class PackedDataset(PreparedSplit):
     def _bytes(self, part: str, index: int) -> memoryview:
         record = self._records[index]
         begin = int(record['begin']) + sum(int(record[f'{before}_bytes']) for before in PARTS[: PARTS.index(part)])
-        return self._content[begin : begin + int(record[f'{part}_bytes'])]
+        end = begin + int(record[f'{part}_bytes'])
+        if end > len(self._content):
+            raise UserError(f'{self.folder / LABELS}: sample {index} ends beyond {SAMPLES}; {PACK_AGAIN}.')
+        return self._content[begin:end]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -106,7 +114,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     try:
         sizes = {name: manifest['files'][name]['bytes'] for name in (LABELS, SAMPLES)}
-        complete = all(key in manifest for key in ('samples', 'mask', 'dense'))
+        counts = [manifest['samples'], *sizes.values()]
+        complete = 'mask' in manifest and 'dense' in manifest and all(type(n) is int and n > 0 for n in counts)
     except (KeyError, TypeError):
         complete = False
     if not complete:
@@ -122,8 +131,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def verify_split(folder: Path) -> None:
     """Raises UserError unless both files have the checksums of the manifest."""
-    for name, expected in read_manifest(folder)['files'].items():
-        if sha256_of_file(folder / name) != expected['sha256']:
+    files = read_manifest(folder)['files']
+    for name in (LABELS, SAMPLES):  # and no other name that a manifest from elsewhere may hold
+        if sha256_of_file(folder / name) != files[name].get('sha256'):
             raise UserError(f'{folder / name} is damaged (its SHA-256 is not that of the manifest): {PACK_AGAIN}.')
 
 
@@ -136,5 +146,9 @@ def pack_bits(mask: np.ndarray) -> bytes:
 
 def unpack_bits(content: bytes | memoryview) -> np.ndarray:
     """Inverse of ``pack_bits``: (256, 256, 2) uint8, 0 or 255. Raises zlib.error or ValueError for anything else."""
-    bits = np.frombuffer(zlib.decompress(content, bufsize=CROP_SIZE * CROP_SIZE // 4), np.uint8)
+    size = CROP_SIZE * CROP_SIZE // 4
+    unpacked = zlib.decompressobj()
+    bits = np.frombuffer(unpacked.decompress(content, size + 1), np.uint8)  # bounded: a few bytes can expand to many
+    if not unpacked.eof:
+        raise ValueError('not the bits of one mask')
     return np.unpackbits(bits).reshape(CROP_SIZE, CROP_SIZE, 2) * np.uint8(255)

@@ -247,16 +247,20 @@ def _count(folder: Path) -> int:
     for kind, suffix in ((kind, f'.{ending}') for kind, ending in FOLDERS.items()):
         if not (folder / kind).is_dir():
             raise UserError(f'{folder / kind} is missing, so {folder} is not a prepared split; {PREPARE_AGAIN}.')
-        stems = (entry.name.removesuffix(suffix) for entry in os.scandir(folder / kind) if entry.name.endswith(suffix))
+        stems = (
+            entry.name.removesuffix(suffix)
+            for entry in os.scandir(folder / kind)
+            if entry.name.endswith(suffix) and entry.is_file()  # pipes and devices can be read forever
+        )
         numbers[kind] = {int(stem) for stem in stems if stem.isdecimal()}
     samples = 1 + max(max(found, default=-1) for found in numbers.values())
     if samples == 0:
         raise UserError(f'{folder} holds no samples; {PREPARE_AGAIN}.')
     for kind, found in numbers.items():
-        gaps = sorted(set(range(samples)) - found)
-        if gaps:
+        if gaps := samples - len(found):
+            first = next(number for number in range(samples) if number not in found)
             raise UserError(
-                f'{folder / kind} has gaps: {len(gaps)} of its files are missing, the first is number {gaps[0]}. Copy '
+                f'{folder / kind} has gaps: {gaps} of its files are missing, the first is number {first}. Copy '
                 f'it again, or {PREPARE_AGAIN}.'
             )
     return samples

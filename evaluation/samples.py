@@ -2,7 +2,6 @@
 
 import csv
 import io
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ from torch import Tensor
 from dataset.batch import BatchMaker
 from dataset.prepared import PreparedSplit
 from evaluation.evaluate import Evaluation
-from utils.files import write_atomically
 from utils.hand import HAND_SCALE
 
 SAMPLES_VERSION = 1
@@ -37,17 +35,15 @@ def choose_samples(error: Tensor, of_each: int = OF_EACH_KIND) -> list[tuple[str
 
 
 @torch.inference_mode()
-def write_chosen_samples(
-    path: str | Path, model: Any, dataset: PreparedSplit, batch_maker: BatchMaker, result: Evaluation
-) -> None:
-    """Predict the chosen samples again and write samples.npz (docs/formats.md).
+def chosen_samples_npz(model: Any, dataset: PreparedSplit, batch_maker: BatchMaker, result: Evaluation) -> bytes | None:
+    """Predict the chosen samples again -> the content of samples.npz (docs/formats.md); None if no error is finite.
 
     model: a network with ``hand_head.root_joint`` and ``preprocess``.
     """
     errors = result.stages[-1]
     chosen = choose_samples(errors['joint_mm'].nanmean(1))
     if not chosen:
-        return
+        return None
     kinds, rows = [kind for kind, _ in chosen], [row for _, row in chosen]
     index = result.indices[rows].tolist()
     samples = dataset.__getitems__(index)
@@ -74,7 +70,7 @@ def write_chosen_samples(
         name: value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value) for name, value in content.items()
     }
     np.savez_compressed(file, **arrays)
-    write_atomically(path, file.getvalue())
+    return file.getvalue()
 
 
 def per_sample_csv(result: Evaluation, dataset: PreparedSplit) -> str:

@@ -1,7 +1,9 @@
 """One evaluation as the commands run it: arguments, protocol, split, printed figures and files."""
 
 import argparse
-from contextlib import closing
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +19,17 @@ from dataset.subsets import AnnotatedJoints, Subset, choose
 from evaluation.evaluate import Evaluation, evaluate
 from evaluation.metrics import GRID, NEEDS_SUBSET, PROTOCOLS, Protocol
 from evaluation.runs import METRICS_VERSION
-from evaluation.samples import per_sample_csv, write_chosen_samples
+from evaluation.samples import chosen_samples_npz, per_sample_csv
 from evaluation.summary import format_breakdown, format_grid, format_summary
 from models.checkpoint import to_device
 from models.hands import load_hands
 from utils import distributed
 from utils.config import add_flag
 from utils.errors import UserError
-from utils.files import write_atomically, write_json
+from utils.files import atomic_file, json_bytes, remove_stale_partials
+from utils.ownership import owned
 from utils.run_record import record_rows, run_record
+from utils.stopping import first_process
 
 
 class Measured(NamedTuple):
@@ -64,6 +68,16 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--first', type=int, metavar='N', help='only the first N of the remaining samples')
     parser.add_argument('--out', metavar='DIR', help='write metrics.json, per_sample.csv and samples.npz there')
     parser.add_argument('opts', nargs='*', metavar='KEY VALUE', help='configuration keys, e.g. DEVICE cpu')
+
+
+@contextmanager
+def owned_output(out: str | None) -> Iterator[None]:
+    """Own the output folder of an evaluation, in the first of several processes. Raises UserError if it is in use."""
+    with ExitStack() as stack:
+        if out and first_process():
+            stack.enter_context(owned(out))
+            remove_stale_partials(out)
+        yield
 
 
 def chosen_protocol(args: argparse.Namespace) -> tuple[str, Protocol]:
@@ -144,8 +158,31 @@ def report(measured: Measured, *, title: str, out: str | None, more: dict[str, A
         print(f'\n{what}:', *(f'    {row.title + ":":12} {row.text}' for row in record_rows(record)), sep='\n')
     if out:
         source = {'version': METRICS_VERSION, 'model': title, 'data': str(dataset.folder), 'evaluated': evaluated}
-        write_json(Path(out) / 'metrics.json', source | summary | more)
-        write_atomically(Path(out) / 'per_sample.csv', per_sample_csv(result, dataset).encode())
-        write_chosen_samples(Path(out) / 'samples.npz', model, dataset, batch_maker, result)
+        write_evaluation(
+            Path(out),
+            {
+                'metrics.json': json_bytes(source | summary | more),
+                'per_sample.csv': per_sample_csv(result, dataset).encode(),
+                'samples.npz': chosen_samples_npz(model, dataset, batch_maker, result),
+            },
+        )
         print(f'written to {out}: metrics.json, per_sample.csv, samples.npz; python apps/report.py {out} shows them')
     return summary
+
+
+def write_evaluation(out: Path, contents: dict[str, bytes | None]) -> None:
+    """Write the files of one evaluation, None for one that it lacks; the first appears last.
+
+    So files of two evaluations never stand beside each other: a kill leaves either set, or none with ``metrics.json``.
+    """
+    first = next(iter(contents))
+    with ExitStack() as stack:  # which renames in the opposite order
+        for name, content in contents.items():
+            if content is not None:
+                file = stack.enter_context(atomic_file(out / name))
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())  # a full disk must show before the previous evaluation goes
+        (out / first).unlink(missing_ok=True)
+        for name in (name for name, content in contents.items() if content is None):
+            (out / name).unlink(missing_ok=True)

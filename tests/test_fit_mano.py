@@ -235,7 +235,7 @@ def test_a_time_step_without_joints_is_counted(tmp_path, made, capsys):
     path.write_text(json.dumps(steps))
     assert fit(root) == 0
     out = capsys.readouterr().out
-    assert '10 hands fitted' in out and '1 time steps have pictures but no usable joints: 0/11' in out
+    assert '10 hands fitted' in out and '1 time steps have images but no usable joints: 0/11' in out
 
 
 @pytest.mark.parametrize(

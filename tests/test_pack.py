@@ -7,7 +7,6 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from dataset import open_split
 from dataset.augmentation import AugmentationRanges
@@ -121,15 +120,15 @@ def test_subsets_and_workers_read_the_packed_form(tiny_prepared, packed):
 def test_killed_packing_goes_on(tiny_prepared, packed, tmp_path, monkeypatch):
     """After every chunk, and with half-written ends."""
     monkeypatch.setattr(pack, 'CHUNK', 3)
-    real, calls = pack._append, []
+    real, calls = InterHandDataset.labels, []
 
-    def append_twice(*args):
-        calls.append(1)
-        if len(calls) == 3:
+    def six_times(dataset, index):
+        calls.append(index)
+        if len(calls) > 6:
             raise KeyboardInterrupt
-        real(*args)
+        return real(dataset, index)
 
-    monkeypatch.setattr(pack, '_append', append_twice)
+    monkeypatch.setattr(InterHandDataset, 'labels', six_times)
     assert run('--data_path', tiny_prepared, '--save_path', tmp_path, '--splits', 'train') == 130
     partial = tmp_path / 'train.partial'
     for name in ('labels.npy', 'samples.bin'):
@@ -137,20 +136,21 @@ def test_killed_packing_goes_on(tiny_prepared, packed, tmp_path, monkeypatch):
             file.write(b'\0' * 100)  # part of a record, part of a picture
     with pytest.raises(UserError, match='only partly packed'):
         open_split(tmp_path, 'train')
-    counted = []
-    monkeypatch.setattr(
-        pack, '_append', lambda labels, samples, chunk: (counted.append(len(chunk)), real(labels, samples, chunk))
-    )
+    calls.clear()
     assert run('--data_path', tiny_prepared, '--save_path', tmp_path, '--splits', 'train') == 0
-    assert sum(counted) == 2  # of 8, 6 were there
+    assert calls == [6, 7]
     for name in ('labels.npy', 'samples.bin', 'manifest.json'):
         assert (tmp_path / 'train' / name).read_bytes() == (packed / 'train' / name).read_bytes()
     assert not partial.exists()
 
 
 def test_power_cut_that_lost_pictures_costs_only_those(tiny_prepared, packed, tmp_path, monkeypatch):
-    monkeypatch.setattr(pack, '_finish', lambda *args: None)
-    assert run('--data_path', tiny_prepared, '--save_path', tmp_path, '--splits', 'train') == 0
+    def power_cut(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pack, 'CHUNK', 3)
+    monkeypatch.setattr(pack, 'publish', power_cut)
+    assert run('--data_path', tiny_prepared, '--save_path', tmp_path, '--splits', 'train') == 130
     monkeypatch.undo()
     blob = tmp_path / 'train.partial' / 'samples.bin'
     os.truncate(blob, blob.stat().st_size // 2)
@@ -241,14 +241,9 @@ def test_other_tools_entries_become_json(tiny_prepared, tmp_path):
     }
 
 
-def test_packer_reads_with_workers(tiny_prepared, packed):
-    items = DataLoader(
-        pack._Packer(InterHandDataset(tiny_prepared, 'train'), masks='jpeg', targets=True),
-        batch_size=4,
-        num_workers=1,
-        collate_fn=list,
-    )
-    assert (
-        sum(len(part) for chunk in items for _, parts in chunk for part in parts)
-        == (packed / 'train/samples.bin').stat().st_size
-    )
+def test_two_processes_pack_the_same_bytes_as_one(tiny_prepared, packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, 'CHUNK', 3)
+    arguments = ['--data_path', str(tiny_prepared), '--save_path', str(tmp_path), '--splits', 'train', '--workers', '2']
+    assert pack.main(arguments) == 0
+    for name in ('labels.npy', 'samples.bin', 'manifest.json'):
+        assert (tmp_path / 'train' / name).read_bytes() == (packed / 'train' / name).read_bytes()

@@ -10,6 +10,7 @@ from test_preparation import contents, prepare, record
 
 from dataset.prepare import shards
 from dataset.prepare import split as preparation
+from dataset.prepare.resumable import Journal
 from dataset.prepare.shards import Shard, find_shards, parse_shard
 from dataset.prepared import InterHandDataset
 from utils.errors import UserError
@@ -240,7 +241,7 @@ def spoil_other_count_now(parts):
 
 
 def spoil_no_shard_now(parts):
-    return (), 'holds shards of train: put them together with --merge'
+    return (), 'holds shards of train: merge them with --merge'
 
 
 def spoil_settings(parts):
@@ -299,14 +300,18 @@ def spoil_annotation(parts):
 
 
 def spoil_begun_whole(parts):
-    (parts / 'train.partial').mkdir()
-    (parts / 'train.partial' / 'journal.jsonl').write_text('{"format": 1}\n')
-    return ('--merge',), 'train.partial is what a command without --shard has begun'
+    Journal(parts / 'train.partial' / 'journal.jsonl').begin({'format': 1})
+    return ('--merge',), 'train.partial was begun by a command without --shard'
+
+
+def spoil_begun_whole_now(parts):
+    shutil.rmtree(parts / 'train.shard-2-of-3')
+    Journal(parts / 'train.partial' / 'journal.jsonl').begin({'format': 1})
+    return ('--shard', '2/3'), 'train.partial was begun by a command without --shard'
 
 
 def spoil_merge_without_shards(parts):
-    (parts / 'train.partial').mkdir()
-    (parts / 'train.partial' / 'journal.jsonl').write_text('{"merge": {}}\n')
+    Journal(parts / 'train.partial' / 'journal.jsonl').begin({'merge': {}})
     for folder in parts.glob('train.shard-*'):
         shutil.rmtree(folder)
     return (), 'is an interrupted merge of shards'

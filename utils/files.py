@@ -84,7 +84,12 @@ def decode_image(content: bytes | memoryview) -> np.ndarray | None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically. NaN and infinity, which JSON lacks, become null."""
-    write_atomically(path, (json.dumps(_finite(value), indent=1, allow_nan=False) + '\n').encode())
+    write_atomically(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """``value`` as ``write_json`` writes it."""
+    return (json.dumps(_finite(value), indent=1, allow_nan=False) + '\n').encode()
 
 
 def _finite(value: Any) -> Any:

@@ -137,6 +137,35 @@ def _handle(handler: Callable[[int, FrameType | None], None]) -> None:
             signal.signal(number, handler)
 
 
+_obeyed: StopRequest | None = None  # of the innermost ``obey_stop_signals``
+
+
+@contextmanager
+def obey_stop_signals() -> Iterator[None]:
+    """Within the block, a stop signal makes the next ``check_stop`` raise ``Stopped``; then the old handlers return."""
+    global _obeyed
+    before, outer = {number: signal.getsignal(number) for number in STOP_SIGNALS}, _obeyed
+    _obeyed = StopRequest()
+    try:
+        yield
+    finally:
+        _obeyed = outer
+        with suppress(ValueError):  # not the main thread, which alone may set handlers
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def requested_stop() -> int | None:
+    """The stop signal that has arrived within ``obey_stop_signals``."""
+    return None if _obeyed is None else _obeyed.number
+
+
+def check_stop() -> None:
+    """Raise ``Stopped`` if a stop signal has arrived within ``obey_stop_signals``: call it between units of work."""
+    if (number := requested_stop()) is not None:
+        raise Stopped(number)
+
+
 @contextmanager
 def holding_stop_signals() -> Iterator[None]:
     """Deliver stop signals after the block. Processes forked within it start with them blocked (``shield_worker``)."""

@@ -2,32 +2,26 @@
 
 import argparse
 import hashlib
-import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from dataset.hand_model_record import check_hand_model_record, write_hand_model_record
+from dataset.hand_model_record import check_hand_model_record, claim_hand_model_record
 from dataset.prepare import raw
 from dataset.prepare.frames import FramePreparer, FrameTask, PreparedFrame
 from dataset.prepare.raw import SPLITS, RawSplit
 from dataset.prepare.shards import parse_shard
 from dataset.prepare.skips import Skip
 from dataset.prepare.split import FORMAT, merge_splits, prepare_split, settings_of
+from dataset.prepare.workers import ordered_map, worker_pool
 from dataset.vertex_colours import canonical_colours, load_colours
 from models.hands import load_hands
 from utils.config import add_config_arguments, load_config, split_off_pairs
 from utils.distributed import usable_cores, use_one_thread
 from utils.errors import UserError, user_facing
 from utils.rasterizer import RENDERERS
+from utils.stopping import obey_stop_signals
 
 MOST_WORKERS = 16  # by default: a process needs half a gigabyte, and beyond this the writing process is the bottleneck
 
@@ -36,33 +30,12 @@ _preparer: FramePreparer | None = None  # of this worker process
 
 def _start_worker(mano: tuple[str, str], colours: np.ndarray, renderer: str) -> None:
     global _preparer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    use_one_thread()
     _preparer = FramePreparer(load_hands(*mano), colours, renderer)
-
-
-def _end_with_parent() -> None:
-    """End with a parent that is killed and cannot stop its workers, which would wait for ever."""
-    if parent := parent_process():
-        parent.join()
-    os._exit(1)
 
 
 def _work(tasks: list[FrameTask]) -> list[PreparedFrame | Skip]:
     assert _preparer is not None  # set when the process starts
     return _preparer(tasks)
-
-
-def ordered_map(executor: Executor, function: Callable, items: Iterable, ahead: int) -> Iterator:
-    """``executor.map`` that submits at most ``ahead`` items in advance, so that memory stays bounded."""
-    waiting: deque[Future] = deque()
-    for item in items:
-        waiting.append(executor.submit(function, item))
-        if len(waiting) >= ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -96,6 +69,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     arguments = parse_arguments(argv)
+    with obey_stop_signals():
+        run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prepare or merge the splits that the command line names."""
     cfg = load_config(arguments.cfg, arguments.opts)
     mano = (cfg.MANO.SOURCE, cfg.MANO.PATH)
     models = load_hands(*mano)
@@ -120,27 +99,19 @@ def main(argv: list[str] | None = None) -> None:
         torch.ones(1, 3, 3), torch.tensor([[0, 1, 2]]), torch.eye(3)[None], (4, 4)
     )  # is the renderer installed?
     save_path.mkdir(parents=True, exist_ok=True)
-    write_hand_model_record(save_path, models)
+    claim_hand_model_record(save_path, models.identity)
 
     workers = arguments.workers or min(usable_cores(), MOST_WORKERS)
     if workers == 1:
         for split, settings in todo:
             prepare_split(split, save_path, settings, lambda chunks: map(preparer, chunks), arguments.shard)
         return
-    executor = ProcessPoolExecutor(workers, get_context('spawn'), _start_worker, (mano, colours, arguments.renderer))
-    try:
+    with worker_pool(workers, _start_worker, mano, colours, arguments.renderer) as pool:
         for split, settings in todo:
             prepare_split(
                 split,
                 save_path,
                 settings,
-                lambda chunks: ordered_map(executor, _work, chunks, 2 * workers),
+                lambda chunks: ordered_map(pool, _work, chunks, 2 * workers),
                 arguments.shard,
             )
-    except BrokenProcessPool:
-        raise UserError(
-            f'A worker process was killed, perhaps for lack of memory. Use fewer than --workers {workers}. '
-            'Finished work is kept; rerun the same command to continue.'
-        ) from None
-    finally:
-        executor.shutdown(cancel_futures=True)

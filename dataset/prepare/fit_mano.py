@@ -2,7 +2,7 @@
 
     python dataset/fit_mano.py --data_path INTERHAND
 
-reads the 42 annotated joints of every time step that has a picture and writes the missing
+reads the 42 annotated joints of every time step that has an image and writes the missing
 annotations/<split>/InterHand2.6M_<split>_MANO_NeuralAnnot.json, with ..._fit_residuals.csv beside it.
 """
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset.hand_model_record import HAND_MODEL_RECORD, check_hand_model_record, write_hand_model_record
+from dataset.hand_model_record import HAND_MODEL_RECORD, check_hand_model_record, claim_hand_model_record
 from dataset.prepare.raw import SPLITS, RawSplit, RecordError, annotation_file, find_splits
 from manopth import HandPair
 from manopth.fitting import PointModel, fit_hands, fittable, place_points
@@ -29,8 +29,10 @@ from models.hands import load_hands
 from utils.config import add_config_arguments, load_config
 from utils.distributed import choose_device
 from utils.errors import UserError, user_facing
-from utils.files import read_json, write_atomically
+from utils.files import read_json, remove_stale_partials, write_atomically
 from utils.hand import NUM_JOINTS, SIDES
+from utils.ownership import owned
+from utils.stopping import check_stop, obey_stop_signals
 
 SHAPE_TIME_STEPS = 64  # a capture's shape is found from at most this many time steps, spread over the recording
 BATCH_TIME_STEPS = {'cpu': 128, 'cuda': 4096}  # larger ones fall out of a CPU's cache: half as fast at 512
@@ -57,7 +59,7 @@ class Joints(NamedTuple):
     names: list[TimeStep]
     points: np.ndarray  # (T, 2, 21, 3) m, world
     valid: np.ndarray  # (T, 2, 21) bool
-    unreadable: dict[TimeStep, str]  # time steps with pictures but without usable joints, and why
+    unreadable: dict[TimeStep, str]  # time steps with images but without usable joints, and why
 
 
 def fit_time_steps(
@@ -71,14 +73,15 @@ def fit_time_steps(
 ) -> Fit:
     """Fit both hands at T time steps. Those of one capture share one shape: a capture shows one person.
 
-    joints (T, 2, 21, 3) m, valid (T, 2, 21) bool, capture (T,) int64 numbers from 0. ``progress`` is told how many time
-    steps were finished. Hands that are not ``fittable`` have no say and come out NaN.
+    joints (T, 2, 21, 3) m, valid (T, 2, 21) bool, capture (T,) int64 numbers from 0. ``progress`` is called with
+    the number of time steps just finished. Hands that are not ``fittable`` are ignored; their results are NaN.
     """
     model = PointModel.from_models(models, device)
     joints, valid = joints.double(), valid & fittable(valid)[..., None]
     betas = _capture_shapes(model, joints, valid, capture, device)[capture][:, None].expand(-1, 2, -1)
     out = Fit(*(torch.full((len(joints), 2, size), math.nan, dtype=torch.float64) for size in (48, 10, 3, NUM_JOINTS)))
     for rows in torch.arange(len(joints)).split(_batch_size(device)):
+        check_stop()
         target, seen = joints[rows].to(device), valid[rows].to(device)
         hands = fit_hands(model, target, seen, betas=betas[rows].to(device))
         distance = (place_points(model, hands) - target).norm(dim=-1) * 1e3
@@ -96,6 +99,7 @@ def _capture_shapes(model: PointModel, joints: Tensor, valid: Tensor, capture: T
     betas = joints.new_zeros(captures, 10)
     chosen = []
     for number in range(captures):
+        check_stop()
         usable = ((capture == number) & valid.flatten(1).any(1)).nonzero().squeeze(1)
         spread = torch.linspace(0, len(usable) - 1, min(len(usable), SHAPE_TIME_STEPS)).round().long()
         chosen.append(usable[spread])
@@ -145,7 +149,16 @@ def missing_fits(split: RawSplit, names: list[TimeStep]) -> np.ndarray:
 
 
 def fit_split(split: RawSplit, models: HandPair, *, overwrite: bool, device: str) -> str:
-    """Fit the missing hands of a split, write annotation file and residuals -> summary lines for the user."""
+    """Fit the missing hands of a split, write annotation file and residuals -> summary lines for the user.
+
+    Owns the annotation file from reading to writing. Raises UserError if another process does.
+    """
+    with owned(split.file('MANO_NeuralAnnot')):
+        remove_stale_partials(split.file('MANO_NeuralAnnot').parent)
+        return _fit_split(split, models, overwrite=overwrite, device=device)
+
+
+def _fit_split(split: RawSplit, models: HandPair, *, overwrite: bool, device: str) -> str:
     joints = read_joints(split)
     valid = torch.from_numpy(joints.valid)
     path = split.file('MANO_NeuralAnnot')
@@ -156,7 +169,7 @@ def fit_split(split: RawSplit, models: HandPair, *, overwrite: bool, device: str
     kept = int((fittable(valid) & ~lacking).sum())
     report = [f'{split.split}: {len(joints.names)} time steps']
     if kept:
-        report.append(f'{kept} hands have parameters already and are kept (--overwrite fits them anew)')
+        report.append(f'{kept} hands have parameters already and are kept (--overwrite fits them again)')
 
     rows = wanted.any(1).nonzero().squeeze(1)
     names = [joints.names[row] for row in rows.tolist()]
@@ -185,7 +198,8 @@ def fit_split(split: RawSplit, models: HandPair, *, overwrite: bool, device: str
         content = {} if overwrite or not path.exists() else read_json(path)
         _insert(content, joints.names, names, fit, wanted[rows])
         _write_residuals(path.with_name(f'InterHand2.6M_{split.split}_fit_residuals.csv'), table, fresh=overwrite)
-        write_hand_model_record(split.root, models)  # first: parameters of an unnamed hand would pass as official
+        # First: parameters without a record of their hand model would pass as official.
+        claim_hand_model_record(split.root, models.identity, replace=True)
         write_atomically(path, json.dumps(content, separators=(',', ':')).encode())
     return '\n'.join(
         [
@@ -246,7 +260,7 @@ def _summary(
     if too_few:
         lines.append(f'  {len(too_few)} hands with {TOO_FEW} are null (capture/frame): {shown(too_few)}')
     if unreadable:
-        lines.append(f'  {len(unreadable)} time steps have pictures but no usable joints: {shown(unreadable)}')
+        lines.append(f'  {len(unreadable)} time steps have images but no usable joints: {shown(unreadable)}')
     return lines
 
 
@@ -268,7 +282,7 @@ def check_mixing(data_path: Path, kept: list[Path], models: HandPair) -> None:
 def _splits(text: str) -> list[str]:
     splits = text.split(',')
     if not set(splits) <= set(SPLITS):
-        raise argparse.ArgumentTypeError(f"'{text}': give some of {','.join(SPLITS)}, separated by commas")
+        raise argparse.ArgumentTypeError(f"'{text}': pass some of {','.join(SPLITS)}, separated by commas")
     return splits
 
 
@@ -276,8 +290,8 @@ def _splits(text: str) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data_path', type=Path, required=True, help='folder with images/ and annotations/')
-    parser.add_argument('--splits', type=_splits, metavar='train,val,test', help='default: all that are there')
-    parser.add_argument('--overwrite', action='store_true', help='fit every hand, also where parameters exist')
+    parser.add_argument('--splits', type=_splits, metavar='train,val,test', help='default: all that exist')
+    parser.add_argument('--overwrite', action='store_true', help='fit every hand, also those with parameters')
     add_config_arguments(parser)
     options = parser.parse_intermixed_args(arguments)
     cfg = load_config(options.cfg, options.opts)
@@ -290,5 +304,6 @@ def main(arguments: list[str] | None = None) -> None:
     files = (annotation_file(options.data_path, name, 'MANO_NeuralAnnot') for name in there if name not in redone)
     kept = [path for path in files if path.exists()]
     check_mixing(options.data_path, kept, models)
-    for split in splits:
-        print(fit_split(split, models, overwrite=options.overwrite, device=device), flush=True)
+    with obey_stop_signals():
+        for split in splits:
+            print(fit_split(split, models, overwrite=options.overwrite, device=device), flush=True)

@@ -3,67 +3,60 @@
     python dataset/pack.py --data_path ./data/interhand2.6m/ --save_path ./data/interhand2.6m_packed/
     python dataset/pack.py --verify ./data/interhand2.6m_packed/          # every checksum
 
-Training and evaluation take either form as DATASET.PATH. A folder of 370,000 samples is 1.5 million small files: slow
-to list, to copy and to read in random order. Packed it is, for each split,
+Training and evaluation accept either form as DATASET.PATH. A folder of 370,000 samples is 1.5 million small files: slow
+to list, to copy and to read in random order. Packed, each split is
 
-    samples.bin    for each sample its pictures' JPEG bytes as they are (img, mask, dense), then its entries of
-                   data.json as JSON
-    labels.npy     one record a sample (``record_type``): labels, and where its bytes lie
+    samples.bin    for each sample its JPEG files as they are (img, mask, dense), then its entries of data.json as JSON
+    labels.npy     one record per sample (``record_type``): labels, and the position of its bytes
     manifest.json  format, contents, size and SHA-256 of both
 
-mapped into memory, so that opening it costs nothing and all loader processes share one copy. Nothing in it is pickled.
+mapped into memory, so opening it costs nothing and all loader processes share one copy. Nothing in it is pickled.
 
-``--masks bits`` keeps of each mask only which hand is where, bit-packed: a tenth of the bytes and a fifth of the time
-to decode, and the same classes where a picture is not warped; where it is, about 0.3 % of the pixels, at the rim of the
-hands, change class, because the JPEG's grey rim is gone. ``--no-targets`` leaves mask and dense out
-(DATASET.TARGETS render makes them).
+``--masks bits`` stores of each mask only which hand is where, bit-packed: a tenth of the bytes and a fifth of the time
+to decode. The classes are the same where the image is not warped; where it is, about 0.3 % of the pixels, at the rim of
+the hands, change class, because the JPEG's grey rim is gone. ``--no-targets`` omits mask and dense (DATASET.TARGETS
+render draws them).
 """
 
 import argparse
 import io
 import json
-import os
 import shutil
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dataset.hand_model_record import HAND_MODEL_RECORD
-from dataset.packed import (
-    FORMAT,
-    HEAD,
-    LABELS,
-    MANIFEST,
-    PARTS,
-    SAMPLES,
-    pack_bits,
-    read_manifest,
-    record_type,
-    verify_split,
-)
+from dataset.hand_model_record import claim_hand_model_record, recorded_hand_model
+from dataset.packed import FORMAT, LABELS, MANIFEST, PARTS, SAMPLES, pack_bits, read_manifest, record_type, verify_split
 from dataset.prepare.raw import SPLITS
-from dataset.prepare.resumable import already_complete, publish, refuse_other_settings
+from dataset.prepare.resumable import JOURNAL, Journal, already_complete, growing, publish, refuse_other_settings
+from dataset.prepare.shards import find_shards
+from dataset.prepare.workers import ordered_map, worker_pool
 from dataset.prepared import LABEL_SHAPES, RECORD, InterHandDataset, partial_folder
-from utils.distributed import usable_cores, use_one_thread
+from utils.distributed import usable_cores
 from utils.errors import UserError, user_facing
-from utils.files import read_json, sha256_of_file, write_atomically, write_json
+from utils.files import read_json, sha256_of_file
+from utils.stopping import check_stop, obey_stop_signals
 
-CHUNK = 64  # samples between two writes
+CHUNK = 64  # samples per task; the unit of the journal
+
+PackedSample = tuple[tuple[np.ndarray, ...], list[bytes]]  # labels, parts
 
 
-class _Packer(Dataset):
+class _Packer:
     """Samples as the bytes that are packed. Every image is decoded once, so that damage is found now."""
 
     def __init__(self, source: InterHandDataset, *, masks: str, targets: bool):
         self.source, self.masks, self.targets = source, masks, targets
 
-    def __len__(self) -> int:
-        return len(self.source)
+    def __call__(self, indices: Iterable[int]) -> list[PackedSample]:
+        return [self._pack(index) for index in indices]
 
-    def __getitem__(self, index: int) -> tuple[tuple[np.ndarray, ...], list[bytes]]:
+    def _pack(self, index: int) -> PackedSample:
         self.source.image('img', index)
         parts = [self.source.path('img', index).read_bytes(), b'', b'']
         if self.targets:
@@ -83,47 +76,74 @@ def _plain(value: Any) -> Any:
 
 
 def pack_split(
-    source: InterHandDataset, save_path: Path, *, masks: str = 'jpeg', targets: bool = True, workers: int = 0
+    source: InterHandDataset, save_path: Path, *, masks: str = 'jpeg', targets: bool = True, workers: int = 1
 ) -> None:
-    """Pack one split; a killed run resumes after the last complete sample.
+    """Pack one split; a killed run resumes after the last recorded chunk.
 
-    Raises UserError if a sample cannot be read or the folder holds something else.
+    Raises UserError if a sample cannot be read, or if the folder is in use or holds something else.
     """
-    split = source.folder.name
-    folder = save_path / split
-    partial = partial_folder(folder)
+    folder = save_path / source.folder.name
     head: dict[str, Any] = {
         'format': FORMAT,
         'samples': len(source),
         'mask': masks if targets else None,
         'dense': targets,
     }
-    if already_complete(folder, head, recorded=lambda folder: {key: read_manifest(folder)[key] for key in head}):
-        return
-    partial.mkdir(parents=True, exist_ok=True)
-    if (partial / HEAD).exists():
-        refuse_other_settings(partial, read_json(partial / HEAD), head)
-    else:
-        write_atomically(partial / LABELS, _labels_header(len(source)))
-        write_json(partial / HEAD, head)
-    with open(partial / LABELS, 'ab') as labels, open(partial / SAMPLES, 'ab') as samples:
-        done = _cut_to_whole_samples(labels, samples, header_bytes=len(_labels_header(len(source))))
+    with growing(folder):
+        if already_complete(folder, head, recorded=lambda folder: {key: read_manifest(folder)[key] for key in head}):
+            (folder / JOURNAL).unlink(missing_ok=True)
+            return
         packer = _Packer(source, masks=masks, targets=targets)
-        loader = DataLoader(
-            packer,
-            batch_size=CHUNK,
-            sampler=range(done, len(source)),
-            num_workers=workers,
-            collate_fn=list,
-            worker_init_fn=use_one_thread,
-        )
-        with tqdm(total=len(source), initial=done, desc=split, unit='sample') as progress:
-            for chunk in loader:
-                _append(labels, samples, chunk)
+        with Journal(partial_folder(folder) / JOURNAL) as journal:
+            _pack_chunks(journal, packer, head, workers)
+        _finish(source, partial_folder(folder), folder, head)
+
+
+def _pack_chunks(journal: Journal, packer: _Packer, head: dict[str, Any], workers: int) -> None:
+    partial, source = journal.path.parent, packer.source
+    settings = head | {'source': _digest_of_record(source)}
+    if journal.header is None and (partial / LABELS).exists():
+        raise UserError(f'{partial} was begun by another version of this program. Remove it and rerun the command.')
+    if not journal.chunks:
+        journal.begin(settings)
+    refuse_other_settings(partial, journal.header, settings)
+    for name in (LABELS, SAMPLES):
+        (partial / name).touch()
+    with open(partial / LABELS, 'r+b') as labels, open(partial / SAMPLES, 'r+b') as samples:
+        sound = _sound_chunks(journal, labels, samples, _labels_header(len(source)))
+        if sound < len(journal.chunks):
+            journal.shorten(sound)
+        done = journal.chunks[-1]['samples'] if journal.chunks else 0
+        todo = [range(begin, min(begin + CHUNK, len(source))) for begin in range(done, len(source), CHUNK)]
+        with tqdm(total=len(source), initial=done, desc=source.folder.name, unit='sample') as progress:
+            for indices, chunk in zip(todo, _packed(packer, todo, workers)):
+                checksum = _append(labels, samples, chunk)
+                journal.note({'samples': indices.stop, 'bytes': samples.tell(), 'crc32': checksum})
                 progress.update(len(chunk))
-        for file in (labels, samples):
-            os.fsync(file.fileno())
-    _finish(source, partial, folder, head)
+                check_stop()
+
+
+def _packed(packer: _Packer, todo: list[range], workers: int) -> Iterator[list[PackedSample]]:
+    if workers <= 1 or len(todo) <= 1:
+        yield from map(packer, todo)
+        return
+    with worker_pool(workers) as pool:
+        yield from ordered_map(pool, packer, todo, 2 * workers)
+
+
+def _digest_of_record(source: InterHandDataset) -> str | None:
+    """Tells a split that was prepared again from the one before. Raises UserError if samples have gone since."""
+    path = source.folder / RECORD
+    if not path.exists():  # prepared by another tool
+        return None
+    record = read_json(path)
+    kept = record.get('kept') if isinstance(record, dict) else None
+    if kept != len(source):
+        raise UserError(
+            f'{source.folder} holds {len(source):,} samples, but {path.name} records {kept}. Copy it again or prepare '
+            'the data set again (python dataset/interhand.py).'
+        )
+    return sha256_of_file(path)
 
 
 def _labels_header(total: int) -> bytes:
@@ -135,37 +155,52 @@ def _labels_header(total: int) -> bytes:
     return header.getvalue()
 
 
-def _cut_to_whole_samples(labels: BinaryIO, samples: BinaryIO, *, header_bytes: int) -> int:
-    """Remove the truncated end that a kill or a power cut left -> number of complete samples."""
-    kind = record_type()
-    with open(labels.name, 'rb') as file:
-        file.seek(header_bytes)
-        content = file.read()
-    records = np.frombuffer(content[: len(content) // kind.itemsize * kind.itemsize], kind)
-    ends = records['begin'] + sum(records[f'{part}_bytes'].astype(np.uint64) for part in PARTS)
-    whole = (records['img_bytes'] > 0) & (ends <= samples.tell())
-    done = len(whole) if bool(whole.all()) else int(whole.argmin())
-    labels.truncate(header_bytes + done * kind.itemsize)
-    samples.truncate(int(ends[done - 1]) if done else 0)
-    samples.seek(0, os.SEEK_END)
-    return done
+def _sound_chunks(journal: Journal, labels: BinaryIO, samples: BinaryIO, header: bytes) -> int:
+    """Remove what a kill left after the recorded chunks -> how many of them have their bytes; the first that a power
+    cut or a copy has damaged, and all after it, are packed again."""
+    sound, labels_end, samples_end, done = 0, len(header), 0, 0
+    if journal.chunks and labels.read(len(header)) == header:
+        for chunk in journal.chunks:
+            records = labels.read((chunk['samples'] - done) * record_type().itemsize)
+            content = samples.read(chunk['bytes'] - samples_end)
+            if zlib.crc32(content, zlib.crc32(records)) != chunk['crc32']:
+                break
+            sound, done, samples_end, labels_end = sound + 1, chunk['samples'], chunk['bytes'], labels.tell()
+    labels.seek(0)
+    labels.write(header)
+    for file, end in ((labels, labels_end), (samples, samples_end)):
+        file.truncate(end)
+        file.seek(end)
+    return sound
 
 
-def _append(labels: BinaryIO, samples: BinaryIO, chunk: list[tuple]) -> None:
-    records = np.zeros(len(chunk), record_type())
+def _append(labels: BinaryIO, samples: BinaryIO, chunk: list[PackedSample]) -> int:
+    """Write a chunk to both files -> CRC-32 of its records and bytes."""
+    records, content = np.zeros(len(chunk), record_type()), io.BytesIO()
     for record, (arrays, parts) in zip(records, chunk):
-        record['begin'] = samples.tell()
+        record['begin'] = samples.tell() + content.tell()
         for name, array in zip(LABEL_SHAPES, arrays):
             record[name] = array
-        for part, content in zip(PARTS, parts):
-            record[f'{part}_bytes'] = len(content)
-            samples.write(content)
-    samples.flush()  # the data before the records that point to it
+        for part, piece in zip(PARTS, parts):
+            record[f'{part}_bytes'] = len(piece)
+            content.write(piece)
+    samples.write(content.getbuffer())
     labels.write(records.tobytes())
-    labels.flush()
+    for file in (samples, labels):
+        file.flush()
+    return zlib.crc32(content.getbuffer(), zlib.crc32(records.tobytes()))
 
 
 def _finish(source: InterHandDataset, partial: Path, folder: Path, head: dict) -> None:
+    """Check that every sample is there, then publish. Raises UserError, and publishes nothing, otherwise."""
+    records = np.load(partial / LABELS, mmap_mode='r', allow_pickle=False)
+    sizes = sum(records[f'{part}_bytes'].astype(np.int64) for part in PARTS)
+    ends, length = np.cumsum(sizes), (partial / SAMPLES).stat().st_size
+    if len(records) != head['samples'] or ends[-1] != length or not np.array_equal(records['begin'], ends - sizes):
+        raise UserError(
+            f'{partial} does not hold the {head["samples"]:,} samples of {source.folder}. Nothing was published. '
+            f'Remove {partial} and rerun the command.'
+        )
     files = {
         name: {'bytes': (partial / name).stat().st_size, 'sha256': sha256_of_file(partial / name)}
         for name in (LABELS, SAMPLES)
@@ -173,7 +208,7 @@ def _finish(source: InterHandDataset, partial: Path, folder: Path, head: dict) -
     if (source.folder / RECORD).exists():
         shutil.copyfile(source.folder / RECORD, partial / RECORD)
     publish(folder, MANIFEST, head | {'files': files})
-    (folder / HEAD).unlink()
+    (folder / JOURNAL).unlink()
     size = sum((folder / name).stat().st_size for name in files)
     print(f'{folder.name}: {head["samples"]:,} samples, {size:,} bytes')
 
@@ -183,18 +218,29 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data_path', metavar='DIR', help='prepared data set, a folder of files')
-    parser.add_argument('--save_path', metavar='DIR', help='where the packed one goes')
-    parser.add_argument('--splits', nargs='+', metavar='SPLIT', choices=SPLITS, help='default: those that are there')
+    parser.add_argument('--save_path', metavar='DIR', help='output folder of the packed data set')
+    parser.add_argument('--splits', nargs='+', metavar='SPLIT', choices=SPLITS, help='default: all that exist')
     parser.add_argument('--masks', choices=('jpeg', 'bits'), default='jpeg', help='default: %(default)s')
-    parser.add_argument('--no-targets', action='store_true', help='leave mask and dense pictures out')
+    parser.add_argument('--no-targets', action='store_true', help='omit masks and dense maps')
     parser.add_argument('--workers', type=int, default=min(usable_cores(), 16), help='processes (default: %(default)s)')
-    parser.add_argument('--verify', metavar='DIR', help='only check a packed data set against its checksums')
+    parser.add_argument('--verify', metavar='DIR', help='only compare a packed data set with its checksums')
     args = parser.parse_args(argv)
-    if args.verify:
-        for folder in _splits_in(args.verify, args.splits):
-            verify_split(folder)
-            print(f'{folder}: as it was packed')
-        return
+    if args.workers < 1:
+        raise UserError(f'--workers is {args.workers}; it must be at least 1.')
+    with obey_stop_signals():
+        verify(args) if args.verify else pack(args)
+
+
+def verify(args: argparse.Namespace) -> None:
+    """Check the packed splits at --verify. Nothing is written, so no folder is owned: a named one is complete."""
+    for folder in _splits_in(args.verify, args.splits):
+        check_stop()
+        verify_split(folder)
+        print(f'{folder}: as it was packed')
+
+
+def pack(args: argparse.Namespace) -> None:
+    """Pack the splits of --data_path into --save_path."""
     if not (args.data_path and args.save_path):
         raise UserError('Pass --data_path and --save_path, or --verify.')
     save_path = Path(args.save_path)
@@ -202,21 +248,20 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f'--save_path {save_path} is the data set itself. Choose another folder.')
     sources = [InterHandDataset(folder.parent, folder.name) for folder in _splits_in(args.data_path, args.splits)]
     save_path.mkdir(parents=True, exist_ok=True)
-    if (record := Path(args.data_path) / HAND_MODEL_RECORD).exists():
-        shutil.copyfile(record, save_path / HAND_MODEL_RECORD)
+    if recorded := recorded_hand_model(args.data_path):
+        claim_hand_model_record(save_path, recorded)
     for source in sources:
-        pack_split(
-            source,
-            save_path,
-            masks=args.masks,
-            targets=not args.no_targets,
-            workers=args.workers if args.workers > 1 else 0,
-        )
+        pack_split(source, save_path, masks=args.masks, targets=not args.no_targets, workers=args.workers)
 
 
-def _splits_in(path: str, asked_for: list[str] | None) -> list[Path]:
-    folders = [Path(path) / split for split in asked_for or SPLITS]
-    found = [folder for folder in folders if folder.is_dir() or asked_for]
+def _splits_in(path: str, requested: list[str] | None) -> list[Path]:
+    """The folders of the requested splits, or of all; unfinished ones too, which their readers refuse."""
+    folders = [Path(path) / split for split in requested or SPLITS]
+    found = [
+        folder
+        for folder in folders
+        if folder.is_dir() or requested or partial_folder(folder).is_dir() or find_shards(folder)
+    ]
     if not found:
         raise UserError(f'{path} has none of the splits {", ".join(SPLITS)}; pass the folder of a prepared data set.')
     return found

@@ -37,7 +37,7 @@ class Frame(msgspec.Struct, frozen=True, gc=False):
     """One image and the hands that it shows. ``capture`` and ``camera`` are the keys of the other files."""
 
     id: int
-    file_name: str  # relative to images/<split>
+    file_name: str  # relative to images/<split>, within which it stays
     width: int
     height: int
     capture: str
@@ -45,7 +45,7 @@ class Frame(msgspec.Struct, frozen=True, gc=False):
     seq_name: str
     camera: str
     frame_idx: int
-    hand_type: str  # 'left', 'right', 'interacting'; '' if the picture has no annotation
+    hand_type: str  # 'left', 'right', 'interacting'; '' if the image has no annotation
     hand_type_valid: bool
     entries: tuple[msgspec.Raw, ...]  # of data.json, undecoded: image, annotation
 
@@ -135,7 +135,11 @@ def annotation_file(data_path: str | Path, split: str, kind: str) -> Path:
 
 
 class RawSplit:
-    """One split, whose files are read on first use; every reader raises UserError that names a bad file."""
+    """One split, whose files are read on first use; every reader raises UserError that names a bad file.
+
+    A data set from elsewhere must not lead its reader to other files: file names that leave ``images/<split>`` are
+    refused, and so are symbolic links below it to places outside of the data set.
+    """
 
     def __init__(self, data_path: str | Path, split: str):
         self.root, self.split = Path(data_path), split
@@ -154,16 +158,32 @@ class RawSplit:
         return self.images / frame.file_name
 
     def missing_images(self, frames: Iterable[Frame]) -> list[Frame]:
-        """The frames without an image. Each folder is listed once, since calls to a network file system are slow."""
-        listings: dict[str, set[str]] = {}
+        """The frames without an image. Each folder is listed once, since calls to a network file system are slow.
+
+        Raises UserError if a symbolic link leads out of the data set.
+        """
+        listings: dict[str, dict[str, bool]] = {}
         missing = []
         for frame in frames:
             folder, _, name = frame.file_name.rpartition('/')
             if folder not in listings:
+                self._refuse_outside(self.images / folder)
                 listings[folder] = _file_names(self.images / folder)
-            if name not in listings[folder]:
+            is_link = listings[folder].get(name)
+            if is_link is None:
                 missing.append(frame)
+            elif is_link:
+                self._refuse_outside(self.image_path(frame))
         return missing
+
+    def _refuse_outside(self, path: Path) -> None:
+        real = Path(os.path.realpath(path))
+        # images/<split> may itself be a link to another disk: its owner has put it there.
+        if not any(real.is_relative_to(os.path.realpath(tree)) for tree in (self.root, self.images)):
+            raise UserError(
+                f'{path} links to {real}, outside of {self.root}. Copy the files there, or link {self.images} as a '
+                'whole.'
+            )
 
     @cached_property
     def frames(self) -> list[Frame]:
@@ -181,7 +201,12 @@ class RawSplit:
                 bool(entry.hand_type_valid),
                 raw,
             )
-        for raw, image in _decode_each(path, content.images, _Image):
+        for number, (raw, image) in enumerate(_decode_each(path, content.images, _Image)):
+            if not _stays_within(image.file_name):
+                raise UserError(
+                    f'{path}: image number {number} has the file name {image.file_name!r}, which leaves '
+                    f'{self.images}; {_GET_IT}.'
+                )
             hand_type, valid, *annotation = annotations.get(image.id, ('', False))
             # Few different words, a million times: keep one of each.
             capture, subject, seq_name, camera = (
@@ -279,12 +304,20 @@ def full_entries(frame: Frame) -> tuple[dict, dict]:
     return msgspec.json.decode(image), msgspec.json.decode(annotation)
 
 
-def _file_names(folder: Path) -> set[str]:
+def _stays_within(file_name: str) -> bool:
+    """Whether a path stays below the folder that it is relative to."""
+    parts = file_name.split('/')
+    return parts[0] != '' and '..' not in parts and '\0' not in file_name
+
+
+def _file_names(folder: Path) -> dict[str, bool]:
+    """The regular files of a folder -> whether each is a symbolic link."""
     try:
         with os.scandir(folder) as entries:
-            return {entry.name for entry in entries if entry.is_file()}  # a link to nowhere is no file
+            # A link to nowhere is no file, nor are pipes and devices, which can be read forever.
+            return {entry.name: entry.is_symlink() for entry in entries if entry.is_file()}
     except (FileNotFoundError, NotADirectoryError):
-        return set()
+        return {}
 
 
 def _decode(path: Path, kind: Any) -> Any:

@@ -29,6 +29,8 @@ from dataset.prepare.skips import (
 from dataset.prepared import FOLDERS, RECORD, partial_folder, paths
 from utils.errors import UserError
 from utils.files import read_json, read_pickle
+from utils.ownership import owned
+from utils.stopping import check_stop
 
 MOST_NAMED = 20  # missing shards in a message
 
@@ -111,8 +113,18 @@ def refuse_shards(split_folder: Path) -> None:
     """Raises UserError if any exist: a run without shards would repeat their work."""
     if find_shards(split_folder):
         raise UserError(
-            f'{split_folder.parent} holds shards of {split_folder.name}: put them together with --merge, '
+            f'{split_folder.parent} holds shards of {split_folder.name}: merge them with --merge, '
             f'or remove {split_folder}.shard-* first.'
+        )
+
+
+def refuse_begun_whole(split_folder: Path) -> None:
+    """Raises UserError if a run without shards has begun, whose work shards would repeat."""
+    partial = partial_folder(split_folder)
+    journal = Journal(partial / JOURNAL)
+    if journal.header is not None and not journal.is_of_merge:
+        raise UserError(
+            f'{partial} was begun by a command without --shard. Finish it with that command, or remove it first.'
         )
 
 
@@ -129,6 +141,9 @@ def check_shards(split_folder: Path, settings: dict) -> list[FinishedShard]:
         raise UserError(
             f'{split_folder.parent} has no shards of {split_folder.name}; prepare them first, each with --shard i/n.'
         )
+    for shard in (shard for shard, finished in found.items() if not finished):
+        with owned(shard.folder(split_folder)):  # refused, with its owner's name, while it is being prepared
+            pass
     of = next(iter(found)).of
     wanted = [Shard(number, of) for number in range(1, of + 1)]
     _refuse_gaps(split_folder, wanted, found)
@@ -170,7 +185,7 @@ def _read_shard(shard: Shard, folder: Path, settings: dict) -> FinishedShard:
     span, skipped = record.shard, sum(map(len, record.skipped_image_ids.values()))
     if (span.number, span.of) != shard or record.kept + skipped != span.end - span.begin:
         raise UserError(
-            f'{path} tells of shard {span.number}/{span.of}, of {record.kept} frames kept and {skipped} '
+            f'{path} records shard {span.number}/{span.of}, with {record.kept} frames kept and {skipped} '
             f'skipped from {span.begin} to {span.end}: that is not this shard; {again}.'
         )
     for name, suffix in FOLDERS.items():
@@ -178,7 +193,7 @@ def _read_shard(shard: Shard, folder: Path, settings: dict) -> FinishedShard:
         found = set(os.listdir(folder / name)) if (folder / name).is_dir() else set()
         if found != expected:
             raise UserError(
-                f'{folder / name} does not hold the {record.kept} files that {RECORD} tells of: '
+                f'{folder / name} does not hold the {record.kept} files that {RECORD} records: '
                 f'{len(expected - found)} missing, {len(found - expected)} too many; {again}.'
             )
     return FinishedShard(folder, record, hashlib.sha256(path.read_bytes()).hexdigest())
@@ -194,17 +209,18 @@ def merge(
 ) -> None:
     """Renumber the samples of all shards into one split; ``skipped`` holds the frames that the selection skipped.
 
-    A kill at any moment loses nothing: shards are only read until the whole has its name. Pictures come into
-    ``<split>.partial`` as further names (hard links) of the shards' files, so nothing is copied and nothing moves. What
-    lies beyond the journal's last line may be half written; it is made again by the same command. The shards are
-    removed only after the rename, and the journal, which names them, after that: ``clean_up`` can always go on.
+    A kill at any moment loses nothing: shards are only read until the whole has its name. Images are hard-linked into
+    ``<split>.partial``, so nothing is copied and nothing moves. Files beyond the journal's last line may be incomplete;
+    the same command writes them again. The shards are removed only after the rename, and the journal, which names
+    them, after that: ``clean_up`` can always resume.
     """
+    refuse_begun_whole(split_folder)
     partial = partial_folder(split_folder)
     found = shards[0].record.shard.selected
     if found != selected:
         raise UserError(
             f'{split.root}: {selected} frames of {split.split} can be prepared, the shards in '
-            f'{split_folder.parent} were made from {found}: the annotation files have changed, remove the '
+            f'{split_folder.parent} were prepared from {found}: the annotation files have changed, remove the '
             'shards and prepare them again.'
         )
     for one in shards:
@@ -215,18 +231,22 @@ def merge(
     refuse_nothing_kept(split, kept, summary)
     refuse_heavy_damage(split, split.split, skipped.damage, total, Path(f'{split_folder}.shard-*'))
 
-    journal = _open_journal(partial, {'settings': settings, 'shards': {one.folder.name: one.digest for one in shards}})
-    for name in FOLDERS:
-        (partial / name).mkdir(exist_ok=True)
-    done = len(journal.lines) - 1
-    index = sum(one.record.kept for one in shards[:done])
-    with tqdm(total=kept, initial=index, desc=f'{split.split}, merge', unit='frame') as progress:
-        for one in shards[done:]:
-            for number in range(one.record.kept):
-                _take_over(one.folder, number, partial, index)
-                index += 1
-                progress.update()
-            journal.append({'next': index})
+    merge_of = {'settings': settings, 'shards': {one.folder.name: one.digest for one in shards}}
+    with _open_journal(partial, merge_of) as journal:
+        for name in FOLDERS:
+            (partial / name).mkdir(exist_ok=True)
+        done = len(journal.chunks)
+        index = sum(one.record.kept for one in shards[:done])
+        if done and journal.chunks[-1] != {'shard': shards[done - 1].folder.name, 'next': index}:
+            raise journal.contradiction(done - 1)
+        with tqdm(total=kept, initial=index, desc=f'{split.split}, merge', unit='frame') as progress:
+            for one in shards[done:]:
+                for number in range(one.record.kept):
+                    check_stop()
+                    _take_over(one.folder, number, partial, index)
+                    index += 1
+                    progress.update()
+                journal.note({'shard': one.folder.name, 'next': index})
     finish(split_folder, settings, kept, total, skipped)
     print(summary, end='')
     clean_up(split_folder)
@@ -234,15 +254,10 @@ def merge(
 
 def _open_journal(partial: Path, merge_of: dict) -> Journal:
     journal = Journal(partial / JOURNAL)
-    if journal.lines and not journal.is_of_merge:
-        raise UserError(
-            f'{partial} is what a command without --shard has begun; finish it with that command, or '
-            'remove it and merge.'
-        )
-    if journal.lines[:1] != [{'merge': merge_of}]:
-        if journal.lines:  # shards were prepared again since; this folder only links to their old files
+    if journal.header != {'merge': merge_of}:
+        if journal.header is not None:  # shards were prepared again since; this folder only links to their old files
             shutil.rmtree(partial)
-        journal.start({'merge': merge_of})
+        journal.begin({'merge': merge_of})
     return journal
 
 
@@ -270,7 +285,7 @@ def _link(source: Path, target: Path) -> None:
 def clean_up(folder: Path) -> None:
     """Remove the remains of a finished folder's shards, then its journal."""
     journal = Journal(folder / JOURNAL)
-    merged = journal.lines[0]['merge']['shards'] if journal.is_of_merge else {}
+    merged = journal.header['merge']['shards'] if journal.header and journal.is_of_merge else {}
     for one in (shard.folder(folder) for shard in find_shards(folder)):
         if one.name in merged:
             shutil.rmtree(one)

@@ -1,12 +1,14 @@
 """Frames that the preparation leaves out: why, how many are tolerated, and the record of a prepared split."""
 
+import hashlib
+import os
 import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dataset.prepare.raw import Frame, RawSplit
 from dataset.prepare.resumable import Journal, publish
-from dataset.prepared import RECORD, partial_folder, paths
+from dataset.prepared import FOLDERS, RECORD, partial_folder
 from utils.errors import UserError
 from utils.files import read_json
 
@@ -53,13 +55,28 @@ class Skipped:
         return ''.join(f'{len(ids):>12,}  {reason}\n' for reason, ids in self.image_ids.items())
 
 
-def replay(journal: Journal, chunks: list[list[Frame]], skipped: Skipped) -> tuple[int, int]:
-    """Enter the journalled skips into ``skipped`` -> (number of finished chunks, index of the next sample)."""
-    finished = journal.lines[1:]
-    for line, chunk in zip(finished, chunks):
-        for number, skip in line['skipped']:
-            skipped.add(chunk[number], Skip(*skip))
-    return len(finished), finished[-1]['next'] if finished else 0
+def digest_of_frames(frames: list[Frame]) -> str:
+    """Identifies the frames of a chunk in the journal."""
+    text = '\n'.join(f'{frame.id} {frame.file_name}' for frame in frames)
+    return hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:16]
+
+
+def replay(journal: Journal, chunks: list[list[Frame]], skipped: Skipped) -> int:
+    """Enter the journalled skips into ``skipped`` -> index of the next sample.
+
+    Raises UserError unless the finished chunks are the first of ``chunks``.
+    """
+    index = 0
+    for number, entry in enumerate(journal.chunks):
+        chunk = chunks[number] if number < len(chunks) else []
+        if not chunk or entry['frames'] != digest_of_frames(chunk):
+            raise journal.contradiction(number)
+        for place, skip in entry['skipped']:
+            skipped.add(chunk[place], Skip(*skip))
+        index += len(chunk) - len(entry['skipped'])
+        if entry['next'] != index:
+            raise journal.contradiction(number)
+    return index
 
 
 def recorded_settings(folder: Path) -> dict:
@@ -97,12 +114,27 @@ def summarize(what: str, kept: int, total: int, skipped: Skipped) -> str:
 
 
 def finish(target: Path, settings: dict, kept: int, total: int, skipped: Skipped, **more: Any) -> None:
-    """Remove leftovers of an earlier run, write the record (``more`` too) and give the folder its name."""
-    index = kept  # samples of a run that found more images
-    while left_over := [path for path in paths(partial_folder(target), index).values() if path.exists()]:
-        for path in left_over:
-            path.unlink()
-        index += 1
+    """Check that every frame is accounted for, write the record (``more`` too) and give the folder its name.
+
+    Removes the leftovers of an interrupted run that found more images. Raises UserError, and publishes nothing, unless
+    kept and skipped frames add up to ``total`` and every kept one has its files.
+    """
+    partial = partial_folder(target)
+    if kept + len(skipped) != total:
+        raise UserError(
+            f'{partial}: {kept:,} frames kept and {len(skipped):,} skipped are not the {total:,} that were selected. '
+            f'Nothing was published. Remove {partial} and rerun the command.'
+        )
+    for name, suffix in FOLDERS.items():
+        expected = {f'{index}.{suffix}' for index in range(kept)}
+        found = set(os.listdir(partial / name)) if (partial / name).is_dir() else set()
+        if missing := expected - found:
+            raise UserError(
+                f'{partial / name} lacks {len(missing):,} of {kept:,} files, such as {min(missing)}. Nothing was '
+                f'published. Remove {partial} and rerun the command.'
+            )
+        for left_over in found - expected:
+            (partial / name / left_over).unlink()
     record = {
         'settings': settings,
         'frames': total,

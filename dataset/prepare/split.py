@@ -13,6 +13,7 @@ renamed when it is complete. A job array prepares a split in parts: see dataset/
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,16 @@ from tqdm import tqdm
 from dataset.prepare import raw
 from dataset.prepare.frames import FrameTask, PreparedFrame
 from dataset.prepare.raw import Frame, RawSplit, RecordError
-from dataset.prepare.resumable import JOURNAL, Journal, already_complete, refuse_other_settings
-from dataset.prepare.shards import Shard, check_shards, clean_up, merge, refuse_other_counts, refuse_shards
+from dataset.prepare.resumable import JOURNAL, Journal, already_complete, growing, refuse_other_settings
+from dataset.prepare.shards import (
+    Shard,
+    check_shards,
+    clean_up,
+    merge,
+    refuse_begun_whole,
+    refuse_other_counts,
+    refuse_shards,
+)
 from dataset.prepare.skips import (
     BAD_CAMERA,
     BAD_FIT,
@@ -33,6 +42,7 @@ from dataset.prepare.skips import (
     NOT_VALID,
     Skip,
     Skipped,
+    digest_of_frames,
     finish,
     pickle_annotation,
     recorded_settings,
@@ -43,6 +53,7 @@ from dataset.prepare.skips import (
 )
 from dataset.prepared import FOLDERS, partial_folder, paths
 from utils.errors import UserError
+from utils.stopping import check_stop
 
 FORMAT = 1  # of the prepared files; raised when the same input yields other files
 CHUNK = 32  # frames per task; the unit of the journal
@@ -55,6 +66,7 @@ def select(split: RawSplit, skipped: Skipped) -> list[Frame]:
     cameras: dict[tuple[str, str], Skip | None] = {}
     selected: list[Frame] = []
     for frame in split.iterate_frames():
+        check_stop()
         skip: Skip | None
         if not frame.hand_type:
             skip = Skip(NO_ANNOTATION)
@@ -106,9 +118,22 @@ def prepare_split(
 ) -> None:
     """Prepare one split or a shard of it, resuming what was begun. ``run`` maps chunks of tasks to results, in order.
 
-    Raises UserError if the folder holds something else, if too many frames are damaged, or if none is kept.
+    Raises UserError if the folder holds something else or is in use, if too many frames are damaged, or if none is
+    kept.
     """
-    whole, what = save_path / split.split, f'{split.split}, shard {shard}' if shard else split.split
+    whole = save_path / split.split
+    with growing(shard.folder(whole) if shard else whole):
+        _prepare(split, whole, settings, run, shard)
+
+
+def _prepare(
+    split: RawSplit,
+    whole: Path,
+    settings: dict,
+    run: Callable[[Iterable[list[FrameTask]]], Iterator],
+    shard: Shard | None,
+) -> None:
+    what = f'{split.split}, shard {shard}' if shard else split.split
     target = shard.folder(whole) if shard else whole
     partial = partial_folder(target)
     if already_complete(target, settings, recorded=recorded_settings):
@@ -118,52 +143,54 @@ def prepare_split(
         if already_complete(whole, settings, recorded=recorded_settings):
             return
         refuse_other_counts(whole, shard)
+        refuse_begun_whole(whole)
     else:
         refuse_shards(whole)
-    journal = Journal(partial / JOURNAL)
-    if journal.is_of_merge:
-        raise UserError(f'{partial} is an interrupted merge of shards. Finish it with --merge, or remove it.')
-    if len(journal.lines) < 2:
-        journal.start(settings)
-    refuse_other_settings(partial, journal.lines[0], settings)
+    with Journal(partial / JOURNAL) as journal:
+        if journal.is_of_merge:
+            raise UserError(f'{partial} is an interrupted merge of shards. Finish it with --merge, or remove it.')
+        if not journal.chunks:
+            journal.begin(settings)
+        refuse_other_settings(partial, journal.header, settings)
 
-    frames, total, skipped, more = _select_part(split, shard, partial)
-    chunks = [frames[begin : begin + CHUNK] for begin in range(0, len(frames), CHUNK)]
-    done, index = replay(journal, chunks, skipped)
-    todo = chunks[done:]
-    missing = {
-        frame.file_name: str(split.image_path(frame))
-        for frame in split.missing_images(frame for chunk in todo for frame in chunk)
-    }
-    refuse_heavy_damage(split, what, skipped.damage | missing, total, partial)
+        frames, total, skipped, more = _select_part(split, shard, partial)
+        chunks = [frames[begin : begin + CHUNK] for begin in range(0, len(frames), CHUNK)]
+        done, index = len(journal.chunks), replay(journal, chunks, skipped)
+        todo = chunks[done:]
+        missing = {
+            frame.file_name: str(split.image_path(frame))
+            for frame in split.missing_images(frame for chunk in todo for frame in chunk)
+        }
+        refuse_heavy_damage(split, what, skipped.damage | missing, total, partial)
 
-    for folder in FOLDERS:
-        (partial / folder).mkdir(parents=True, exist_ok=True)
-    results = run([frame_task(split, frame) for frame in chunk] for chunk in todo)
-    with tqdm(total=len(frames), initial=len(frames) - sum(map(len, todo)), desc=what, unit='frame') as progress:
-        for chunk, outcomes in zip(todo, results):
-            noted = []
-            for number, (frame, outcome) in enumerate(zip(chunk, outcomes, strict=True)):
-                if isinstance(outcome, PreparedFrame):
-                    write_frame(partial, index, outcome)
-                    index += 1
-                    continue
-                if outcome.reason == MISSING and frame.file_name not in missing:
-                    raise UserError(
-                        f'{outcome.detail} existed when the run began and is gone. Check the disk, then rerun the same '
-                        'command to continue.'
-                    )
-                skipped.add(frame, outcome)
-                noted.append([number, outcome])
-            refuse_heavy_damage(split, what, skipped.damage, total, partial)
-            journal.append({'next': index, 'skipped': noted})
-            progress.update(len(chunk))
+        for folder in FOLDERS:
+            (partial / folder).mkdir(parents=True, exist_ok=True)
+        results = run([frame_task(split, frame) for frame in chunk] for chunk in todo)
+        with tqdm(total=len(frames), initial=len(frames) - sum(map(len, todo)), desc=what, unit='frame') as progress:
+            for chunk, outcomes in zip(todo, results):
+                noted = []
+                for number, (frame, outcome) in enumerate(zip(chunk, outcomes, strict=True)):
+                    if isinstance(outcome, PreparedFrame):
+                        write_frame(partial, index, outcome)
+                        index += 1
+                        continue
+                    if outcome.reason == MISSING and frame.file_name not in missing:
+                        raise UserError(
+                            f'{outcome.detail} existed when the run began and is gone. Check the disk, then rerun the '
+                            'same command to continue.'
+                        )
+                    skipped.add(frame, outcome)
+                    noted.append([number, list(outcome)])
+                refuse_heavy_damage(split, what, skipped.damage, total, partial)
+                journal.note({'frames': digest_of_frames(chunk), 'next': index, 'skipped': noted})
+                progress.update(len(chunk))
+                check_stop()
     summary = summarize(what, index, total, skipped)
     if not shard:  # other shards may keep frames
         refuse_nothing_kept(split, index, summary)
     finish(target, settings, index, total, skipped, **more)
     print(summary, end='')
-    (target / JOURNAL).unlink()
+    clean_up(target)
 
 
 def _select_part(split: RawSplit, shard: Shard | None, partial: Path) -> tuple[list[Frame], int, Skipped, dict]:
@@ -188,17 +215,19 @@ def settings_of(split: RawSplit, settings: dict) -> dict:
 
 def merge_splits(splits: list[tuple[RawSplit, dict]], save_path: Path) -> None:
     """Merge the shards of each split, given with its settings. All are checked before the first merge."""
-    found = []
-    for split, settings in splits:
-        target = save_path / split.split
-        if already_complete(target, settings, recorded=recorded_settings):
-            clean_up(target)
-        else:
-            found.append((split, settings, check_shards(target, settings)))
-    for split, settings, shards in found:
-        skipped = Skipped()
-        selected = len(select(split, skipped))
-        merge(split, save_path / split.split, settings, shards, selected, skipped)
+    with ExitStack() as owned_folders:
+        found = []
+        for split, settings in splits:
+            target = save_path / split.split
+            owned_folders.enter_context(growing(target))
+            if already_complete(target, settings, recorded=recorded_settings):
+                clean_up(target)
+            else:
+                found.append((split, settings, check_shards(target, settings)))
+        for split, settings, shards in found:
+            skipped = Skipped()
+            selected = len(select(split, skipped))
+            merge(split, save_path / split.split, settings, shards, selected, skipped)
 
 
 def frame_task(split: RawSplit, frame: Frame) -> FrameTask:

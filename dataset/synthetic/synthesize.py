@@ -8,9 +8,9 @@ the real data set: a single hand, an invalid type, an almost black image.
 
 import argparse
 import json
-import multiprocessing
 import re
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import shutil
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from dataset.hand_model_record import write_hand_model_record
 from dataset.prepare.raw import annotation_file
-from dataset.prepare.resumable import refuse_other_settings
+from dataset.prepare.resumable import JOURNAL, Journal, already_complete, growing, publish, refuse_other_settings
+from dataset.prepare.workers import ordered_map, worker_pool
 from dataset.prepared import partial_folder
 from dataset.synthetic.appearance import (
     Light,
@@ -44,10 +45,12 @@ from models.hands import load_hands
 from utils.config import add_config_arguments, add_flag, load_config, split_off_pairs
 from utils.distributed import torch_threads, usable_cores
 from utils.errors import UserError, user_facing
-from utils.files import read_json, write_atomically
+from utils.files import read_json, remove_stale_partials, write_atomically
 from utils.hand import INTERHAND_TO_JOINTS, LEFT, NUM_JOINTS, RIGHT, SIDES
+from utils.stopping import check_stop, obey_stop_signals
 
 SPLITS = ('train', 'val', 'test')
+RECORD = 'synthesized.json'  # the settings of a complete data set
 IMAGES_PER_CAPTURE = {'train': 100, 'val': 30, 'test': 30}
 MOST_CAPTURES = {'train': 24, 'val': 6, 'test': 8}
 VIEWS = 3  # cameras that see one time step
@@ -375,8 +378,8 @@ def make_sequence(settings: Settings, sequence: Sequence, root: Path) -> dict:
 
 def write_image(path: Path, image: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(path), image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]):
-        raise UserError(f'{path} could not be written. Check disk space and permissions.')
+    # Not cv2.imwrite, which does not notice a full disk.
+    path.write_bytes(cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes())
 
 
 def world_joints(path: HandPath, step: int, shown: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -455,82 +458,100 @@ def write_annotations(root: Path, split: str, records: list[dict], settings: Set
             cameras[capture]['focal'][camera.name] = camera.focal.tolist()
             cameras[capture]['princpt'][camera.name] = camera.centre.tolist()
     for name, content in (('data', data), ('camera', cameras), ('joint_3d', joints), ('MANO_NeuralAnnot', mano)):
-        annotation_file(root, split, name).write_text(json.dumps(content))
+        write_atomically(annotation_file(root, split, name), json.dumps(content).encode())
 
 
 def synthesize(save_path: Path, settings: Settings, *, workers: int) -> list[dict]:
     """Generate the whole tree at ``save_path``; it does not depend on ``workers``. Returns the sequences' records.
 
-    It grows in ``<save_path>.partial``; a second call with the same settings resumes. Raises UserError if ``save_path``
-    is not empty or the unfinished folder has other settings.
+    It grows in ``<save_path>.partial``; a second call with the same settings resumes. A complete data set with the same
+    settings stays as it is, and the records are empty. Raises UserError if ``save_path`` is in use or holds anything
+    else, or if the unfinished folder has other settings.
     """
-    if save_path.exists() and (not save_path.is_dir() or any(save_path.iterdir())):
-        raise UserError(f'{save_path} exists and is not empty. Choose another --save_path or remove it.')
-    models = load_hands(settings.source, settings.path)
-    sequences = plan(settings)
     save_path = save_path.resolve()
-    unfinished = partial_folder(save_path)
-    records_folder = unfinished / 'records'
-    claim_folder(unfinished, settings, models)
-    records_folder.mkdir(exist_ok=True)
-
-    def record_of(sequence: Sequence) -> Path:
-        return records_folder / f'{sequence.split}_{sequence.number}.json'
-
-    records, pending = {}, []
-    for sequence in sequences:
-        if record_of(sequence).exists():
-            records[sequence] = read_json(record_of(sequence))
-        else:
-            pending.append(sequence)
-
-    def keep(sequence: Sequence, record: dict) -> None:
-        write_atomically(record_of(sequence), json.dumps(record).encode(), durable=False)
-        records[sequence] = record
-        progress.update(len(record['images']))
-
-    total = sum(settings.frames)
-    done_before = total - sum(sum(sequence.views) for sequence in pending)
-    with tqdm(total=total, initial=done_before, unit='img', desc='synthesize') as progress:
-        if workers <= 1 or len(pending) <= 1:
-            for sequence in pending:
-                keep(sequence, make_sequence(settings, sequence, unfinished))
-        else:
-            context = multiprocessing.get_context('spawn')  # forking a process that has used torch may hang
-            with ProcessPoolExecutor(min(workers, len(pending)), mp_context=context) as pool:
-                jobs = {pool.submit(make_sequence, settings, sequence, unfinished): sequence for sequence in pending}
-                try:
-                    for job in as_completed(jobs):
-                        keep(jobs[job], job.result())
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    raise
-
-    for split in SPLITS:
-        own = [records[sequence] for sequence in sequences if sequence.split == split]
-        if own:
-            write_annotations(unfinished, split, own, settings)
-    write_hand_model_record(unfinished, models)
-    for path in records_folder.iterdir():
-        path.unlink()
-    records_folder.rmdir()
-    (unfinished / 'settings.json').rename(unfinished / 'synthesized.json')
-    if save_path.exists():
-        save_path.rmdir()
-    unfinished.rename(save_path)
-    return [records[sequence] for sequence in sequences]
-
-
-def claim_folder(folder: Path, settings: Settings, models: HandPair) -> None:
-    """Create the folder of an unfinished run, or check that an existing one has the same settings."""
+    models = load_hands(settings.source, settings.path)
     about = settings._asdict() | {'frames': list(settings.frames), 'hand_model': models.identity}
     about.pop('path')
-    file = folder / 'settings.json'
-    if not folder.exists():
-        folder.mkdir(parents=True)
-        write_atomically(file, json.dumps(about).encode())
-    else:
-        refuse_other_settings(folder, read_json(file), about)
+    with growing(save_path):
+        if save_path.is_dir() and not any(save_path.iterdir()):
+            save_path.rmdir()
+        if already_complete(save_path, about, recorded=_recorded_settings):
+            (save_path / JOURNAL).unlink(missing_ok=True)
+            return []
+        sequences, unfinished = plan(settings), partial_folder(save_path)
+        if (unfinished / 'settings.json').exists():
+            raise UserError(f'{unfinished} was begun by another version of this program. Remove it and rerun.')
+        with Journal(unfinished / JOURNAL) as journal:
+            if not journal.chunks:
+                shutil.rmtree(unfinished / 'images', ignore_errors=True)  # perhaps of other settings
+                journal.begin(about)
+            refuse_other_settings(unfinished, journal.header, about)
+            _generate(journal, settings, sequences, workers)
+        records = [chunk['record'] for chunk in journal.chunks]
+        for split, planned in zip(SPLITS, settings.frames):
+            own = [record for record, sequence in zip(records, sequences) if sequence.split == split]
+            if own:
+                _refuse_other_images(unfinished, split, own, planned)
+                write_annotations(unfinished, split, own, settings)
+        write_hand_model_record(unfinished, models)
+        remove_stale_partials(unfinished / 'annotations', recursive=True)
+        publish(save_path, RECORD, about)
+        (save_path / JOURNAL).unlink()
+    return records
+
+
+def _generate(journal: Journal, settings: Settings, sequences: list[Sequence], workers: int) -> None:
+    """Generate the sequences that the journal lacks."""
+    unfinished, done = journal.path.parent, len(journal.chunks)
+    for number, chunk in enumerate(journal.chunks):
+        if number >= len(sequences) or chunk['sequence'] != _identity(sequences[number]):
+            raise journal.contradiction(number)
+    pending = sequences[done:]
+    tasks = [(settings, sequence, unfinished) for sequence in pending]
+    total, left = sum(settings.frames), sum(sum(sequence.views) for sequence in pending)
+    with tqdm(total=total, initial=total - left, unit='img', desc='synthesize') as progress:
+        for sequence, record in zip(pending, _generated(tasks, workers)):
+            journal.note({'sequence': _identity(sequence), 'record': record})
+            progress.update(len(record['images']))
+            check_stop()
+
+
+def _generated(tasks: list[tuple[Settings, Sequence, Path]], workers: int) -> Iterator[dict]:
+    if workers <= 1 or len(tasks) <= 1:
+        yield from map(_make_sequence, tasks)
+        return
+    workers = min(workers, len(tasks))
+    with worker_pool(workers) as pool:
+        yield from ordered_map(pool, _make_sequence, tasks, 4 * workers)
+
+
+def _make_sequence(task: tuple[Settings, Sequence, Path]) -> dict:
+    return make_sequence(*task)
+
+
+def _identity(sequence: Sequence) -> list:
+    """Of a sequence in the journal: its split, number, and range of image ids."""
+    return [sequence.split, sequence.number, sequence.first_id, sequence.first_id + sum(sequence.views)]
+
+
+def _refuse_other_images(unfinished: Path, split: str, records: list[dict], planned: int) -> None:
+    """Raises UserError unless exactly the planned images of a split exist."""
+    names = [image['file_name'] for record in records for image in record['images']]
+    folder = unfinished / 'images' / split
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob('*.jpg')}
+    if not len(names) == len(set(names)) == planned or found != set(names):
+        raise UserError(
+            f'{folder} holds {len(found):,} images, of which {len(found & set(names)):,} are among the {planned:,} '
+            f'planned. Nothing was published. Remove {unfinished} and rerun the command.'
+        )
+
+
+def _recorded_settings(folder: Path) -> dict:
+    """The settings of a complete data set. Raises UserError if the folder holds anything else."""
+    if not (folder / RECORD).is_file():
+        raise UserError(f'{folder} exists and is not empty. Choose another --save_path or remove it.')
+    recorded = read_json(folder / RECORD)
+    return recorded if isinstance(recorded, dict) else {}
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -587,9 +608,10 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f'--workers is {args.workers}; it must be at least 1.')
     cfg = load_config(args.cfg, args.opts, base={'MANO': {'SOURCE': 'standin'}})  # synthetic data need no licensed file
     settings = Settings(args.frames, args.seed, args.camera_spread, cfg.MANO.SOURCE, cfg.MANO.PATH)
-    records = synthesize(args.save_path, settings, workers=args.workers)
-    depths = [depth for record in records for depth in record['penetration_mm']]
-    print(
-        f'{sum(args.frames)} images in {args.save_path}; hands intersect by {np.mean(depths):.1f} mm on average, '
-        f'{max(depths):.1f} mm at most.'
-    )
+    with obey_stop_signals():
+        records = synthesize(args.save_path, settings, workers=args.workers)
+    if depths := [depth for record in records for depth in record['penetration_mm']]:
+        print(
+            f'{sum(args.frames)} images in {args.save_path}; hands intersect by {np.mean(depths):.1f} mm on average, '
+            f'{max(depths):.1f} mm at most.'
+        )

@@ -19,6 +19,7 @@ from evaluation.registry import headline
 from evaluation.report.figures import OPTIONAL_COLUMNS
 from evaluation.runs import Run
 from evaluation.samples import KINDS, SAMPLES_VERSION
+from utils.arrays import load_npz
 from utils.errors import UserError
 from utils.hand import FINGERS, JOINT_NAMES, NUM_FACES, NUM_VERTICES
 from utils.training import LOG_NAME, complete_lines
@@ -184,6 +185,7 @@ ARRAYS = {
     'joint_mm': (('K', 2), 'f'),
     'root_mm': (('K',), 'f'),
 }
+MOST_SAMPLE_BYTES = 1 << 28  # of samples.npz; a network of four stages fills some 8 MB
 MAY_BE_NAN = ('joint_mm', 'root_mm')
 
 
@@ -192,10 +194,10 @@ def read_samples(path: Path) -> dict[str, np.ndarray] | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            version = archive['version'].item()
-            arrays = {name: archive[name] for name in ARRAYS} if version == SAMPLES_VERSION else {}
-    except (ValueError, OSError, EOFError, KeyError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        archive = load_npz(path, most_bytes=MOST_SAMPLE_BYTES)
+        version = archive['version'].item()
+        arrays = {name: archive[name] for name in ARRAYS} if version == SAMPLES_VERSION else {}
+    except (ValueError, OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f'{path} is truncated or damaged ({type(error).__name__}). {EVALUATE_AGAIN}') from None
     if not arrays:
         raise UserError(
