@@ -26,7 +26,7 @@ from models.hands import load_hands
 from utils import distributed
 from utils.config import add_flag
 from utils.errors import UserError
-from utils.files import atomic_file, json_bytes
+from utils.files import atomic_file, json_bytes, remove_stale_partials
 from utils.ownership import owned
 from utils.run_record import record_rows, run_record
 from utils.stopping import first_process
@@ -76,6 +76,7 @@ def owned_output(out: str | None) -> Iterator[None]:
     with ExitStack() as stack:
         if out and first_process():
             stack.enter_context(owned(out))
+            remove_stale_partials(out)
         yield
 
 

@@ -182,6 +182,20 @@ def _require_ours(content: Any, path: Path) -> dict[str, Any]:
     return content | states
 
 
+def _renamed(state: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """A state_dict of an earlier version, of the network or its moving average, with today's parameter names."""
+    return {_new_name(key, names): value for key, value in state.items()}
+
+
+def _new_name(key: str, names: dict[str, str]) -> str:
+    average = _AVERAGED if key.startswith(_AVERAGED) else ''
+    name = key.removeprefix(average)
+    for old, new in names.items():
+        if name.startswith(old):
+            return average + new + name.removeprefix(old)
+    return key
+
+
 def _is_state(value: Any) -> bool:
     return isinstance(value, dict) and all(
         isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in value.items()
@@ -199,20 +213,6 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
     if isinstance(value, (list, tuple)):
         return depth < _DEEPEST and all(_is_plain(item, depth + 1) for item in value)
     return value is None or isinstance(value, (str, int, float))
-
-
-def _renamed(state: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """A state_dict of an earlier version, of the network or its moving average, with today's parameter names."""
-    return {_new_name(key, names): value for key, value in state.items()}
-
-
-def _new_name(key: str, names: dict[str, str]) -> str:
-    average = _AVERAGED if key.startswith(_AVERAGED) else ''
-    name = key.removeprefix(average)
-    for old, new in names.items():
-        if name.startswith(old):
-            return average + new + name.removeprefix(old)
-    return key
 
 
 def check_hand_model(content: dict[str, Any], hand_models: HandPair, *, path: str | Path) -> None:

@@ -1,0 +1,12 @@
+from evaluation.session import owned_output
+from utils.files import partial_path
+
+
+def test_an_evaluation_removes_what_a_killed_one_left(tmp_path):
+    stale = partial_path(tmp_path / 'samples.npz')
+    for path in (stale, tmp_path / 'metrics.json', tmp_path / '.notes'):
+        path.write_bytes(b'x')
+    with owned_output(str(tmp_path)):
+        assert {path.name for path in tmp_path.iterdir()} == {'metrics.json', '.notes'}
+    with owned_output(None):
+        pass
