@@ -1,5 +1,6 @@
 """Several data sets in one training: order, weights, figures of each set, refusals."""
 
+import itertools
 import json
 import shutil
 from collections import Counter
@@ -243,10 +244,16 @@ def test_training_on_two_sets_resumes_exactly_and_reports_each(sets, tmp_path, c
     together = (3 * last['val_set0']['joint_mm_all'] + 2 * last['val_set1']['joint_mm_all']) / 5
     assert last['val_stage0']['joint_mm_all'] == pytest.approx(together)
 
+    steps, train_step = itertools.count(1), train.train_step
+
+    def third_step_fails(*args):
+        if next(steps) == 3:
+            raise UserError('Enough.')
+        return train_step(*args)
+
     with pytest.MonkeyPatch.context() as patch:
-        asked = iter([False, False, True])
-        patch.setattr(train, 'asked_to_stop', lambda *args, **kwargs: next(asked))
-        assert train.main([*words, 'OUTPUT_DIR', str(stopped)]) != 0
+        patch.setattr(train, 'train_step', third_step_fails)
+        assert train.main([*words, 'OUTPUT_DIR', str(stopped)]) == 2
     assert train.main([*words, 'OUTPUT_DIR', str(stopped), '--resume']) == 0
     first, second = (torch.load(folder / 'latest.pth', weights_only=True)['model'] for folder in (whole, stopped))
     assert all(torch.equal(first[key], second[key]) for key in first)
