@@ -10,7 +10,7 @@ to list, to copy and to read in random order. Packed, each split is
     labels.npy     one record per sample (``record_type``): labels, and the position of its bytes
     manifest.json  format, contents, size and SHA-256 of both
 
-mapped into memory, so opening it costs nothing and all loader processes share one copy. Nothing in it is pickled.
+read by position, so opening it costs nothing. Nothing in it is pickled.
 
 ``--masks bits`` stores of each mask only which hand is where, bit-packed: a tenth of the bytes and a fifth of the time
 to decode. The classes are the same where the image is not warped; where it is, about 0.3 % of the pixels, at the rim of
