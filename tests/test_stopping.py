@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -200,7 +201,7 @@ def test_a_worker_survives_a_signal_that_comes_before_its_shield():
 def test_held_signals_arrive_after_the_block():
     stop = StopRequest()
     with holding_stop_signals():
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
         time.sleep(0.01)
         assert not stop.requested
     assert stop.requested

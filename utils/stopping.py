@@ -168,7 +168,10 @@ def check_stop() -> None:
 
 @contextmanager
 def holding_stop_signals() -> Iterator[None]:
-    """Deliver stop signals after the block. Processes forked within it start with them blocked (``shield_worker``)."""
+    """Block stop signals in this thread, and so in the processes that it forks, which then call ``shield_worker``.
+
+    Other threads may still receive one for this process.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
