@@ -12,7 +12,9 @@ find them (--detect). Without any of these, the whole image is used.
 Each image gets a folder DIR/NAME with overlay.jpg, side.jpg, above.jpg, crop.jpg, left.obj, right.obj, hands.glb
 (camera axes, metres) and hands.json (MANO parameters, camera, offset, joints); a video gets overlay.mp4, joints.csv,
 hands.jsonl and video.json. docs/formats.md describes them. The focal length is --focal (pixels of the whole image), or
-the EXIF value, or else assumed to be the longer side; distances are proportional to it. A rerun skips finished inputs.
+the EXIF value, or else assumed to be the longer side; distances are proportional to it. A rerun skips finished inputs;
+a stop signal (Ctrl-C, TERM, HUP, USR1) ends the command at the next frame with exit code 128 + its number. Pass names
+that begin with a dash as ./-name.
 """
 
 import argparse

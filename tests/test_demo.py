@@ -1,4 +1,4 @@
-"""apps/demo.py on pictures and videos, good and bad ones."""
+"""apps/demo.py on images and videos, sound and damaged ones."""
 
 import csv
 import io
@@ -44,7 +44,7 @@ def run(checkpoint, tmp_path):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     folder = tmp_path / 'in'
     folder.mkdir()
     random = np.random.default_rng(0)
@@ -62,9 +62,9 @@ def hands(tmp_path, name: str) -> dict:
     return json.loads((tmp_path / 'out' / name / 'hands.json').read_text())
 
 
-def test_a_folder_gives_every_file_for_every_picture(run, pictures, tmp_path, capsys):
-    (pictures / 'notes.txt').write_text('x')
-    assert run(pictures, '--box', 20, 10, 60, 70, '--batch', 2) == 0
+def test_a_folder_yields_every_file_for_every_image(run, images, tmp_path, capsys):
+    (images / 'notes.txt').write_text('x')
+    assert run(images, '--box', 20, 10, 60, 70, '--batch', 2) == 0
     assert {path.name for path in (tmp_path / 'out').iterdir()} == {'a', 'b', 'c', 'demo.json'}
     for name in 'abc':
         assert {path.name for path in (tmp_path / 'out' / name).iterdir()} == FILES
@@ -75,8 +75,8 @@ def test_a_folder_gives_every_file_for_every_picture(run, pictures, tmp_path, ca
     assert outcome(tmp_path)['failed'] == []
 
 
-def test_meshes_and_numbers_are_the_same_hands_in_camera_axes(run, pictures, tmp_path):
-    assert run(pictures / 'a.jpg', '--box', 20, 10, 60, 70, '--focal', 200, '--principal', 70, 65) == 0
+def test_meshes_and_numbers_are_the_same_hands_in_camera_axes(run, images, tmp_path):
+    assert run(images / 'a.jpg', '--box', 20, 10, 60, 70, '--focal', 200, '--principal', 70, 65) == 0
     numbers, folder = hands(tmp_path, 'a'), tmp_path / 'out' / 'a'
     assert numbers['intrinsics_px'] == [[200, 0, 70], [0, 200, 65], [0, 0, 1]] and numbers['focal_from'] == 'given'
     assert numbers['box'] == [20, 10, 60, 70] and numbers['size'] == [160, 120]
@@ -94,42 +94,42 @@ def test_meshes_and_numbers_are_the_same_hands_in_camera_axes(run, pictures, tmp
     assert np.abs(offset - numbers['offset_m']).max() < 2e-6
 
 
-def test_the_focal_length_is_given_or_the_pictures_or_assumed(run, tmp_path):
+def test_the_focal_length_is_given_or_from_exif_or_assumed(run, tmp_path):
     image = Image.fromarray(np.zeros((120, 160, 3), np.uint8))
     exif = image.getexif()
     exif.get_ifd(0x8769)[0xA405] = 43
     image.save(tmp_path / 'phone.jpg', exif=exif)
     image.save(tmp_path / 'plain.png')
-    for name, options, said, focal in (
+    for name, options, origin, focal in (
         ('phone.jpg', (), 'exif', 198.8),
         ('plain.png', (), 'assumed', 160),
         ('phone.jpg', ('--focal', 99), 'given', 99),
     ):
         assert run(tmp_path / name, *options) == 0
         numbers = hands(tmp_path, name[:5])
-        assert numbers['focal_from'] == said
+        assert numbers['focal_from'] == origin
         assert numbers['intrinsics_px'][0][0] == pytest.approx(focal, abs=0.1)
 
 
-def test_boxes_of_a_file_one_or_several_a_picture(run, pictures, tmp_path, capsys):
+def test_a_file_of_boxes_lists_one_or_several_for_an_image(run, images, tmp_path, capsys):
     one, two = [20, 10, 60, 70], [[0, 0, 50, 50], [40, 60, 50, 50]]
-    boxes = pictures / 'boxes.json'
-    boxes.write_text(json.dumps({'a.jpg': one, str(pictures / 'b.png'): two}))
-    assert run(pictures / 'a.jpg', pictures / 'b.png', pictures / 'c.jpg', '--boxes', boxes) == 1
+    boxes = images / 'boxes.json'
+    boxes.write_text(json.dumps({'a.jpg': one, str(images / 'b.png'): two}))
+    assert run(images / 'a.jpg', images / 'b.png', images / 'c.jpg', '--boxes', boxes) == 1
     assert [hands(tmp_path, name)['box'] for name in ('a', 'b', 'b/2')] == [one, *two]
     assert [failed['reason'] for failed in outcome(tmp_path)['failed']] == [f'{boxes} has no box for it.']
-    boxes.write_text(json.dumps({'a.jpg': two[0], 'b.png': two}))  # a box put right is done again
-    assert run(pictures / 'a.jpg', '--boxes', boxes) == 0 and hands(tmp_path, 'a')['box'] == two[0]
+    boxes.write_text(json.dumps({'a.jpg': two[0], 'b.png': two}))  # a corrected box is processed again
+    assert run(images / 'a.jpg', '--boxes', boxes) == 0 and hands(tmp_path, 'a')['box'] == two[0]
     boxes.write_text('[1, 2]')
-    assert run(pictures / 'a.jpg', '--boxes', boxes) == 2
+    assert run(images / 'a.jpg', '--boxes', boxes) == 2
     assert 'must hold' in capsys.readouterr().err
 
 
-def test_bad_files_are_listed_and_the_rest_goes_on(run, pictures, tmp_path, capsys):
-    (pictures / 'text.jpg').write_text('no picture')
-    cv2.imwrite(str(pictures / 'dot.png'), np.zeros((1, 1, 3), np.uint8))
-    (pictures / 'clip.mp4').write_text('no video')
-    assert run(pictures, '--box', 130, 10, 60, 70) == 1
+def test_unreadable_files_are_listed_and_the_rest_is_done(run, images, tmp_path, capsys):
+    (images / 'text.jpg').write_text('no image')
+    cv2.imwrite(str(images / 'dot.png'), np.zeros((1, 1, 3), np.uint8))
+    (images / 'clip.mp4').write_text('no video')
+    assert run(images, '--box', 130, 10, 60, 70) == 1
     failed = {os.path.basename(each['input']): each['reason'] for each in outcome(tmp_path)['failed']}
     assert set(failed) == {'text.jpg', 'dot.png', 'clip.mp4', 'b.png', 'c.jpg'}
     assert 'not an image' in failed['text.jpg'] and 'not a video' in failed['clip.mp4']
@@ -150,11 +150,11 @@ def inputs_of(tmp_path) -> dict[str, str]:
     return {folder: '/'.join(name.split('/')[-2:]) for folder, name in inputs.items()}
 
 
-def test_files_of_one_name_have_different_folders_in_one_command_and_over_several(run, pictures, tmp_path):
+def test_files_of_one_name_have_different_folders_in_one_command_and_over_several(run, images, tmp_path):
     for day in ('day1', 'day2', 'day3'):
         (tmp_path / day).mkdir()
-        (tmp_path / day / 'a.jpg').write_bytes((pictures / 'a.jpg').read_bytes())
-    (tmp_path / 'day1' / 'a.png').write_bytes((pictures / 'b.png').read_bytes())
+        (tmp_path / day / 'a.jpg').write_bytes((images / 'a.jpg').read_bytes())
+    (tmp_path / 'day1' / 'a.png').write_bytes((images / 'b.png').read_bytes())
     write_frames(tmp_path / 'day1' / 'a.mp4', 2)
     assert run(tmp_path / 'day1' / 'a.jpg', tmp_path / 'day2' / 'a.jpg') == 0
     before = {'a': 'day1/a.jpg', 'a-2': 'day2/a.jpg'}
@@ -171,87 +171,87 @@ def test_files_of_one_name_have_different_folders_in_one_command_and_over_severa
     assert inputs_of(tmp_path) == after and hands(tmp_path, 'a-2')['focal_from'] == 'given'
 
 
-def test_an_input_is_known_by_its_place_and_not_by_how_it_is_named(run, pictures, tmp_path, monkeypatch):
-    monkeypatch.chdir(pictures)
+def test_an_input_is_known_by_its_place_and_not_by_how_it_is_named(run, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(images)
     assert run('a.jpg') == 0
     monkeypatch.chdir(tmp_path)
     assert run('in/a.jpg') == 0 and len(outcome(tmp_path)['earlier']) == 1
     (tmp_path / 'other').mkdir()
-    (tmp_path / 'other' / 'a.jpg').write_bytes((pictures / 'b.png').read_bytes())
+    (tmp_path / 'other' / 'a.jpg').write_bytes((images / 'b.png').read_bytes())
     monkeypatch.chdir(tmp_path / 'other')
     assert run('a.jpg') == 0 and inputs_of(tmp_path) == {'a': 'in/a.jpg', 'a-2': 'other/a.jpg'}
 
 
-def test_fewer_pairs_than_before_leave_none_of_the_former_results(run, pictures, tmp_path):
+def test_fewer_pairs_than_before_leave_none_of_the_former_results(run, images, tmp_path):
     (tmp_path / 'three.json').write_text(json.dumps({'a.jpg': [[20, 10, 60, 70]] * 3}))
-    assert run(pictures / 'a.jpg', '--boxes', tmp_path / 'three.json', '--batch', 2) == 0
+    assert run(images / 'a.jpg', '--boxes', tmp_path / 'three.json', '--batch', 2) == 0
     folder = tmp_path / 'out' / 'a'
     assert {path.name for path in folder.iterdir()} == {*FILES, '2', '3'}
     (folder / 'notes.txt').write_text('of the user')
     (folder / '3' / 'notes.txt').write_text('of the user')
-    assert run(pictures / 'a.jpg', '--box', 20, 10, 60, 70) == 0
+    assert run(images / 'a.jpg', '--box', 20, 10, 60, 70) == 0
     assert {path.name for path in folder.iterdir()} == {*FILES, '3', 'notes.txt'}
     assert [path.name for path in (folder / '3').iterdir()] == ['notes.txt']
 
 
-def test_an_interrupted_image_is_done_again_whatever_the_command(run, pictures, tmp_path, monkeypatch):
-    assert run(pictures / 'a.jpg') == 0
+def test_an_interrupted_image_is_done_again_whatever_the_command(run, images, tmp_path, monkeypatch):
+    assert run(images / 'a.jpg') == 0
 
     def full(*_, **__):
         raise OSError(28, 'No space left on device')
 
     with monkeypatch.context() as patch:
         patch.setattr('inference.files.write_meshes', full)
-        assert run(pictures / 'a.jpg', '--focal', 300) == 2  # the overlay is new, the meshes are not written
-    assert run(pictures / 'a.jpg') == 0
+        assert run(images / 'a.jpg', '--focal', 300) == 2  # the overlay is new, the meshes are not written
+    assert run(images / 'a.jpg') == 0
     assert outcome(tmp_path)['earlier'] == [] and {path.name for path in (tmp_path / 'out' / 'a').iterdir()} == FILES
 
 
-def test_images_of_any_name_are_done_and_the_rest_too(run, pictures, tmp_path, monkeypatch):
+def test_images_of_any_name_are_done_and_the_rest_too(run, images, tmp_path, monkeypatch):
     names = [b'H\xe4nde', b'50%03d: a\nb']
     for old, name in zip(('b.png', 'c.jpg'), names):
-        os.rename(os.fsencode(pictures / old), os.fsencode(pictures) + b'/' + name)
-    (pictures / 'text.jpg').write_text('no image')
-    given = [pictures, *(os.fsdecode(os.fsencode(pictures) + b'/' + name) for name in names)]
+        os.rename(os.fsencode(images / old), os.fsencode(images) + b'/' + name)
+    (images / 'text.jpg').write_text('no image')
+    given = [images, *(os.fsdecode(os.fsencode(images) + b'/' + name) for name in names)]
     with monkeypatch.context() as patch:
         for stream in ('stdout', 'stderr'):
             patch.setattr(sys, stream, io.TextIOWrapper(io.BytesIO(), 'ascii', 'strict'))
         assert run(*given) == 1
     assert {path.name for path in (tmp_path / 'out').iterdir()} == {'a', 'H_nde', '50_03d_ a_b', 'demo.json'}
     assert hands(tmp_path, 'H_nde')['asked']['input'].endswith(r'/in/H\xe4nde')
-    (pictures / 'boxes.json').write_text(json.dumps({r'H\xe4nde': [20, 10, 60, 70]}))
-    assert run(given[1], '--boxes', pictures / 'boxes.json') == 0
+    (images / 'boxes.json').write_text(json.dumps({r'H\xe4nde': [20, 10, 60, 70]}))
+    assert run(given[1], '--boxes', images / 'boxes.json') == 0
     assert hands(tmp_path, 'H_nde')['box'] == [20, 10, 60, 70]
 
 
 # Reruns
 
 
-def test_given_again_only_what_is_new_is_done(run, pictures, tmp_path):
-    assert run(pictures) == 0
+def test_a_rerun_processes_new_and_changed_inputs_only(run, images, tmp_path):
+    assert run(images) == 0
     before = (tmp_path / 'out' / 'a' / 'overlay.jpg').stat().st_mtime_ns
-    cv2.imwrite(str(pictures / 'c.jpg'), np.zeros((90, 90, 3), np.uint8))
-    assert run(pictures) == 0
+    cv2.imwrite(str(images / 'c.jpg'), np.zeros((90, 90, 3), np.uint8))
+    assert run(images) == 0
     assert [path.rpartition('/')[2] for path in outcome(tmp_path)['earlier']] == ['a', 'b']
     assert (tmp_path / 'out' / 'a' / 'overlay.jpg').stat().st_mtime_ns == before
-    assert run(pictures, '--focal', 300) == 0
+    assert run(images, '--focal', 300) == 0
     assert outcome(tmp_path)['earlier'] == [] and hands(tmp_path, 'a')['intrinsics_px'][0][0] == 300
 
 
-def test_small_hands_in_a_whole_picture_are_warned_of(run, pictures, tmp_path, monkeypatch):
+def test_small_hands_in_a_whole_image_cause_a_warning(run, images, tmp_path, monkeypatch):
     monkeypatch.setattr(job, 'SMALL_HANDS', 1e9)
-    assert run(pictures) == 0
+    assert run(images) == 0
     assert len(outcome(tmp_path)['warnings']) == 3 and '--box' in outcome(tmp_path)['warnings'][0]['warning']
-    assert run(pictures, '--box', 20, 10, 60, 70) == 0
+    assert run(images, '--box', 20, 10, 60, 70) == 0
     assert 'is the box around both hands' in outcome(tmp_path)['warnings'][0]['warning']
     monkeypatch.setattr(job, 'SMALL_HANDS', 0)
-    assert run(pictures, '--focal', 100) == 0 and outcome(tmp_path)['warnings'] == []
+    assert run(images, '--focal', 100) == 0 and outcome(tmp_path)['warnings'] == []
 
 
 # Videos
 
 
-def test_a_video_gives_an_overlay_and_joints_over_time(run, tmp_path):
+def test_a_video_yields_an_overlay_and_joints_over_time(run, tmp_path):
     write_frames(tmp_path / 'clip.mp4', 7)
     assert run(tmp_path / 'clip.mp4', '--box', 10, 10, 30, 30, '--batch', 3) == 0
     folder = tmp_path / 'out' / 'clip'
@@ -289,7 +289,7 @@ def test_a_video_of_varying_rate_keeps_its_times(run, tmp_path):
     assert outcome(tmp_path)['warnings'] == []
 
 
-def test_a_video_that_ends_early_says_so(run, tmp_path):
+def test_a_truncated_video_causes_a_warning(run, tmp_path):
     write_frames(tmp_path / 'clip.avi', 12, 'MJPG', (320, 240))
     content = (tmp_path / 'clip.avi').read_bytes()
     (tmp_path / 'clip.avi').write_bytes(content[: len(content) // 2])
@@ -331,7 +331,7 @@ def test_a_stop_before_the_first_frame_leaves_no_video(run, tmp_path, monkeypatc
     assert not list((tmp_path / 'out' / 'clip').iterdir()) and outcome(tmp_path)['done'] == []
 
 
-def test_a_stop_keeps_the_images_that_are_done(run, pictures, tmp_path, monkeypatch):
+def test_a_stop_keeps_the_images_that_are_done(run, images, tmp_path, monkeypatch):
     write, written = job.write_image_files, []
 
     def interrupt(*arguments, **more):
@@ -341,25 +341,25 @@ def test_a_stop_keeps_the_images_that_are_done(run, pictures, tmp_path, monkeypa
         return write(*arguments, **more)
 
     monkeypatch.setattr(job, 'write_image_files', interrupt)
-    assert run(pictures) == 143
+    assert run(images) == 143
     assert len(outcome(tmp_path)['done']) == 2
-    assert run(pictures) == 0 and len(written) == 3 and len(outcome(tmp_path)['earlier']) == 2
+    assert run(images) == 0 and len(written) == 3 and len(outcome(tmp_path)['earlier']) == 2
 
 
-def test_one_command_at_a_time_writes_a_folder(run, pictures, tmp_path, capsys):
+def test_one_command_at_a_time_writes_a_folder(run, images, tmp_path, capsys):
     program = (
         f'import time, utils.ownership as o\nwith o.owned({str(tmp_path / "out")!r}): print(flush=True); time.sleep(60)'
     )
     other = subprocess.Popen([sys.executable, '-c', program], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
     other.stdout.readline()
-    assert run(pictures) == 2
+    assert run(images) == 2
     other.kill()
     other.wait()
     assert f'out is in use by process {other.pid}' in capsys.readouterr().err
     assert not (tmp_path / 'out').exists()
 
 
-# What is asked for
+# Options
 
 
 @pytest.mark.parametrize(
@@ -373,7 +373,7 @@ def test_one_command_at_a_time_writes_a_folder(run, pictures, tmp_path, capsys):
         (['tests'], 'contains no image or video'),
     ],
 )
-def test_what_cannot_be_done_is_one_sentence(run, capsys, arguments, words):
+def test_a_mistake_is_reported_in_one_sentence(run, capsys, arguments, words):
     assert run(*arguments) == 2
     error = capsys.readouterr().err
     assert words in error and error.count('\n') == 1
@@ -384,7 +384,7 @@ def test_configuration_keys_end_the_inputs_whatever_they_look_like():
     assert args.inputs == ['IMG_1.JPG', 'DEVICE.PNG'] and args.keys == ['MANO.SOURCE', 'standin']
 
 
-def test_no_camera_is_one_failure(run, tmp_path):
+def test_a_missing_camera_is_one_failure(run, tmp_path):
     assert run('--camera', 99) == 1
     assert outcome(tmp_path)['failed'][0]['input'] == 'camera 99'
 
@@ -392,33 +392,33 @@ def test_no_camera_is_one_failure(run, tmp_path):
 # The detector
 
 
-def test_without_mediapipe_one_sentence_says_what_to_do(run, pictures, capsys, monkeypatch):
+def test_without_mediapipe_one_sentence_advises(run, images, capsys, monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'mediapipe', None)
-    assert run(pictures, '--detect') == 2
+    assert run(images, '--detect') == 2
     error = capsys.readouterr().err
     assert 'pip install -r requirements-demo.txt' in error and error.count('\n') == 1
 
 
-def test_detected_hands_are_cropped_and_their_lack_is_a_failure(run, pictures, tmp_path, monkeypatch):
+def test_detected_hands_are_cropped_and_no_hands_are_a_failure(run, images, tmp_path, monkeypatch):
     monkeypatch.setattr(HandDetector, '__init__', lambda self, model: None)
-    monkeypatch.setattr(HandDetector, '__call__', lambda self, picture: None if len(picture) == 90 else (5, 6, 70, 80))
+    monkeypatch.setattr(HandDetector, '__call__', lambda self, image: None if len(image) == 90 else (5, 6, 70, 80))
     closed = []
     monkeypatch.setattr(HandDetector, 'close', lambda self: closed.append(self))
-    assert run(pictures, '--detect') == 1
+    assert run(images, '--detect') == 1
     assert hands(tmp_path, 'a')['box'] == hands(tmp_path, 'b')['box'] == [5, 6, 70, 80]
     assert 'finds no hands' in outcome(tmp_path)['failed'][0]['reason'] and len(closed) == 1
 
 
-def test_a_videos_box_follows_the_detector_smoothly():
+def test_the_box_of_a_video_follows_the_detector_smoothly():
     assert boxes.smoothed(None, (0, 0, 10, 10)) == (0, 0, 10, 10)
     assert boxes.smoothed((0, 0, 10, 10), (10, 20, 20, 10)) == (5, 10, 15, 10)
     assert boxes.smoothed((1, 2, 3, 4), None) == (1, 2, 3, 4)
     assert boxes.smoothed(None, None) is None
 
 
-def test_pictures_are_the_same_alone_and_in_a_batch(run, pictures, tmp_path):
-    assert run(pictures, '--batch', 1) == 0
+def test_results_are_the_same_alone_and_in_a_batch(run, images, tmp_path):
+    assert run(images, '--batch', 1) == 0
     alone = hands(tmp_path, 'b')
-    assert run(pictures, '--batch', 3, '--focal', 160) == 0  # the longer side: the same camera, asked for otherwise
+    assert run(images, '--batch', 3, '--focal', 160) == 0  # the longer side: the same camera, asked for otherwise
     both = torch.tensor([alone['left']['joints_m'], hands(tmp_path, 'b')['left']['joints_m']])
     assert (both[0] - both[1]).abs().max() < 1e-4

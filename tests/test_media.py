@@ -246,7 +246,7 @@ def test_a_video_that_fails_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_no_video_is_one_sentence(tmp_path):
+def test_a_file_or_camera_that_is_no_video_is_one_sentence(tmp_path):
     (tmp_path / 'clip.mp4').write_text('not a video')
     (tmp_path / 'empty.mp4').write_bytes(b'')
     for name in ('clip.mp4', 'empty.mp4'):

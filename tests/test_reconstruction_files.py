@@ -20,7 +20,7 @@ def hands(standin):
 
 
 def middle(picture: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
-    """(right, down) middle of the box of what is drawn in a hand's colour, whatever its light."""
+    """(right, down) middle of the bounding box of the pixels drawn in a hand's colour, whatever its light."""
     towards = np.asarray(colour) / np.linalg.norm(colour)
     pixels = picture / np.maximum(np.linalg.norm(picture, axis=-1, keepdims=True), 1)
     rows, columns = np.nonzero(pixels @ towards > 0.995)
@@ -41,15 +41,15 @@ def test_views_are_seen_from_the_right_and_from_above_and_the_bar_is_five_centim
         assert np.linalg.norm(moved) / bar == pytest.approx(0.4 / SCALE_BAR, rel=0.08)
 
 
-def test_a_large_picture_is_reduced_and_its_overlay_lies_in_the_same_place(standin):
+def test_a_large_image_is_reduced_and_its_overlay_stays_in_place(standin):
     reconstruct = Reconstructor(tiny_model(standin).eval())
     covered = []
     for size in (1000, 4000):
-        picture = np.full((size, size // 2, 3), 100, np.uint8)
-        one = reconstruct([picture]).one(0)
-        place = torch.tensor([0.0, 0.0, 0.6])  # wherever an untrained network sees them
+        image = np.full((size, size // 2, 3), 100, np.uint8)
+        one = reconstruct([image]).one(0)
+        place = torch.tensor([0.0, 0.0, 0.6])  # wherever an untrained network places them
         one = one._replace(vertices=one.vertices - one.roots[0] + place)
-        shown = reduced(picture)
+        shown = reduced(image)
         assert max(shown.image.shape) == min(size, LONGEST_SIDE)
         mask = (draw_overlay(shown, one, standin) != 100).any(-1)
         assert mask.any()
