@@ -8,7 +8,7 @@ from torch import Tensor
 
 from manopth import HandPair
 from models import DIR, published
-from models.checkpoint import read_checkpoint, read_tensors
+from models.checkpoint import read_checkpoint, read_content
 from utils.errors import UserError
 from utils.files import sha256_of_file
 
@@ -76,7 +76,7 @@ def load_initial_weights(model: DIR, path: str, *, without: Sequence[str] = (), 
 
 def _read_weights(path: str, hands: HandPair) -> tuple[dict[str, Tensor], str]:
     """-> state_dict with our names, identity of its hand model."""
-    content = read_tensors(path)
+    content = read_content(path)
     if published.is_published(content):
         weights = published.published_state(content, path=path)
         same = published.differing_array(content['net'], hands) is None
