@@ -157,7 +157,7 @@ def check_software(what: str, cfg: CfgNode) -> Check:
 
 
 def release(version: str) -> tuple[int, ...]:
-    """'2.6.0+cu124' -> (2, 6), for comparison."""
+    """'2.10.0+cu128' -> (2, 10), for comparison."""
     return tuple(int(number) for number in re.findall(r'\d+', version)[:2])
 
 

@@ -33,9 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     if distributed.is_main():
         if 'format' not in content:
             print(f'{args.model} has the published form and was converted (apps/convert_checkpoint.py keeps that).')
-        report(
-            measured, title=args.model, out=args.out, more={'config': flatten(cfg), 'training': content.get('progress')}
-        )
+        of_training = {'training': content.get('progress'), 'trained': content.get('record')}
+        report(measured, title=args.model, out=args.out, more={'config': flatten(cfg), **of_training})
     distributed.stop()
     return 0
 

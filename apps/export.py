@@ -28,7 +28,8 @@ Use:
     onnxruntime.InferenceSession('dir.onnx').run(['vertices', 'joints'], {'image': image})                # numpy arrays
     parameters, offset, vertices, joints, vertices_uv, joints_uv = torch.export.load('dir.pt2').module()(image)
 
-A runtime for ONNX runs the network where it likes; dir.pt2 runs on the CPU.
+A runtime for ONNX runs the network where it likes; dir.pt2 runs on the CPU. Load only a .pt2 file that you wrote
+yourself: ``torch.export.load`` unpickles parts of it, and a crafted file runs code. ONNX files hold no code.
 """
 
 import argparse

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from dataset import open_split
 from dataset.prepared import RECORD, PreparedSplit
 from utils.errors import UserError
 from utils.files import sha256_of_file
@@ -15,8 +14,17 @@ PROBES = 64  # samples whose labels are compared, spread evenly over the set
 _UNREADABLE = ''  # in place of a probe's digest
 
 
-def data_identity(dataset: PreparedSplit) -> dict[str, Any]:
-    """The identity of an open split, equal for a prepared set and its packed copy.
+def data_identity(dataset: PreparedSplit) -> dict[str, Any] | list[dict[str, Any]]:
+    """The identity of an open split, equal for a prepared set and its packed copy; a list if it joins several sets.
+
+    See ``set_identity``. ``dataset.parts`` are the sets of one that joins several.
+    """
+    parts = getattr(dataset, 'parts', None)
+    return set_identity(dataset) if parts is None else [set_identity(part) for part in parts]
+
+
+def set_identity(dataset: PreparedSplit) -> dict[str, Any]:
+    """The identity of one set:
 
     samples     their number
     digest      of everything below, to show
@@ -33,11 +41,6 @@ def data_identity(dataset: PreparedSplit) -> dict[str, Any]:
     probes = [_label_digest(dataset, index) for index in probe_indices(len(dataset))]
     whole = hashlib.sha256('\n'.join([str(len(dataset)), preparation, *probes]).encode()).hexdigest()
     return {'samples': len(dataset), 'digest': whole, 'preparation': preparation, 'probes': probes}
-
-
-def split_identity(path: str | Path, split: str) -> dict[str, Any]:
-    """``data_identity`` of a split that is not open."""
-    return data_identity(open_split(path, split, with_mask=False, with_dense=False))
 
 
 def probe_indices(samples: int) -> list[int]:

@@ -10,6 +10,7 @@ from yacs.config import CfgNode
 
 from dataset.batch import BatchMaker, build_batch_maker
 from dataset.hand_model_record import check_hand_model_record
+from dataset.identity import data_identity
 from dataset.loader import evaluation_loader, evaluation_split
 from dataset.prepared import PreparedSplit
 from dataset.subsets import AnnotatedJoints, Subset, choose
@@ -24,6 +25,7 @@ from utils import distributed
 from utils.config import add_flag
 from utils.errors import UserError
 from utils.files import write_atomically, write_json
+from utils.run_record import record_rows, run_record
 
 
 class Measured(NamedTuple):
@@ -117,7 +119,7 @@ def evaluate_split(model: torch.nn.Module, cfg: CfgNode, args: argparse.Namespac
 def report(measured: Measured, *, title: str, out: str | None, more: dict[str, Any]) -> dict[str, Any]:
     """Print the last stage's figures with their protocol; with ``out``, write the files that the report reads.
 
-    more: further keys of metrics.json. Returns the figures.
+    more: further keys of metrics.json, among them the record of the training as ``trained``. Returns the figures.
     """
     result, name, dataset, subset, model, batch_maker = measured
     summary = result.report()
@@ -136,8 +138,15 @@ def report(measured: Measured, *, title: str, out: str | None, more: dict[str, A
     print(f'\n{format_breakdown(summary)}')
     if result.grid:
         print(f'\n{format_grid(summary["protocols"])}')
+    evaluated = run_record(
+        hand_model=batch_maker.hands.identity,
+        data={dataset.folder.name: data_identity(dataset)},
+        device=batch_maker.device,
+    )
+    for what, record in (('trained', more.get('trained')), ('evaluated', evaluated)):
+        print(f'\n{what}:', *(f'    {row.title + ":":12} {row.text}' for row in record_rows(record)), sep='\n')
     if out:
-        source = {'version': METRICS_VERSION, 'model': title, 'data': str(dataset.folder)}
+        source = {'version': METRICS_VERSION, 'model': title, 'data': str(dataset.folder), 'evaluated': evaluated}
         write_json(Path(out) / 'metrics.json', source | summary | more)
         write_atomically(Path(out) / 'per_sample.csv', per_sample_csv(result, dataset).encode())
         write_chosen_samples(Path(out) / 'samples.npz', model, dataset, batch_maker, result)

@@ -31,7 +31,7 @@ OPSET = 18  # not 20: GridSample's mode is named differently there, and TensorRT
 LIMITS = {'mm': 0.001, 'of the largest value': 1e-4}
 CHECKED_BATCHES = (1, 3)
 TRACED_BATCH = 2  # differs from the checked ones, so that a hard-coded batch size shows
-MOST_IMAGES = 65536  # of a batch; torch 2.6 requires a bound
+MOST_IMAGES = 65536  # of a batch
 
 Run = Callable[[Tensor], tuple[Tensor, ...]]  # image -> outputs in the order of OUTPUTS
 
@@ -274,6 +274,7 @@ def load_onnx(path: Path) -> Run:
 
 
 def load_torch_export(path: Path) -> Run:
+    """Load a file of this process's own: ``torch.export.load`` unpickles parts of it and may run code from it."""
     with open(path, 'rb') as file:  # torch accepts a path only if it ends in .pt2
         return torch.export.load(file).module()
 

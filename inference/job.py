@@ -25,7 +25,7 @@ from inference.live_view import LiveView
 from inference.media import Inputs, Video, read_photo, video_writer
 from inference.reconstruct import SMALL_HANDS, Box, Crop, Reconstruction, Reconstructor, assumed_intrinsics, cut_crop
 from utils.errors import UserError
-from utils.files import atomic_file, read_json, write_json
+from utils.files import atomic_file, read_json, remove_stale_partials, write_json
 from utils.stopping import StopRequest
 
 
@@ -126,6 +126,8 @@ class Job(NamedTuple):
         """Process all images, then all videos, then the camera."""
         out = self.settings.out
         folders = output_folders(out, [*inputs.images, *inputs.videos])
+        for folder in folders.values():
+            remove_stale_partials(folder, recursive=True)
         self.run_images(inputs.images, folders)
         for video in inputs.videos:
             if not self.stop.requested:

@@ -3,6 +3,7 @@
 A checkpoint records its configuration and the identity of its hand model, but none of that model's arrays.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -20,11 +21,16 @@ from utils import distributed
 from utils.config import flatten, load_config
 from utils.errors import UserError
 from utils.files import partial_path
+from utils.safetensors_file import SUFFIX, read_safetensors, write_safetensors
 from utils.tensor_files import check_archive, read_tensors, write_tensors
 
 Network = TypeVar('Network', bound=torch.nn.Module)
 FORMAT = 'dir-checkpoint-1'
 BEST, LATEST, PREVIOUS = 'best.pth', 'latest.pth', 'previous.pth'  # of a run folder
+REST = 'published_rest'  # entries of a published checkpoint that have no counterpart in the network
+_REST = f'{REST}.'  # prefix of their names in safetensors files, beside the network's own
+TRAINING_STATE = ('optimizer', 'average')  # entries that only a resumed run needs
+_DEEPEST = 8  # levels of a configuration or record
 # Prefixes of parameter names in checkpoints of earlier versions -> what they are called now.
 _RENAMED = {
     'backbone.stem.0.': 'backbone.conv1.',
@@ -36,9 +42,46 @@ _AVERAGED = 'module.'  # prefix of the parameter names in the state of torch's A
 
 def save_checkpoint(path: str | Path, *, model: torch.nn.Module, cfg: CfgNode, hand_model: str, **more: Any) -> None:
     """Write a checkpoint. ``more``: optimizer state, epoch, ... as tensors, numbers, strings and containers of them."""
-    write_tensors(
-        path, {'format': FORMAT, 'model': model.state_dict(), 'config': to_plain(cfg), 'hand_model': hand_model, **more}
-    )
+    content = {'format': FORMAT, 'model': model.state_dict(), 'config': to_plain(cfg), 'hand_model': hand_model, **more}
+    write_checkpoint(path, content)
+
+
+def write_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
+    """Write the content of a checkpoint, as safetensors if the path ends with .safetensors.
+
+    That format holds the network and what fits into JSON. Raises UserError for anything else, e.g. optimizer state.
+    """
+    if Path(path).suffix != SUFFIX:
+        write_tensors(path, content)
+        return
+    parts = dict(content)
+    tensors = parts.pop('model') | {_REST + key: value for key, value in parts.pop(REST, {}).items()}
+    metadata: dict[str, str] = {}
+    for key, value in parts.items():
+        try:
+            metadata[key] = value if key == 'format' else json.dumps(value)
+        except TypeError:
+            raise UserError(f'{path}: a safetensors file cannot hold {key}. Write a .pth file instead.') from None
+    write_safetensors(path, tensors, metadata)
+
+
+def read_content(path: str | Path) -> Any:
+    """The content of a .pth or .safetensors file, whoever wrote it; of a folder, its best.pth."""
+    path = _file_of(path)
+    if path.suffix != SUFFIX:
+        return read_tensors(path)
+    tensors, metadata = read_safetensors(path)
+    if metadata.get('format') != FORMAT:
+        return tensors
+    content: dict[str, Any] = {'format': FORMAT}
+    for key in metadata.keys() - content.keys():
+        try:
+            content[key] = json.loads(metadata[key])
+        except (ValueError, RecursionError):
+            raise UserError(f'The checkpoint {path} is damaged: its metadata {key} is not JSON.') from None
+    content['model'] = {key: value for key, value in tensors.items() if not key.startswith(_REST)}
+    rest = {key.removeprefix(_REST): value for key, value in tensors.items() if key.startswith(_REST)}
+    return content | ({REST: rest} if rest else {})
 
 
 def save_rotating(path: str | Path, *, model: torch.nn.Module, cfg: CfgNode, hand_model: str, **more: Any) -> None:
@@ -101,27 +144,51 @@ def read_newest_sound(folder: str | Path) -> tuple[dict[str, Any], Path]:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read one of this project's checkpoints to the CPU; of a folder, its best.pth.
+    """Read one of this project's checkpoints, .pth or .safetensors, to the CPU; of a folder, its best.pth.
 
-    Parameter names of earlier versions are updated. Raises UserError if the file is missing, damaged, or has another
-    format.
+    Its checksum is verified and parameter names of earlier versions are updated. Raises UserError if the file is
+    missing, damaged, or has another format.
     """
     path = _file_of(path)
-    return _require_ours(read_tensors(path), path)
+    return _require_ours(read_content(path), path)
 
 
 def _file_of(path: str | Path) -> Path:
     return Path(path) / BEST if Path(path).is_dir() else Path(path)
 
 
-def _require_ours(content: Any, path: str | Path) -> dict[str, Any]:
+def _require_ours(content: Any, path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get('format') != FORMAT:
         instead = f"it has neither the format {FORMAT} nor the published form {{'net': ...}}"
         if published.is_published(content):
             instead = 'it has the published form: apps/convert_checkpoint.py converts it'
         raise UserError(f'{path} is not a checkpoint of this project; {instead}.')
+    required = {'model': _is_state, 'config': _is_plain_mapping, 'hand_model': lambda value: isinstance(value, str)}
+    optional = {'average': _is_state, 'progress': _is_plain_mapping, 'record': _is_plain_mapping}
+    checks = required | {key: check for key, check in optional.items() if key in content}
+    if bad := [key for key, check in checks.items() if not check(content.get(key))]:
+        raise UserError(f'{path} is not a whole checkpoint: its entry {bad[0]!r} is missing or malformed.')
     states = {part: _renamed(content[part]) for part in ('model', 'average') if part in content}
     return content | states
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in value.items()
+    )
+
+
+def _is_plain_mapping(value: Any) -> bool:
+    return isinstance(value, dict) and _is_plain(value)
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    """Whether ``value`` consists of text, numbers and a few levels of containers."""
+    if isinstance(value, dict):
+        return depth < _DEEPEST and all(isinstance(k, str) and _is_plain(v, depth + 1) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return depth < _DEEPEST and all(_is_plain(item, depth + 1) for item in value)
+    return value is None or isinstance(value, (str, int, float))
 
 
 def _renamed(state: dict[str, Any]) -> dict[str, Any]:
@@ -156,6 +223,11 @@ def load_state(model: torch.nn.Module, state: dict[str, torch.Tensor], *, path: 
         for key in own.keys() & state.keys()
         if own[key].shape != state[key].shape
     ]
+    odd += [  # other precisions are converted
+        f'{key} is {state[key].dtype}, not {own[key].dtype}'
+        for key in own.keys() & state.keys()
+        if own[key].is_floating_point() != state[key].is_floating_point() or state[key].is_complex()
+    ]
     odd += [f'{key} is missing' for key in own.keys() - state.keys()]
     odd += [f'{key} is not part of this network' for key in state.keys() - own.keys()]
     if odd:
@@ -182,13 +254,17 @@ def load_model(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     be read, is neither, or was trained on another hand model, and for overrides that change the network.
     """
     path = _file_of(path)
-    content = read_tensors(path)
+    content = read_content(path)
     if published.is_published(content):
         model, cfg, rest = published.load_published(content, path=path, overrides=overrides)
-        return Loaded(model, cfg, {'published_rest': rest, 'hand_model': model.hands.identity})
+        return Loaded(model, cfg, {REST: rest, 'hand_model': model.hands.identity})
     content = _require_ours(content, path)
+    try:
+        trained = flatten(load_config(None, base=content['config']))
+    except UserError as error:
+        raise UserError(f'{path} cannot be used: {error}') from None
     cfg = load_config(None, overrides, base=content['config'])
-    trained, now = flatten(load_config(None, base=content['config'])), flatten(cfg)
+    now = flatten(cfg)
     changed = [key for key in now if now[key] != trained[key] and (key.startswith('MODEL.') or key == 'ROOT_JOINT')]
     if changed:
         raise UserError(

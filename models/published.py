@@ -42,6 +42,7 @@ _FIXED = (
     'MODEL.PROJECTION',
     'MODEL.DENSE_HEADS',
 )
+_INTEGERS = ('num_batches_tracked', 'th_faces')  # endings of the names of int64 tensors; all others are float32
 _NAMES_SHOWN = 20  # per kind, in an error message
 _SAME_HAND = 1e-6  # relative to an array's largest entry: float32 rounding
 
@@ -207,7 +208,8 @@ def load_published(
 ) -> tuple[DIR, CfgNode, dict[str, Tensor]]:
     """Content of a published file -> (our network in evaluation mode, its configuration, the dropped entries).
 
-    Raises UserError for names that are missing, unknown or misshapen, and if its hand model is not that of MANO.PATH.
+    Raises UserError for names that are missing or unknown, for other shapes or types, and if its hand model is not
+    that of MANO.PATH.
     """
     net = content['net']
     _check_names(net, path)
@@ -310,7 +312,7 @@ def published_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def _check_names(net: dict[str, Any], path: str | Path) -> None:
-    """Raise UserError, listing names, unless ``net`` holds tensors of the published names and shapes."""
+    """Raise UserError, listing names, unless ``net`` holds tensors of the published names, shapes and types."""
     shapes = published_shapes()
     tensors = {key: value for key, value in net.items() if isinstance(value, Tensor)}
     odd = [
@@ -318,10 +320,16 @@ def _check_names(net: dict[str, Any], path: str | Path) -> None:
         for key, shape in shapes.items()
         if key in tensors and tuple(tensors[key].shape) != shape
     ]
+    other_types = [
+        f'{key} is {tensors[key].dtype}'
+        for key in shapes.keys() & tensors.keys()
+        if tensors[key].dtype != (torch.int64 if key.endswith(_INTEGERS) else torch.float32)
+    ]
     problems = {
         'missing': sorted(shapes.keys() - tensors.keys()),
         'unknown': sorted(map(str, net.keys() - shapes.keys())),
         'misshapen': odd,
+        'of another type': sorted(other_types),
     }
     listed = [
         f'{len(names)} {what}: {", ".join(names[:_NAMES_SHOWN])}{", ..." if len(names) > _NAMES_SHOWN else ""}'

@@ -174,7 +174,7 @@ def test_old_and_missing_packages_are_named(report, tiny_prepared, monkeypatch):
     mark, text = checks['software']
     assert (code, mark, last) == (2, WRONG, 'not ready: 1 thing is missing or wrong')
     assert (
-        'Python is older than 9.1, torch 2.5.1+cu124 is older than 2.6, tensorboard is not installed '
+        'Python is older than 9.1, torch 2.5.1+cu124 is older than 2.10, tensorboard is not installed '
         'python -m pip install -r requirements.txt'
     ) in text  # cv2 may come from another package, so it is not named
 

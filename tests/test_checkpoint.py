@@ -1,5 +1,8 @@
+import errno
 import os
 import pickle
+import signal
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,11 +16,15 @@ from models.checkpoint import (
     load_model,
     load_state,
     read_checkpoint,
+    read_newest_sound,
     save_checkpoint,
+    save_rotating,
     to_plain,
+    write_checkpoint,
 )
 from utils.config import flatten, load_config
 from utils.errors import UserError
+from utils.files import remove_stale_partials
 
 NO_STAGES = [*TINY, 'MODEL.STAGES', '0']
 
@@ -125,6 +132,18 @@ def missing(path, saved):
     assert not path.exists()
 
 
+def changed_content(**changes):
+    def make(path, saved):
+        torch.save({**torch.load(saved, weights_only=True), **changes}, path)
+
+    return make
+
+
+nested: dict = {}
+for _ in range(50):
+    nested = {'MODEL': nested}
+
+
 @pytest.mark.parametrize(
     'make',
     [
@@ -137,6 +156,18 @@ def missing(path, saved):
         another_projects,
         a_list,
         missing,
+        changed_content(model=3),
+        changed_content(model={'a': 'b'}),
+        changed_content(model={3: torch.zeros(1)}),
+        changed_content(average=[torch.zeros(1)]),
+        changed_content(config='text'),
+        changed_content(config={'MODEL': {'STAGES': torch.zeros(3, 3)}}),
+        changed_content(config={3: 4}),
+        changed_content(config=nested),
+        changed_content(config={'NO_SUCH_KEY': 4}),
+        changed_content(hand_model=None),
+        changed_content(record=[]),
+        changed_content(progress={'epoch': torch.zeros(1)}),
     ],
 )
 def test_other_files_are_refused_by_path(make, saved, tmp_path, monkeypatch):
@@ -158,6 +189,10 @@ def test_another_networks_weights_are_refused(trained, saved):
     key = next(iter(state))
     with pytest.raises(UserError, match=rf'a.pth does not fit this network: {key} is \(2,\), not \('):
         load_state(model, state | {key: torch.zeros(2)}, path='a.pth')
+    for kind in (torch.int64, torch.complex64):
+        with pytest.raises(UserError, match=rf'a.pth does not fit this network: {key} is {kind}, not torch.float32'):
+            load_state(model, state | {key: state[key].to(kind)}, path='a.pth')
+    load_state(model, state | {key: state[key].double()}, path='a.pth')
     with pytest.raises(UserError, match=r'is missing.* and \d+ more'):
         load_state(model, {}, path='a.pth')
     with pytest.raises(UserError, match='a.pth does not fit this network: more is not part of this network'):
@@ -216,3 +251,176 @@ def test_plain_configuration_holds_no_special_types():
 
     leaves(plain)
     assert plain['TRAIN']['LR'] == 5e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# latest.pth and previous.pth
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(small, tmp_path):
+    """A run folder with epochs 0 and 1 saved."""
+    for epoch in range(2):
+        save_rotating(tmp_path / 'latest.pth', **small, epoch=epoch)
+    return tmp_path
+
+
+def epochs(folder) -> dict[str, int]:
+    """Epoch of each checkpoint; -1 for a damaged one."""
+    found = {}
+    for path in folder.glob('*.pth'):
+        try:
+            found[path.stem] = read_checkpoint(path)['epoch']
+        except UserError:
+            found[path.stem] = -1
+    return found
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_the_last_two_are_kept(run, small):
+    assert epochs(run) == {'latest': 1, 'previous': 0}
+    save_rotating(run / 'latest.pth', **small, epoch=2)
+    assert epochs(run) == {'latest': 2, 'previous': 1} and len(os.listdir(run)) == 2
+
+
+def test_the_newest_sound_one_is_read(run, small, capsys):
+    content, path = read_newest_sound(run)
+    assert (content['epoch'], path) == (1, run / 'latest.pth') and capsys.readouterr().out == ''
+    damage(run / 'latest.pth')
+    content, path = read_newest_sound(run)
+    assert (content['epoch'], path) == (0, run / 'previous.pth')
+    printed = capsys.readouterr().out
+    assert printed.count('\n') == 1 and 'latest.pth cannot be read' in printed and 'SHA-256' in printed
+    (run / 'latest.pth').unlink()
+    assert read_newest_sound(run)[0]['epoch'] == 0 and 'latest.pth does not exist' in capsys.readouterr().out
+    damage(run / 'previous.pth')
+    with pytest.raises(UserError, match=r'holds no checkpoint.*latest.pth does not exist.*previous.pth cannot be read'):
+        read_newest_sound(run)
+
+
+def test_a_damaged_file_never_replaces_the_sound_one_before_it(run, small):
+    damage(run / 'latest.pth')
+    save_rotating(run / 'latest.pth', **small, epoch=2)
+    assert epochs(run) == {'latest': 2, 'previous': 0}
+
+
+def test_the_file_of_an_earlier_version_is_kept_too(small, tmp_path):
+    content = {'format': FORMAT, 'model': small['model'].state_dict(), 'config': to_plain(small['cfg'])}
+    torch.save({**content, 'hand_model': small['hand_model'], 'epoch': 0}, tmp_path / 'latest.pth')
+    save_rotating(tmp_path / 'latest.pth', **small, epoch=1)
+    assert epochs(tmp_path) == {'latest': 1, 'previous': 0}
+
+
+def test_without_hard_links_the_file_is_copied(run, small, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, 'Operation not permitted')
+
+    monkeypatch.setattr(os, 'link', refuse)
+    save_rotating(run / 'latest.pth', **small, epoch=2)
+    assert epochs(run) == {'latest': 2, 'previous': 1} and len(os.listdir(run)) == 2
+
+
+def test_a_save_that_fails_changes_nothing(run, small, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(OSError, match='No space left'):
+        save_rotating(run / 'latest.pth', **small, epoch=2)
+    assert epochs(run) == {'latest': 1, 'previous': 0} and len(os.listdir(run)) == 2
+
+
+CALLS = ('link', 'fsync', 'replace', 'unlink')
+
+
+def killed_at(number: int, save: Callable[[], None], *, links: bool) -> bool:
+    """Run ``save`` in a process that is killed, as by SIGKILL, just before its ``number``-th call of ``CALLS``.
+
+    Returns False if it ends before.
+    """
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def counting(call):
+            def counted(*args, **kwargs):
+                nonlocal count
+                if count == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                count += 1
+                if call is os_link and not links:
+                    raise OSError(errno.EPERM, 'Operation not permitted')
+                return call(*args, **kwargs)
+
+            return counted
+
+        try:
+            os_link = os.link
+            for name in CALLS:
+                setattr(os, name, counting(getattr(os, name)))
+            save()
+            os._exit(0)
+        finally:
+            os._exit(3)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL)
+    return status == signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    'torn, links', [(None, True), (None, False), ('latest', True), ('latest', False), ('previous', True)]
+)
+def test_a_kill_between_any_two_steps_leaves_as_many_sound_ones_as_there_were(run, small, torn, links):
+    """The state after a kill is also where the next save starts, so states of repeated kills are covered as well."""
+    if torn:
+        damage(run / f'{torn}.pth')
+    number, latest, least = 0, read_newest_sound(run)[0]['epoch'], 1 if torn else 2
+
+    def save():
+        save_rotating(run / 'latest.pth', **small, epoch=latest + 1)
+
+    while killed_at(number, save, links=links):
+        found = epochs(run)
+        assert sum(epoch >= 0 for epoch in found.values()) >= least
+        assert read_newest_sound(run)[0]['epoch'] in (latest, latest + 1)
+        latest = read_newest_sound(run)[0]['epoch']
+        number += 1
+    assert number >= (2 if torn == 'latest' else 4)  # write, rename; with a sound latest.pth also its link and rename
+    assert epochs(run) == {'latest': latest + 1, 'previous': latest}
+    remove_stale_partials(run)
+    assert sorted(os.listdir(run)) == ['latest.pth', 'previous.pth']
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# safetensors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_safetensors_hold_the_same_network(trained, saved, standin, tmp_path):
+    pytest.importorskip('safetensors')
+    model, cfg = trained
+    path = tmp_path / 'a.safetensors'
+    save_checkpoint(path, model=model, cfg=cfg, hand_model=standin.identity, progress={'epoch': 7, 'best': 1.5})
+    loaded, its_cfg, more = load_model(path)
+    assert flatten(its_cfg) == flatten(cfg) and more['progress'] == {'epoch': 7, 'best': 1.5}
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+    assert read_checkpoint(path)['config'] == read_checkpoint(saved)['config']
+    with pytest.raises(UserError, match=r'b.safetensors: a safetensors file cannot hold optimizer'):
+        write_checkpoint(tmp_path / 'b.safetensors', read_checkpoint(saved) | {'optimizer': {0: torch.zeros(2)}})
+
+
+def test_foreign_safetensors_are_refused(tmp_path, saved):
+    safetensors = pytest.importorskip('safetensors.torch')
+    path = tmp_path / 'odd.safetensors'
+    tensors = {'a': torch.zeros(2)}
+    for metadata in (None, {'format': 'pt'}, {'format': FORMAT}, {'format': FORMAT, 'config': '['}):
+        safetensors.save_file(tensors, path, metadata)
+        with pytest.raises(UserError, match=r'odd\.safetensors') as refused:
+            load_model(path)
+        assert '\n' not in str(refused.value)

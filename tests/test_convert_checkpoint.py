@@ -5,7 +5,7 @@ import torch
 
 from apps import convert_checkpoint
 from models import build_model, published
-from models.checkpoint import load_model, read_checkpoint
+from models.checkpoint import load_model, read_checkpoint, save_checkpoint
 from utils.config import load_config
 from utils.errors import UserError
 
@@ -79,6 +79,16 @@ def test_two_norms_that_the_published_code_counts_apart_come_back_apart(net, sta
     assert published.whole_published(model.state_dict(), cfg, rest)[key] == 7
 
 
+def test_published_weights_of_another_type_are_listed(net):
+    key = next(key for key in net if key.endswith('num_batches_tracked'))
+    changed = net | {'decoder.seg.3.bias': net['decoder.seg.3.bias'].half(), key: net[key].float()}
+    with pytest.raises(UserError, match=r'2 of another type: .*decoder.seg.3.bias is torch.float16') as refused:
+        published.load_published({'net': changed}, path='DIR.pth', overrides=HANDS)
+    assert f'{key} is torch.float32' in str(refused.value)
+    with pytest.raises(UserError, match='963 missing: .*; 1 unknown: 3'):
+        published.load_published({'net': {3: torch.zeros(1)}}, path='DIR.pth', overrides=HANDS)
+
+
 @pytest.mark.parametrize(
     'key, value', [('MODEL.STAGES', '1'), ('MODEL.BACKBONE', 'resnet18'), ('MODEL.DENSE_HEADS', 'false')]
 )
@@ -93,3 +103,39 @@ def test_foreign_content_under_the_same_key_is_refused(tmp_path, capsys):
     error = capsys.readouterr().err
     assert 'odd.pth is not the published DIR checkpoint' in error and '2 unknown: encoder.weight, epoch' in error
     assert error.count('\n') == 1 and [path.name for path in tmp_path.iterdir()] == ['odd.pth']
+
+
+@pytest.mark.slow  # builds the published network
+def test_published_to_safetensors_and_ours_is_exact_to_the_bit(converted, tmp_path):
+    pytest.importorskip('safetensors')
+    middle, path = tmp_path / 'a.safetensors', tmp_path / 'ours.pth'
+    assert convert_checkpoint.main([str(converted[0]), str(middle), *HANDS]) == 0
+    assert convert_checkpoint.main([str(middle), str(path)]) == 0
+    ours, other = read_checkpoint(converted[1]), read_checkpoint(path)
+    assert ours.keys() == other.keys()
+    assert ours['config'] == other['config'] and ours['hand_model'] == other['hand_model']
+    for part in ('model', 'published_rest'):
+        assert ours[part].keys() == other[part].keys()
+        assert all(torch.equal(value, other[part][key]) for key, value in ours[part].items())
+
+
+def test_safetensors_hold_no_training_state(standin, tmp_path, capsys):
+    pytest.importorskip('safetensors')
+    layer = torch.nn.Linear(2, 3)
+    parts = {'model': layer, 'cfg': load_config(None, HANDS), 'hand_model': standin.identity, 'progress': {'epoch': 2}}
+    average = {f'module.{key}': value for key, value in layer.state_dict().items()}
+    save_checkpoint(tmp_path / 'latest.pth', **parts, optimizer={'state': {0: torch.ones(2)}}, average=average)
+    source, middle, back = (str(tmp_path / name) for name in ('latest.pth', 'a.safetensors', 'back.pth'))
+    assert convert_checkpoint.main(['--src', source, '--dst', middle]) == 0
+    assert 'without its training state (optimizer, average)' in capsys.readouterr().out
+    assert convert_checkpoint.main([middle, back]) == 0
+    content = read_checkpoint(back)
+    assert content['progress'] == {'epoch': 2} and 'optimizer' not in content and 'average' not in content
+    assert all(torch.equal(value, content['model'][key]) for key, value in layer.state_dict().items())
+
+    assert convert_checkpoint.main([source, middle, 'EVAL.BATCH_SIZE', '3']) == 2
+    assert 'latest.pth has its own configuration' in capsys.readouterr().err
+    assert convert_checkpoint.main([source, middle, '--reverse']) == 2
+    assert 'a.safetensors: the published form is a .pth file' in capsys.readouterr().err
+    assert convert_checkpoint.main([source]) == 2
+    assert 'Pass the checkpoint to convert and the file to write' in capsys.readouterr().err

@@ -280,3 +280,13 @@ def test_pictures_are_the_same_alone_and_in_a_batch(run, pictures, tmp_path):
     assert run(pictures, '--batch', 3, '--focal', 160) == 0  # the longer side: the same camera, asked for otherwise
     both = torch.tensor([alone['left']['joints_m'], hands(tmp_path, 'b')['left']['joints_m']])
     assert (both[0] - both[1]).abs().max() < 1e-4
+
+
+def test_what_a_killed_run_left_is_removed(run, tmp_path):
+    write_frames(tmp_path / 'clip.mp4', 2)
+    folder = tmp_path / 'out' / 'clip'
+    folder.mkdir(parents=True)
+    for name in ('.overlay.0123456789abcdef.partial.mp4', '.joints.csv.0123456789abcdef.partial'):
+        (folder / name).write_bytes(b'half')
+    assert run(tmp_path / 'clip.mp4') == 0
+    assert {path.name for path in folder.iterdir()} == {'overlay.mp4', 'joints.csv', 'hands.jsonl', 'video.json'}

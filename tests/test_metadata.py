@@ -30,6 +30,17 @@ def test_every_requirements_file_is_an_extra():
     assert found == PROJECT['optional-dependencies'].keys()
 
 
+def test_the_oldest_torch_reads_crafted_checkpoints_safely():
+    # CVE-2026-24747. The two are released together.
+    assert {'torch>=2.10', 'torchvision>=0.25'} <= set(PROJECT['dependencies'])
+
+
+def test_no_requirement_names_one_build():
+    """Neither an exact version, which a local +cpu wheel satisfies before one with CUDA, nor another index."""
+    lines = [line for path in ROOT.glob('requirements*.txt') for line in path.read_text().splitlines()]
+    assert [line for line in lines if re.match(r'[^#]*(==|\+c(pu|u)|--(extra-)?index-url|--find-links)', line)] == []
+
+
 def test_one_version_everywhere():
     newest = re.search(r'^## (\S+)', (ROOT / 'CHANGELOG.md').read_text(), re.M)[1]
     assert PROJECT['version'] == newest == yaml.safe_load((ROOT / 'CITATION.cff').read_text())['version']

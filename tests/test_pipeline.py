@@ -65,6 +65,15 @@ def test_demo_ends_with_both_tables(demo):
     assert str(demo / 'report.html') in printed.splitlines()[-1]
 
 
+def test_figures_record_their_origin(demo):
+    for name in ('trained', 'baseline'):
+        metrics = json.loads((demo / name / 'metrics.json').read_text())
+        assert metrics['evaluated']['data']['test']['samples'] == metrics['frames']
+        assert metrics['evaluated']['sessions'][0]['packages']['torch'] == torch.__version__
+    printed = (demo / 'printed.txt').read_text()
+    assert 'trained:\n' in printed and f'torch {torch.__version__}' in printed
+
+
 def test_demo_draws_pictures(demo):
     page = (demo / 'report.html').read_text()
     for name in ('trained', 'baseline'):

@@ -12,6 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from report_tree import STAGES, write_run
 
 from apps import report
@@ -19,6 +20,7 @@ from evaluation.report import charts, hands, inputs, sections
 from evaluation.report.charts import Axis, Series, axis_to, line_chart
 from evaluation.report.page import environment
 from utils.hand import FINGERS, JOINT_NAMES, SIDES
+from utils.run_record import run_record
 
 VOID = {'meta', 'img', 'input'}
 VIEW_BOXLESS = {'path', 'line', 'rect', 'circle', 'polygon'}
@@ -492,6 +494,25 @@ def check_error(run: Path, tmp_path: Path, capsys, message: str, path: Path) -> 
     assert message in error and str(path) in error and error.count('\n') == 1 and not out.exists()
 
 
+def test_the_origin_of_the_figures_is_shown(folder, run, tmp_path):
+    record = run_record(seed=3, hand_model='standin', data={'train': {'samples': 40, 'digest': 'abc'}}, device='cpu')
+    edit(run, trained=record, evaluated=record | {'data': {'test': {'samples': 120, 'digest': 'def'}}})
+    page = make(run, folder / 'other', out=tmp_path / 'page.html')
+    training, evaluation = page.table('Training: code'), page.table('Evaluation: code')
+    assert training[''] == ['main', 'other'] and training['seed'] == ['3', '–']
+    assert training['data, train'] == ['40 samples, digest abc', '–'] and training['record'] == ['–', 'none']
+    assert f'torch {torch.__version__}' in training['packages'][0]
+    assert evaluation['data, test'] == ['120 samples, digest def', '–']
+
+
+@pytest.mark.parametrize(
+    'record', [3, [], {'sessions': [7]}, {'sessions': [{'code': 'x', 'machine': [], 'starts': []}]}]
+)
+def test_a_foreign_record_is_none(run, tmp_path, record):
+    page = make(edit(run, trained=record, evaluated=record), out=tmp_path / 'page.html')
+    assert page.table('Training: code')['record'] == ['none']
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Escaping
 # ---------------------------------------------------------------------------------------------------------------------
@@ -518,6 +539,7 @@ def test_markup_in_input_files_is_escaped(folder, sampled, tmp_path):
         protocol=metrics['protocol'] | {'name': HOSTILE},
         config=metrics['config'] | {HOSTILE: HOSTILE},
         by_visibility=...,
+        trained={'seed': HOSTILE, 'data': {HOSTILE: {'samples': HOSTILE}}, 'sessions': [{'command': HOSTILE}]},
     )
     hostile = tmp_path / '<img src=x onerror=alert(3)>'
     sampled.rename(hostile)
@@ -526,6 +548,7 @@ def test_markup_in_input_files_is_escaped(folder, sampled, tmp_path):
     assert all(element[1]['src'].startswith('data:') for element in page.all('img'))
     assert page.of_class('file').count(HOSTILE) == 50 + 3 and hostile.name in page.all('h1')[0][2]
     assert HOSTILE in page.table('Metrics of')['protocol'][0]
+    assert page.table('Training: code')['command'][0] == HOSTILE
 
 
 def test_templates_escape_text_and_data_of_scripts():

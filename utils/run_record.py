@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -27,12 +27,19 @@ _CHECKOUT = Path(__file__).resolve().parents[1]
 _GIT_SECONDS = 20
 
 
+class Row(NamedTuple):
+    """One line of a record."""
+
+    title: str
+    text: str
+
+
 def run_record(
     *,
-    seed: int,
     hand_model: str,
     data: dict[str, Any],
     device: torch.device | str,
+    seed: int | None = None,
     command: Sequence[str] | None = None,
     previous: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -55,7 +62,8 @@ def run_record(
         sessions[-1] |= {'latest_start': now, 'starts': sessions[-1].get('starts', 1) + 1}
     else:
         sessions.append({'started': now, 'latest_start': now, 'starts': 1, **session})
-    return {'seed': seed, 'hand_model': hand_model, 'data': data, 'sessions': sessions}
+    own = {} if seed is None else {'seed': seed}
+    return own | {'hand_model': hand_model, 'data': data, 'sessions': sessions}
 
 
 def write_run_record(folder: str | Path, record: dict[str, Any], *, config: dict[str, Any]) -> None:
@@ -125,10 +133,10 @@ def machine(device: torch.device | str) -> dict[str, Any]:
     }
 
 
-def record_rows(record: Any) -> list[tuple[str, str]]:
-    """The record as (title, text) for consoles and reports; the newest session, and how many there were.
+def record_rows(record: Any) -> list[Row]:
+    """The record as text for consoles and reports; of several sessions, the last, and the number of starts.
 
-    Tolerant of missing or foreign entries: old checkpoints have no record, and files may come from anywhere.
+    Without a record, as in checkpoints of earlier versions, one row says so. Malformed entries are left out.
     """
     record = _mapping(record)
     sessions = record.get('sessions')
@@ -148,7 +156,8 @@ def record_rows(record: Any) -> list[tuple[str, str]]:
         ('hand model', record.get('hand_model', '')),
         *((f'data, {split}', _describe_data(identity)) for split, identity in _mapping(record.get('data')).items()),
     ]
-    return [(title, str(text)) for title, text in rows if text != '']
+    found = [Row(title, str(text)) for title, text in rows if text != '']
+    return found or [Row('record', 'none')]
 
 
 def _mapping(value: Any) -> dict[str, Any]:

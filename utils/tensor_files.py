@@ -6,6 +6,8 @@ is part of the file, so a kill cannot leave a file with another one's checksum.
 
 import hashlib
 import io
+import pickletools
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -19,6 +21,11 @@ from utils.files import atomic_file
 _SEAL = b'sha256:'
 _SEAL_BYTES = len(_SEAL) + hashlib.sha256().digest_size * 2  # hexadecimal
 _BLOCK_BYTES = 1 << 20
+# Names in a pickle, as pickletools prints them.
+_ALLOWED = re.compile(
+    r'collections OrderedDict|torch (\w+Storage|Size|device)|torch\._utils (_rebuild_tensor_v2|_rebuild_parameter)'
+)
+_BEFORE_1_6 = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'  # how files of older versions of PyTorch begin
 # Records at the end of a zip archive: signature and size without comment.
 _END, _END_BYTES = b'PK\5\6', 22
 _LOCATOR, _LOCATOR_BYTES = b'PK\6\7', 20
@@ -88,11 +95,14 @@ def read_tensors(path: str | Path) -> Any:
             content = torch.load(file, map_location='cpu', weights_only=True)
             _check_tensors(content, file.seek(0, io.SEEK_END))
             return content
+    except OSError as error:
+        raise UserError(f'The checkpoint {path} cannot be read: {error.strerror or error}.') from None
     except Exception as error:  # the unpickler raises nearly all kinds for a hostile file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            raise  # no fault of the file, whose sizes were checked
         raise UserError(
             f'The checkpoint {path} cannot be read: it is truncated, damaged, or holds more than tensors, numbers and '
-            f'strings ({reason[:120]}).'
+            f'strings ({_reason(error)}).'
         ) from None
 
 
@@ -101,8 +111,12 @@ def check_archive(path: str | Path) -> None:
     try:
         with open(path, 'rb') as file:
             _check_archive(file)
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f'{path} is truncated or damaged ({error}).') from None
+    except Exception as error:  # zipfile, too, raises many kinds
+        raise UserError(f'{path} is truncated or damaged ({_reason(error)}).') from None
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
 def _check_archive(file: BinaryIO) -> None:
@@ -110,6 +124,8 @@ def _check_archive(file: BinaryIO) -> None:
 
     The records at the end must be where ``torch.save`` writes them, so that other readers find the same entries.
     """
+    if file.read(len(_BEFORE_1_6)) == _BEFORE_1_6:
+        raise ValueError('it has the format of PyTorch before 1.6: load it and save it again with a newer one')
     length = file.seek(0, io.SEEK_END)
     tail_bytes = min(length, _END_64_BYTES + _LOCATOR_BYTES + _END_BYTES + _SEAL_BYTES)
     file.seek(length - tail_bytes)
@@ -132,7 +148,11 @@ def _check_archive(file: BinaryIO) -> None:
     if directory_begin + directory_bytes != directory_end:
         raise ValueError('its directory is damaged')
     with zipfile.ZipFile(file) as archive:
-        _check_entries(archive.infolist(), directory_begin)
+        entries = archive.infolist()
+        _check_entries(entries, directory_begin)
+        for entry in entries:
+            if entry.filename.lower().endswith('.pkl'):
+                _check_pickle(archive.read(entry))
 
 
 def _sha256(file: BinaryIO, count: int) -> str:
@@ -159,8 +179,20 @@ def _check_entries(entries: list[zipfile.ZipInfo], available: int) -> None:
     announced = sum(entry.file_size for entry in entries)
     if announced > available:
         raise ValueError(f'it announces {announced:,} bytes of tensors, but has {available:,}')
-    if len({entry.filename for entry in entries}) < len(entries):
+    if len({entry.filename.lower() for entry in entries}) < len(entries):  # PyTorch ignores case
         raise ValueError('two of its entries have the same name')
+
+
+def _check_pickle(content: bytes) -> None:
+    """Raise ValueError for a pickle of more than tensors, numbers, strings and containers of them.
+
+    ``weights_only`` also allows, for instance, ``bytearray``, with which 100 bytes allocate a terabyte.
+    """
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name in ('STACK_GLOBAL', 'INST', 'EXT1', 'EXT2', 'EXT4'):  # torch.save writes GLOBAL
+            raise ValueError(f'its pickle has the opcode {opcode.name}')
+        if opcode.name == 'GLOBAL' and not _ALLOWED.fullmatch(str(argument)):
+            raise ValueError(f'it holds {argument}')
 
 
 def _check_tensors(content: Any, available: int) -> None:

@@ -14,6 +14,7 @@ from evaluation.report.inputs import Evaluated, Log, PerSample, value_of
 from evaluation.report.views import Block, Card, Section, Span, Table, Text, number
 from evaluation.runs import differences, figure
 from utils.hand import FINGERS, SIDES
+from utils.run_record import record_rows
 
 WORST = 50  # rows in the table of worst samples
 BINS = 40  # per histogram
@@ -74,7 +75,19 @@ def headline(runs: Runs) -> Section:
     caption = 'Metrics of the last stage, with 95 % bootstrap intervals in brackets and each hand below'
     table = Table(caption, ['', *(run.label for run in runs)], rows, 'headline')
     glances = [Block(heading=f'{run.label} at a glance', items=items) for run in runs if (items := glance(run))]
-    return Section('metrics', 'Metrics', 'Metrics', [Block(warning=warning, tables=[table]), *glances])
+    blocks = [Block(warning=warning, tables=[table]), *glances, *_records(runs)]
+    return Section('metrics', 'Metrics', 'Metrics', blocks)
+
+
+def _records(runs: Runs) -> list[Block]:
+    """How each network was trained and evaluated: code, packages, machine, data."""
+    tables = []
+    for what, caption in (('trained', 'Training'), ('evaluated', 'Evaluation')):
+        records = [{row.title: row.text for row in record_rows(run.metrics.get(what))} for run in runs]
+        titles = list(dict.fromkeys(title for record in records for title in record))
+        rows = [[title, *(record.get(title, '–') for record in records)] for title in titles]
+        tables.append(Table(f'{caption}: code, packages, machine and data', ['', *(run.label for run in runs)], rows))
+    return [Block(heading='Origin of these figures', tables=tables)]
 
 
 def _frames(run: Evaluated) -> Text:
