@@ -345,7 +345,7 @@ def _count(folder: Path, quarantined: Sequence[int]) -> int:
                 'python dataset/interhand.py --merge.'
             )
         raise UserError(
-            f'{folder} does not exist: set DATASET.PATH to a prepared data set '
+            f'{folder.absolute()} does not exist: set DATASET.PATH to a prepared data set '
             '(python dataset/interhand.py --data_path INTERHAND --save_path ./data/interhand2.6m/).'
         )
     numbers: dict[str, set[int]] = {}

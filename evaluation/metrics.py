@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from manopth import HandPair
 from manopth.alignment import align
 from models.placement import Placement, relative_roots
-from utils.geometry import CROP_SIZE, bone_length, project
+from utils.geometry import CROP_SIZE, project, scale_to_truth
 from utils.hand import HAND_SCALE, LEFT, MANO_TO_JOINTS, NUM_CHAIN_JOINTS, NUM_FACES, RIGHT, TIP_VERTICES
 from utils.rasterizer import rasterize
 
@@ -106,7 +106,7 @@ def sample_errors(
     own_root = joints[:, :, root : root + 1]
     joints, vertices = joints - own_root, vertices - own_root
     if protocol.scale:
-        factor = bone_length(true_joints) / bone_length(joints)
+        factor = scale_to_truth(joints, true_joints)
         joints, vertices = joints * factor, vertices * factor
     joints, vertices = joints + true_root, vertices + fit_root  # at the true root: 3D distances stay the same
 
@@ -149,10 +149,11 @@ def procrustes_errors(
 
 
 def box_iou(pixels: Tensor) -> Tensor:
-    """Intersection over union of both hands' bounding boxes: image points (B, 2, V, 2) -> (B,)."""
+    """Intersection over union of both hands' bounding boxes: image points (B, 2, V, 2) -> (B,); 0 without any area."""
     low, high = pixels.amin(2), pixels.amax(2)  # (B, 2, 2)
     common = (high.amin(1) - low.amax(1)).clamp_min(0).prod(-1)
-    return common / ((high - low).prod(-1).sum(-1) - common)
+    together = (high - low).prod(-1).sum(-1) - common
+    return common / together.masked_fill(together == 0, 1)
 
 
 def hand_distance(vertices: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from utils.config import CHECKOUT
 from utils.errors import UserError
 
-MODEL = 'misc/hand_landmarker.task'
+MODEL = str(CHECKOUT / 'misc/hand_landmarker.task')
 DOWNLOAD = (
     'Download hand_landmarker.task from https://ai.google.dev/edge/mediapipe/solutions/vision/'
     f'hand_landmarker#models and save it as {MODEL}, or pass its path with --detector.'

@@ -87,8 +87,8 @@ def load_mano_pkl(path: str | Path, *, side: str) -> HandModel:
     arrays = {}
     for name, key in names.items():
         try:
-            array = np.asarray(safe_pickle.as_array(raw[key]), dtype=np.float64)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            array = safe_pickle.numbers(raw[key], np.float64)
+        except safe_pickle.NOT_NUMBERS as error:
             raise ManoError(
                 f'{path}: {key} is not a numeric array ({type(error).__name__}: {error}). The file is damaged; '
                 'download it again.'

@@ -3,11 +3,15 @@
 Leading axes are arbitrary; values and gradients are finite at the singular points. Matrices rotate column vectors.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _SMALL = 1e-3  # rad^2: below it the series is exact to float64 rounding, and the closed form tends to 0 / 0
+_SHORTEST = 1e-8
+_HALF = (torch.float16, torch.bfloat16)  # LAPACK computes in float32 at least
 
 
 def axis_angle_to_matrix(axis_angle: Tensor) -> Tensor:
@@ -86,22 +90,22 @@ def symmetric_6d_to_matrix(six: Tensor) -> Tensor:
     """6D representation (..., 6) -> rotation matrix (..., 3, 3), sharing the error between both vectors a and b.
 
     m = norm(a + b), o = norm(a - b) after normalising a and b; columns are x = norm(m + o), y = norm(m - o),
-    z = norm(x x y). Lengths are clamped at 1e-8, so values and gradients stay finite for zero or parallel vectors.
+    z = norm(x x y). For zero or parallel vectors, some columns are zero: see ``unit_vectors``.
     """
-    a, b = (_unit(part) for part in six.unflatten(-1, (2, 3)).unbind(-2))
-    middle, outer = _unit(a + b), _unit(a - b)
-    x, y = _unit(middle + outer), _unit(middle - outer)
-    return torch.stack([x, y, _unit(torch.linalg.cross(x, y))], -1)
+    a, b = (unit_vectors(part) for part in six.unflatten(-1, (2, 3)).unbind(-2))
+    middle, outer = unit_vectors(a + b), unit_vectors(a - b)
+    x, y = unit_vectors(middle + outer), unit_vectors(middle - outer)
+    return torch.stack([x, y, unit_vectors(torch.linalg.cross(x, y))], -1)
 
 
 def gram_schmidt_6d_to_matrix(six: Tensor) -> Tensor:
     """6D representation (..., 6) -> rotation matrix (..., 3, 3) by Gram-Schmidt (Zhou et al., CVPR 2019).
 
-    Columns are x = norm(a), z = norm(x x b), y = z x x.
+    Columns are x = norm(a), z = norm(x x b), y = z x x. For zero or parallel vectors, some are zero.
     """
     a, b = six.unflatten(-1, (2, 3)).unbind(-2)
-    x = _unit(a)
-    z = _unit(torch.linalg.cross(x, b))
+    x = unit_vectors(a)
+    z = unit_vectors(torch.linalg.cross(x, b))
     return torch.stack([x, torch.linalg.cross(z, x), z], -1)
 
 
@@ -109,9 +113,14 @@ def nearest_rotation(matrix: Tensor) -> Tensor:
     """Project matrices (..., 3, 3) onto the nearest rotations in the Frobenius norm (Kabsch 1976).
 
     The gradient is computed in closed form, because that of the SVD is undefined where singular values coincide, as
-    they do for every rotation. There is no second derivative.
+    they do for every rotation. There is no second derivative. Matrices that are not finite yield NaN.
     """
+    if matrix.dtype in _HALF:
+        return nearest_rotation(matrix.float()).to(matrix.dtype)
     rotation, scale, right = polar_decomposition(matrix.detach())
+    finite = matrix.isfinite().all(-1).all(-1)[..., None, None]
+    if not matrix.requires_grad:
+        return torch.where(finite, rotation, math.nan)
     # With M = R S, a change dM turns R by the vector w = (tr(S) I - S)^-1 vee(R^T dM - dM^T R).
     symmetric = right.mT @ (scale[..., None] * right)
     identity = torch.eye(3, dtype=matrix.dtype, device=matrix.device)
@@ -119,20 +128,30 @@ def nearest_rotation(matrix: Tensor) -> Tensor:
     local = rotation.mT @ (matrix - matrix.detach())  # zero; carries the gradient
     skew = local - local.mT
     vee = torch.stack([skew[..., 2, 1], skew[..., 0, 2], skew[..., 1, 0]], -1)
-    turn = (torch.linalg.pinv(inertia, hermitian=True) @ vee[..., None]).squeeze(-1)
+    # Directions in which a change turns nothing but rounding errors have no gradient.
+    inverse = torch.linalg.pinv(inertia, atol=_SHORTEST, rtol=3 * torch.finfo(matrix.dtype).eps, hermitian=True)
+    turn = (inverse @ vee[..., None]).squeeze(-1)
     return rotation + rotation @ cross_product_matrix(turn)
 
 
 def polar_decomposition(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Decompose matrices M (..., 3, 3) as R V^T diag(s) V with a rotation R.
 
-    -> R (..., 3, 3), s (..., 3), V (..., 3, 3). s are the singular values, the last one negative if det M < 0.
+    -> R (..., 3, 3), s (..., 3), V (..., 3, 3). s are the singular values, the last one negative if det M < 0. Matrices
+    that are not finite, which the SVD refuses, are decomposed as 0.
     """
-    left, singular, right = torch.linalg.svd(matrix)
+    finite = matrix.isfinite().all(-1).all(-1)[..., None, None]
+    left, singular, right = torch.linalg.svd(torch.where(finite, matrix, 0))
     sign = torch.ones_like(singular)
     sign[..., 2] = torch.linalg.det(left @ right).sign()
     return (left * sign[..., None, :]) @ right, singular * sign, right
 
 
-def _unit(vector: Tensor) -> Tensor:
-    return F.normalize(vector, dim=-1, eps=1e-8)
+def unit_vectors(vectors: Tensor) -> Tensor:
+    """Scale vectors (..., N) to length 1; those shorter than 1e-8 become 0.
+
+    Their direction means nothing, so they have no gradient. A bound on the length, as in ``F.normalize``, would
+    multiply it by 1e8, from which the moments of Adam recover only after thousands of steps.
+    """
+    length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return vectors / length.masked_fill(length < _SHORTEST, math.inf)

@@ -10,7 +10,7 @@ from manopth import HandPair
 from models import losses
 from models.predictions import DIROutput, HandPrediction, Target
 from utils.distributed import whole_batch
-from utils.geometry import bone_length
+from utils.geometry import scale_to_truth
 from utils.hand import HAND_SCALE, LEFT, RIGHT, SIDES
 
 SEGMENTATION_CLASS_WEIGHTS = (0.1, 0.45, 0.45)  # background, left, right
@@ -86,7 +86,7 @@ class DIRCriterion(nn.Module):
     def _hand_terms(self, hands: HandPrediction, target: Target, truth: '_CentredTruth') -> dict[str, Tensor]:
         joints, vertices = hands.joints / HAND_SCALE, hands.vertices / HAND_SCALE
         if self.scale_to_truth:
-            scale = bone_length(truth.joints) / bone_length(joints)
+            scale = scale_to_truth(joints, truth.joints)
             joints, vertices = joints * scale, vertices * scale
         edges = losses.face_edges(vertices, self.faces)
         return self._weighted(

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manopth.rotations import unit_vectors
+
 HUBER_DELTA = 0.01
 
 
@@ -33,7 +35,7 @@ def edge_length_loss(edges: Tensor, true_edges: Tensor) -> Tensor:
 def normal_loss(edges: Tensor, true_edges: Tensor) -> Tensor:
     """Mean |cosine| of predicted edges and the true normal of their face, per hand: (B, H, F, 3, 3) twice -> (H,)."""
     normals = F.normalize(torch.linalg.cross(true_edges[..., 0, :], true_edges[..., 1, :]), dim=-1)
-    cosine = (F.normalize(edges, dim=-1) * normals[..., None, :]).sum(-1)
+    cosine = (unit_vectors(edges) * normals[..., None, :]).sum(-1)
     return cosine.abs().transpose(0, 1).flatten(1).mean(1)
 
 

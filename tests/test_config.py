@@ -6,8 +6,22 @@ import pytest
 from yacs.config import CfgNode
 
 import train
+from dataset.prepared import InterHandDataset
+from inference.detector import MODEL
 from models import build_criterion, build_model
-from utils.config import RENAMED, add_config_arguments, default_config, flatten, load_config
+from models.hands import load_hands
+from utils.config import (
+    CHECKOUT,
+    CHOICES,
+    MAY_BE_EMPTY,
+    RANGES,
+    RENAMED,
+    Range,
+    add_config_arguments,
+    default_config,
+    flatten,
+    load_config,
+)
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,7 +160,7 @@ def test_an_unknown_key_names_the_nearest(tmp_path, key, near):
     with pytest.raises(UserError, match=f"command line: '{key}' is not a configuration key; the nearest is '{near}"):
         load_config(None, [key, '1'])
     file = write(tmp_path / 'a.yaml', f'{key}: 1\n')
-    with pytest.raises(UserError, match=f"a.yaml: '{key}' is not a configuration key"):
+    with pytest.raises(UserError, match=f"a.yaml, line 1: '{key}' is not a configuration key"):
         load_config(file)
 
 
@@ -164,15 +178,130 @@ def test_an_unknown_key_of_a_checkpoint_is_attributed_to_it():
         ('TRAIN.LR', 'fast'),
         ('TRAIN.LR', 'true'),
         ('TRAIN.DECAY_ALL', '1'),
+        ('TRAIN.EPOCHS', '0123'),  # octal for YAML 1.1, a mistake for Python
+        ('TRAIN.EPOCHS', '1:30'),  # 90 for YAML 1.1
+        ('TRAIN.EPOCHS', '9' * 5000),
+        ('SEED', '1.0'),
+        ('SEED', 'None'),
+        ('TRAIN.LR', '5,4'),
         ('MODEL.BONE_RADIUS', '3'),
+        ('MODEL.BONE_RADIUS', '[1, [2]]'),
         ('MODEL.BONE_RADIUS', "['a', 'b']"),
-        ('OUTPUT_DIR', 'true'),
-        ('OUTPUT_DIR', '[1]'),
     ],
 )
-def test_a_value_of_another_type_is_refused(key, text):
-    with pytest.raises(UserError, match=f'{key} must be a '):
+def test_a_value_of_another_type_is_refused(tmp_path, key, text):
+    expected = 'true or false' if key == 'TRAIN.DECAY_ALL' else '(a|text) '
+    with pytest.raises(UserError, match=f'the command line: {key} must be {expected}') as refused:
         load_config(None, [key, text])
+    assert len(str(refused.value)) < 250
+    with pytest.raises(UserError, match=f'{key} must be '):
+        load_config(write(tmp_path / 'a.yaml', f'{key}: {text}\n'))
+
+
+# A folder may have any name: none of these is a number, a date, a time, a truth value or nothing.
+NAMES = (
+    '2024_01_15 20240115_123000 1.10 1e3 0x10 3#a 0123 0o17 1_000 12:30:00 2024-01-15 2024-01-15T10:00:00Z None null ~ '
+    'True true no off .inf nan +1 007 1,5 5e-4 =x <<'
+)
+
+
+@pytest.mark.parametrize('name', NAMES.split())
+@pytest.mark.parametrize(
+    'key', ['OUTPUT_DIR', 'DATASET.PATH', 'DATASET.COLOURS', 'MANO.PATH', 'MODEL.BACKBONE_WEIGHTS']
+)
+def test_text_stays_as_typed(tmp_path, key, name):
+    assert flatten(load_config(None, [key, name]))[key] == name
+    for typed in (name, f"'{name}'", f'"{name}"'):  # YAML's own quotes are not part of the value
+        file = write(tmp_path / 'a.yaml', f'{key}: {typed}\n')
+        assert flatten(load_config(file))[key] == name
+
+
+@pytest.mark.parametrize(
+    'name', ["'my run'", '"x"', '[1]', '(1, 2)', '{a: 1}', ' padded ', '#1', '&a', '!x', 'é', 'n\udce4']
+)
+def test_text_on_the_command_line_is_not_yaml(name):
+    assert name == load_config(None, ['OUTPUT_DIR', name]).OUTPUT_DIR
+
+
+@pytest.mark.parametrize(
+    'text, said', [('', 'empty'), ('"a\\0b"', 'no file name can'), (r'"\ud800"', 'no file name can')]
+)
+@pytest.mark.parametrize('key', ['OUTPUT_DIR', 'DATASET.PATH', 'MANO.PATH', 'MODEL.BACKBONE'])
+def test_text_that_can_be_no_name_is_refused(tmp_path, key, text, said):
+    with pytest.raises(UserError, match=f'{key} is.* {said}'):
+        load_config(write(tmp_path / 'a.yaml', f'{key}: {text}\n'))
+
+
+def test_text_of_a_checkpoint_must_be_text():
+    for value in (20240115, None, True, ['a']):
+        with pytest.raises(UserError, match='the checkpoint: OUTPUT_DIR must be text'):
+            load_config(base={'OUTPUT_DIR': value})
+
+
+def test_a_later_pair_overrides_an_earlier_one():
+    assert load_config(None, ['SEED', '1', 'SEED', '2']).SEED == 2
+
+
+@pytest.mark.parametrize(
+    'content, key, line',
+    [
+        ('TRAIN:\n  LR: 1e-3\nMODEL:\n  STAGES: 1\nTRAIN:\n  EPOCHS: 7\n', 'TRAIN', 5),
+        ('SEED: 1\n# again\nSEED: 1\n', 'SEED', 3),
+        ('TRAIN:\n  LR: 1\n  EPOCHS: 2\n  LR: 2\n', 'TRAIN.LR', 4),
+        ('TRAIN: {LR: 1, "LR": 2}\n', 'TRAIN.LR', 1),
+        ('LOSS:\n  WEIGHT:\n    EDGE: 1\n  WEIGHT:\n    OFFSET: 2\n', 'LOSS.WEIGHT', 4),
+        ('TRAIN.LR: 1\nTRAIN:\n  LR: 2\n', 'TRAIN.LR', 3),
+        ('X:\n  Y: 1\nX: 2\n', 'X', 3),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path, content, key, line):
+    with pytest.raises(UserError, match=f"a.yaml, line {line}: '{key}' stands in line [0-9] already"):
+        load_config(write(tmp_path / 'a.yaml', content))
+
+
+def test_sections_may_be_dotted_and_empty(tmp_path):
+    cfg = load_config(write(tmp_path / 'a.yaml', 'TRAIN.LR: 1\nTRAIN:\n  EPOCHS: 2\nMODEL:\nLOSS.WEIGHT:\n'))
+    assert (cfg.TRAIN.LR, cfg.TRAIN.EPOCHS) == (1.0, 2)
+
+
+def test_every_key_that_holds_a_number_has_a_range():
+    default = flatten(default_config())
+    numeric = {key for key, value in default.items() if type(value) in (int, float, list)}
+    assert set(RANGES) == numeric - set(CHOICES) and set(CHOICES) <= set(default)
+    for key, allowed in RANGES.items():
+        assert -2 < allowed.low < allowed.high < 10**10
+        assert all(value in allowed for value in (default[key] if isinstance(default[key], list) else [default[key]]))
+    assert {key for key in MAY_BE_EMPTY if default[key] == ''} == set(MAY_BE_EMPTY)
+
+
+@pytest.mark.parametrize('key', RANGES)
+def test_a_number_that_cannot_be_meant_is_refused_by_key(tmp_path, key):
+    low, high, low_open, high_open = RANGES[key]
+    whole = type(flatten(default_config())[key]) is int
+    a_little = 1 if whole else 1e-3
+    words = [repr(low if low_open else low - a_little), repr(high if high_open else high + a_little * 1000), '-1e400']
+    words += ['9' * 400] if whole else ['nan', '-nan', 'inf', '-inf', '1e400', 'NaN', '9' * 400]
+    for word in words[: 2 if whole else None]:
+        text = f'[1, 2, {word}]' if key == 'MODEL.BONE_RADIUS' else word
+        with pytest.raises(
+            UserError, match=f'{key} (is|has the entry) .*; it must be {re.escape(str(RANGES[key]))}'
+        ) as refused:
+            load_config(None, [key, text])
+        assert len(str(refused.value)) < 250
+        with pytest.raises(UserError, match=key):
+            load_config(write(tmp_path / 'a.yaml', f'{key}: {text}\n'))
+    with pytest.raises(UserError, match=key):
+        load_config(base={key: float('nan')})
+
+
+def test_the_ends_of_a_range():
+    assert 0 in Range(0, 1) and 1 in Range(0, 1) and 0 not in Range(0, 1, low_open=True)
+    assert 1 not in Range(0, 1, high_open=True) and float('nan') not in Range(0, 1)
+    assert (
+        str(Range(0, 1, True, True)) == 'above 0 and below 1'
+        and str(Range(-1, 5000)) == 'at least -1 and at most 5,000'
+    )
+    assert load_config(None, ['SEED', str(2**32 - 1)]).SEED == 2**32 - 1
 
 
 @pytest.mark.parametrize(
@@ -212,17 +341,85 @@ def test_a_key_without_a_value_is_refused():
 @pytest.mark.parametrize(
     'content, said',
     [
-        ('TRAIN: [1, 2', 'not valid YAML'),
-        ('a: b: c', 'not valid YAML'),
+        ('TRAIN: [1, 2', 'not valid YAML .line 1: '),
+        ('a: b: c', 'not valid YAML .line 1: '),
         ('- 1\n- 2\n', 'must hold KEY: VALUE'),
         ('just words', 'must hold KEY: VALUE'),
         ('TRAIN: 5\n', "'TRAIN' is not a configuration key"),
+        ('TRAIN:\n\tLR: 1\n', 'line 2: .*Indent with spaces'),
+        (
+            'SEED: 1\nOUTPUT_DIR: !!python/object/apply:os.system [echo]\n',
+            'line 2: the tag .*python.* is not supported',
+        ),
+        ('OUTPUT_DIR: !env HOME\n', 'line 1: the tag !env is not supported'),
+        ('SEED: !!int "3"\n', 'line 1: the tag .* is not supported'),
+        ('TRAIN: &train {LR: 1}\n', 'line 1: anchors and aliases'),
+        ('SEED: *seed\n', 'line 1: anchors and aliases'),
+        ('TRAIN:\n  <<: {LR: 1}\n', "'TRAIN.<<.LR' is not a configuration key"),
+        ('? [a, b]\n: 1\n', 'a key must be a word'),
+        ('OUTPUT_DIR: [a, b]\n', 'OUTPUT_DIR must be text'),
+        ('MODEL.BONE_RADIUS: [[1, 2]]\n', 'must be a list of single values'),
+        ('SEED: {a: 1}\n', "'SEED.a' is not a configuration key"),
+        ('SEED: 1\n---\nSEED: 2\n', 'not valid YAML .line 2: '),
+        ('A: ' + '[' * 5000, 'line 1: a configuration is nested at most'),
+        ('{A: ' * 5000, 'line 1: a configuration is nested at most'),
+        ('"\\Uffffffff": 1\n', 'not valid YAML'),
+        ('%YAML ' + '9' * 5000 + '.1\n---\n', 'not valid YAML'),
+        ('SEED: 1\x07\n', 'not valid YAML'),
+        ('? ' + 'A' * 60000 + '\n: 1\n', 'is not a configuration key'),
+        ('# ' + 'a' * 70000, 'longer than 65,536 bytes'),
     ],
 )
 def test_files_that_are_not_configurations(tmp_path, content, said):
     with pytest.raises(UserError, match=said) as refused:
         load_config(write(tmp_path / 'bad.yaml', content))
     assert 'bad.yaml' in str(refused.value) and '\n' not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        'TRAIN:\n  LR: 0.5\nOUTPUT_DIR: ä\n'.encode('utf-8-sig'),
+        'TRAIN:\n  LR: 0.5\nOUTPUT_DIR: ä\n'.encode('utf-16'),
+        'TRAIN:\r\n  LR: 0.5\r\nOUTPUT_DIR: ä\r\n'.encode(),
+        'TRAIN:\r  LR: 0.5\rOUTPUT_DIR: ä\r'.encode(),
+        b'--- # start\nTRAIN: {LR: 0.5}\nOUTPUT_DIR: "\\u00e4"\n...\n',
+    ],
+)
+def test_files_as_editors_save_them(tmp_path, content):
+    (tmp_path / 'a.yaml').write_bytes(content)
+    cfg = load_config(tmp_path / 'a.yaml')
+    assert (cfg.TRAIN.LR, cfg.OUTPUT_DIR) == (0.5, 'ä')
+
+
+def test_a_file_in_latin_1_is_refused_with_the_line(tmp_path):
+    (tmp_path / 'a.yaml').write_bytes('SEED: 1\nOUTPUT_DIR: ä\n'.encode('latin1'))
+    with pytest.raises(UserError, match=r'line 2: a byte that is not UTF-8.. Save it as UTF-8'):
+        load_config(tmp_path / 'a.yaml')
+
+
+def test_defaults_that_are_files_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parser = argparse.ArgumentParser()
+    add_config_arguments(parser, default='configs/dir_interhand.yaml')
+    args = parser.parse_args([])
+    assert load_config(args.cfg).OUTPUT_DIR == './output/dir_interhand'
+    assert Path(MODEL) == CHECKOUT / 'misc/hand_landmarker.task'
+    with pytest.raises(UserError, match=re.escape(f'{CHECKOUT}/misc/mano/MANO_LEFT.pkl is missing')):
+        load_hands()
+    (tmp_path / 'misc/mano').mkdir(parents=True)  # the working folder comes first
+    with pytest.raises(UserError, match=re.escape(f'{tmp_path}/misc/mano/MANO_LEFT.pkl is missing')):
+        load_hands()
+
+
+def test_a_missing_relative_path_is_reported_with_the_folder_it_was_looked_for_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=re.escape(f'configs/demo.yaml does not exist in {tmp_path}')):
+        load_config('configs/demo.yaml')
+    with pytest.raises(UserError, match=re.escape(f'{tmp_path}/models/mano/MANO_LEFT.pkl is missing')):
+        load_hands(path='models/mano')
+    with pytest.raises(UserError, match=re.escape(f'{tmp_path}/data/train does not exist')):
+        InterHandDataset('./data', 'train')
 
 
 def test_missing_binary_and_folder_files(tmp_path):
@@ -248,12 +445,13 @@ def test_flatten_names_every_leaf():
 def test_scripts_take_a_file_and_pairs():
     parser = argparse.ArgumentParser()
     add_config_arguments(parser, default='configs/demo.yaml')
-    assert vars(parser.parse_args([])) == {'cfg': 'configs/demo.yaml', 'opts': []}
+    default = str(ROOT / 'configs/demo.yaml')
+    assert vars(parser.parse_args([])) == {'cfg': default, 'opts': []}
     given = parser.parse_args(['--cfg', 'x.yaml', 'SEED', '1'])
     assert (given.cfg, given.opts) == (['x.yaml'], ['SEED', '1'])
     again = parser.parse_intermixed_args(['--cfg', 'x.yaml', 'SEED', '1', '--cfg', 'y.yaml', 'TRAIN.LR', '1'])
     assert (again.cfg, again.opts) == (['x.yaml', 'y.yaml'], ['SEED', '1', 'TRAIN.LR', '1'])
-    assert parser.parse_args([]).cfg == 'configs/demo.yaml'  # one use does not leak into the next
+    assert parser.parse_args([]).cfg == default  # one use does not leak into the next
 
 
 def test_checkpoint_with_keys_of_an_earlier_version_still_loads():

@@ -11,24 +11,30 @@ from torch import Tensor
 from utils.hand import LENGTH_BONE
 
 CROP_SIZE = 256  # pixels, side of a prepared crop; every pixel coordinate refers to it
+NEAREST_DEPTH = 1e-6  # m: a point nearer to the camera plane is projected as if it lay that far in front of it
+SHORTEST_BONE = 1e-6  # m or HAND_SCALE: a bone that is shorter says nothing about a hand's size
 HANDS_IN_CROP = 0.8  # larger extent of the two hands, as a share of the side of the crop
 
 
 def crop_matrix(points: np.ndarray, share: float = HANDS_IN_CROP) -> np.ndarray:
     """Affine map A (3, 3) from image to crop that centres the bounding box of the pixels (N, 2).
 
-    The longer side of the box is ``share`` of the side of the crop.
+    The longer side of the box, at least one pixel, is ``share`` of the side of the crop.
     """
     low, high = points.min(0), points.max(0)
-    corner_x, corner_y = (low + high) / 2 - (half := (high - low).max() / 2 / share)
+    corner_x, corner_y = (low + high) / 2 - (half := max((high - low).max(), 1.0) / 2 / share)
     scale = CROP_SIZE / (2 * half)
     return np.array([[scale, 0, -scale * corner_x], [0, scale, -scale * corner_y], [0, 0, 1]])
 
 
 def project(points: Tensor, intrinsics: Tensor) -> Tensor:
-    """Pinhole projection: points (..., N, 3) m, intrinsics (..., 3, 3), any full matrix -> pixels (..., N, 2)."""
+    """Pinhole projection: points (..., N, 3) m, intrinsics (..., 3, 3), any full matrix -> pixels (..., N, 2).
+
+    Finite for points on the camera plane too; those behind it are mirrored through the pinhole.
+    """
     image = points @ intrinsics.transpose(-1, -2)
-    return image[..., :2] / image[..., 2:]
+    depth = image[..., 2:]
+    return image[..., :2] / depth.masked_fill(depth.abs() < NEAREST_DEPTH, NEAREST_DEPTH)
 
 
 def to_uv(pixels: Tensor, size: int = CROP_SIZE) -> Tensor:
@@ -103,3 +109,13 @@ def bone_length(joints: Tensor) -> Tensor:
     """Joints (..., 21, 3) -> length (..., 1, 1) of the bone for scale alignment, wrist to middle MCP."""
     start, end = LENGTH_BONE
     return torch.linalg.vector_norm(joints[..., end, :] - joints[..., start, :], dim=-1)[..., None, None]
+
+
+def scale_to_truth(joints: Tensor, true_joints: Tensor) -> Tensor:
+    """Factor (..., 1, 1) of scale alignment, true / predicted bone length; joints (..., 21, 3), differentiable.
+
+    1 where the predicted bone has no length: no factor could then restore the true one.
+    """
+    length = bone_length(joints)
+    none = length < SHORTEST_BONE
+    return (bone_length(true_joints) / length.masked_fill(none, 1)).masked_fill(none, 1)

@@ -1,0 +1,1 @@
+"""Fuzz targets of every reader of files from outside: see ``run.py``."""
