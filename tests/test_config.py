@@ -362,6 +362,8 @@ def test_a_key_without_a_value_is_refused():
         ('SEED: {a: 1}\n', "'SEED.a' is not a configuration key"),
         ('SEED: 1\n---\nSEED: 2\n', 'not valid YAML .line 2: '),
         ('A: ' + '[' * 5000, 'line 1: a configuration is nested at most'),
+        ('{' * 60000, 'line 1: a configuration is nested at most'),
+        ('[\n' * 30000, 'line 18: a configuration is nested at most'),
         ('{A: ' * 5000, 'line 1: a configuration is nested at most'),
         ('"\\Uffffffff": 1\n', 'not valid YAML'),
         ('%YAML ' + '9' * 5000 + '.1\n---\n', 'not valid YAML'),

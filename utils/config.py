@@ -304,18 +304,28 @@ class _PlainComposer(yaml.BaseLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if event.anchor:
-            self.refuse(event, 'anchors and aliases (&, *) are not supported in a configuration; repeat the values.')
+            self.refuse(
+                event.start_mark, 'anchors and aliases (&, *) are not supported in a configuration; repeat the values.'
+            )
         if event.tag:
-            self.refuse(event, f'the tag {event.tag} is not supported in a configuration; write the bare value.')
+            self.refuse(
+                event.start_mark, f'the tag {event.tag} is not supported in a configuration; write the bare value.'
+            )
         if self.levels > MOST_LEVELS:
-            self.refuse(event, f'a configuration is nested at most {MOST_LEVELS} levels deep.')
+            self.refuse(event.start_mark, f'a configuration is nested at most {MOST_LEVELS} levels deep.')
         self.levels += 1
         node = super().compose_node(parent, index)
         self.levels -= 1
         return node
 
-    def refuse(self, event: yaml.Event, sentence: str) -> NoReturn:
-        raise UserError(f'{self.name}, line {event.start_mark.line + 1}: {sentence}')
+    def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
+        """Refuse depth while scanning: the scanner's time grows with its square."""
+        if self.flow_level > MOST_LEVELS:
+            self.refuse(self.get_mark(), f'a configuration is nested at most {MOST_LEVELS} levels deep.')
+        super().fetch_flow_collection_start(token)
+
+    def refuse(self, where: yaml.Mark, sentence: str) -> NoReturn:
+        raise UserError(f'{self.name}, line {where.line + 1}: {sentence}')
 
 
 def _read_yaml(path: Path) -> list[tuple[str, str | list[str], int]]:
