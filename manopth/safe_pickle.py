@@ -76,23 +76,22 @@ def numbers(value: Any, dtype: type) -> np.ndarray:
     larger than any of a hand model.
     """
     array = as_array(value)
-    if not isinstance(array, np.ndarray):
-        _check_length(array, _MOST_DENSE)
+    if not isinstance(array, np.ndarray) and _length(array, {}) > _MOST_DENSE:
+        raise ValueError('lists that hold each other')
     return np.asarray(array, dtype=dtype)
 
 
 NOT_NUMBERS = (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
 
 
-def _check_length(value: Any, left: int) -> int:
-    """How many of ``left`` elements remain once the nested lists in ``value`` are laid out."""
+def _length(value: Any, known: dict[int, float]) -> float:
+    """Elements of nested lists once they are laid out; infinite for a list that holds itself."""
     if not isinstance(value, (list, tuple)):
-        return left - 1
-    for entry in value:
-        left = _check_length(entry, left)
-        if left < 0:
-            raise ValueError('lists that hold each other')
-    return left
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf
+        known[id(value)] = sum(_length(entry, known) for entry in value)
+    return known[id(value)]
 
 
 class _ArrayType:
@@ -178,6 +177,11 @@ def _scalar(dtype: Any, data: Any) -> Any:
     return _from_buffer(data.encode('latin1') if isinstance(data, str) else data, dtype, (), 'C')[()]
 
 
+def _no_bytes() -> bytes:
+    """Protocols before 3 write b'' as a call of bytes."""
+    return b''
+
+
 def _copyreg_reconstructor(cls: Any, base: Any, state: Any) -> Any:
     if base is not object or state is not None or not (isinstance(cls, type) and issubclass(cls, _Fields)):
         raise _RefusedError('it contains an object with a base class other than object')
@@ -200,6 +204,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ('numpy', 'ndarray'): _ArrayType(),
     ('numpy', 'dtype'): _DType,
     ('_codecs', 'encode'): _latin1,
+    ('__builtin__', 'bytes'): _no_bytes,
     ('copy_reg', '_reconstructor'): _copyreg_reconstructor,
     ('copyreg', '_reconstructor'): _copyreg_reconstructor,
     ('__builtin__', 'object'): object,
