@@ -8,13 +8,14 @@ import pytest
 
 from manopth import ManoError, safe_pickle
 from tests.fuzz import readers
-from tests.fuzz.run import NAMES
+from tests.fuzz.run import NAMES, instrumented
 
 VARIATIONS = {'packed': 40, 'raw': 60}  # the slower ones
 
 
 def test_every_reader_has_a_target():
     assert tuple(sorted(readers.READERS)) == NAMES
+    assert all(instrumented(name) == list(readers.READERS[name].instrumented) for name in NAMES)
 
 
 @pytest.mark.parametrize('name', NAMES)
