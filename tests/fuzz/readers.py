@@ -36,6 +36,7 @@ from models.checkpoint import FORMAT as CHECKPOINT_FORMAT
 from models.checkpoint import read_checkpoint
 from utils.config import load_config
 from utils.errors import UserError
+from utils.images import decode_image
 
 TYPED = (UserError, ManoError)
 FOUND = Path(__file__).parent / 'found'  # READER/NAME: inputs that once found a fault
@@ -73,6 +74,8 @@ def _warm_up(read: Callable[[bytes], None]) -> None:
     """Let the reader import what it needs and the scratch folders be made, which would look like code that runs."""
     Image.init()
     scratch()
+    with suppress(Exception):
+        decode_image(b'no image')  # looks for optional packages
     with suppress(Exception):
         read(b'\0 is no file')
 
