@@ -65,7 +65,9 @@ class PackedDataset(PreparedSplit):
         kind, stored = record_type(), self.manifest['samples']
         try:
             found = np.load(path, mmap_mode='r', allow_pickle=False)
-        except ValueError as error:
+        except OSError:
+            raise
+        except Exception as error:  # a damaged header can raise almost anything
             raise UserError(f'{path} cannot be read ({error}): {PACK_AGAIN}.') from None
         if found.shape != (stored,) or found.dtype != kind:
             raise UserError(f'{path} does not hold the labels of {stored} samples: {PACK_AGAIN}.')

@@ -27,6 +27,7 @@ from dataset.damage import (
     read_quarantine,
     replacement,
 )
+from manopth import safe_pickle
 from utils.errors import UserError
 from utils.files import read_pickle
 from utils.geometry import CROP_SIZE
@@ -279,14 +280,14 @@ class InterHandDataset(PreparedSplit):
             hands = [content['mano_params'][side] for side in SIDES]
             camera = content['camera']
             arrays = [
-                np.stack([np.asarray(hand[key], np.float32).reshape(shape) for hand in hands])
+                np.stack([safe_pickle.numbers(hand[key], np.float32).reshape(shape) for hand in hands])
                 for key, shape in (('R', (3, 3)), ('pose', 45), ('shape', 10), ('trans', 3))
             ]
             arrays += [
-                np.asarray(camera[key], np.float32).reshape(shape)
+                safe_pickle.numbers(camera[key], np.float32).reshape(shape)
                 for key, shape in (('R', (3, 3)), ('t', 3), ('camera', (3, 3)))
             ]
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except safe_pickle.NOT_NUMBERS as error:
             raise DamageError(
                 f'{path} is not a prepared annotation ({type(error).__name__}: {error}); {PREPARE_AGAIN}.'
             ) from None

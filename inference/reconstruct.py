@@ -25,6 +25,7 @@ from utils.training import autocast, set_float32_precision
 
 Box = tuple[float, float, float, float]  # x, y of the upper left corner, width, height; pixels
 SMALLEST_SIDE = 8  # pixels: of a box or image in which hands can be found
+LARGEST_BOX = 1e6  # pixels: beyond it, the geometry of a crop loses its digits
 SMALL_HANDS = 0.4  # of the crop's side; smaller hands are predicted badly: in training they fill 0.8 of it
 
 
@@ -99,7 +100,7 @@ def check_box(box: Sequence[float], width: int, height: int) -> np.ndarray:
         numbers = np.asarray(box, np.float64)
     except (TypeError, ValueError):
         numbers = np.empty(0)
-    if numbers.shape != (4,) or not np.isfinite(numbers).all():
+    if numbers.shape != (4,) or not (np.abs(numbers) < LARGEST_BOX).all():
         raise UserError(f'A box must be four numbers, x y width height in pixels, not {box!r}.')
     left, top, across, down = numbers
     if min(across, down) < SMALLEST_SIDE:

@@ -176,6 +176,7 @@ _PROCESSES = 4096
 # Every key that holds a number, unless CHOICES lists its values; of a list, the range of its entries.
 RANGES = {
     'SEED': Range(0, 2**32 - 1),  # the sampler multiplies it by a million, within 64 bits
+    'DATASET.TOLERATED_DAMAGE': Range(0, 1),
     'MODEL.IMAGE_SIZE': Range(32, 4096),
     'MODEL.MAP_CHANNELS': Range(2, 65536),  # the heads halve it
     'MODEL.DENSE_CHANNELS': _CHANNELS,
@@ -186,7 +187,6 @@ RANGES = {
     'MODEL.BONE_RADIUS': Range(0, 1024, low_open=True),
     'MODEL.LEFT_MIDDLE_TIP': Range(0, 777),
     'DATASET.WEIGHTS': Range(0, 10**6, low_open=True),
-    'DATASET.TOLERATED_DAMAGE': Range(0, 1),
     'LOSS.STAGE_WEIGHT': Range(0, 10**6, low_open=True),
     **{f'LOSS.WEIGHT.{name}': _WEIGHT for name in _C.LOSS.WEIGHT},
     'AUGMENT.ROTATION': Range(0, 180),
@@ -215,9 +215,9 @@ RANGES = {
     'TRAIN.ACCUMULATE': _COUNT,
     'TRAIN.EMA': Range(0, 1, high_open=True),  # an average that decays by 1 never moves
     'TRAIN.WORKERS': Range(0, _PROCESSES),
+    'TRAIN.WORKER_TIMEOUT': _AMOUNT,
     'TRAIN.SAVE_EVERY': _COUNT,
-    'TRAIN.SAVE_MINUTES': Range(0, 10**6),
-    'TRAIN.WORKER_TIMEOUT': Range(0, 10**6),
+    'TRAIN.SAVE_MINUTES': _AMOUNT,
     'TRAIN.LOG_EVERY': _COUNT,
     'TRAIN.PICTURES': _AMOUNT,
     'TRAIN.VALIDATE_EVERY': _COUNT,

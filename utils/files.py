@@ -91,7 +91,7 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_bytes())
     except FileNotFoundError:
         raise UserError(f'{path} does not exist.') from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f'{path} is not valid JSON ({error}): it is truncated or damaged. Create or download it again.'
         ) from None

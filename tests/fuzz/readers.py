@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 import torch
 from mano_files import Ch, Python2Pickler, Select, sparse
+from PIL import Image
 from raw_tree import annotation_file, make_raw_tree
 
 from dataset.hand_model_record import check_hand_model_record
@@ -26,7 +27,7 @@ from dataset.packed import FORMAT, LABELS, MANIFEST, SAMPLES, PackedDataset, rec
 from dataset.prepare.raw import RawSplit, full_entries
 from dataset.prepared import FOLDERS, LABEL_SHAPES, InterHandDataset
 from inference.boxes import BoxesFile
-from inference.media import read_image
+from inference.media import read_photo
 from inference.reconstruct import cut_crop
 from manopth import ManoError, safe_pickle
 from manopth.assets import load_mano_pkl
@@ -35,6 +36,7 @@ from models.checkpoint import FORMAT as CHECKPOINT_FORMAT
 from models.checkpoint import read_checkpoint
 from utils.config import load_config
 from utils.errors import UserError
+from utils.images import decode_image
 
 TYPED = (UserError, ManoError)
 FOUND = Path(__file__).parent / 'found'  # READER/NAME: inputs that once found a fault
@@ -54,6 +56,7 @@ def found(reader: str) -> list[bytes]:
 
 def run(reader: Reader, content: bytes) -> bool:
     """Whether the content was accepted. Raises what is not one of ``TYPED``, and RuntimeError if code ran."""
+    _warm_up(reader.read)
     with forbidden_actions() as actions:
         try:
             reader.read(content)
@@ -66,8 +69,19 @@ def run(reader: Reader, content: bytes) -> bool:
     return accepted
 
 
+@cache
+def _warm_up(read: Callable[[bytes], None]) -> None:
+    """Let the reader import what it needs and the scratch folders be made, which would look like code that runs."""
+    Image.init()
+    scratch()
+    with suppress(Exception):
+        decode_image(b'no image')  # looks for optional packages
+    with suppress(Exception):
+        read(b'\0 is no file')
+
+
 # What a reader must not do. Python calls audit hooks for these; a hook cannot be removed, so it is armed by a list.
-_FORBIDDEN = ('os.', 'subprocess.', 'socket.', 'shutil.', 'exec', 'compile', 'ctypes.dlopen', 'import', 'code.__new__')
+_FORBIDDEN = ('os.', 'subprocess.', 'socket.', 'shutil.', 'exec', 'ctypes.dlopen', 'import', 'code.__new__')
 _ALLOWED = ('os.listdir', 'os.scandir', 'os.putenv')
 _armed: list[list[str]] = []
 
@@ -76,7 +90,7 @@ def _audit(event: str, arguments: tuple) -> None:
     if _armed and event.startswith(_FORBIDDEN) and event not in _ALLOWED:
         if event == 'import' and (arguments[0] in sys.modules or _is_own_import(str(arguments[0]))):
             return
-        if event in ('exec', 'compile') and _importing():
+        if event == 'exec' and _importing():
             return
         _armed[-1].append(f'{event}{arguments!r}'[:200])
 
@@ -342,7 +356,7 @@ def weights_seeds() -> list[bytes]:
 
 
 def read_picture(content: bytes) -> None:
-    read_image(put('image', content))
+    read_photo(put('image', content))
 
 
 def picture_seeds() -> list[bytes]:
@@ -388,10 +402,10 @@ READERS = {
     'annotation': Reader(read_annotation, annotation_seeds, ('manopth.safe_pickle', 'dataset.prepared')),
     'boxes': Reader(read_boxes, boxes_seeds, ('inference.boxes', 'inference.reconstruct', 'json')),
     'checkpoint': Reader(
-        read_weights, weights_seeds, ('models.checkpoint', 'torch._weights_only_unpickler', 'zipfile')
+        read_weights, weights_seeds, ('models.checkpoint', 'utils.tensor_files', 'torch._weights_only_unpickler')
     ),
     'config': Reader(read_config, config_seeds, ('utils.config', 'yaml')),
-    'image': Reader(read_picture, picture_seeds, ('inference.media', 'utils.files', 'PIL')),
+    'image': Reader(read_picture, picture_seeds, ('inference.media', 'utils.images', 'PIL')),
     'mano': Reader(read_mano, mano_seeds, ('manopth.safe_pickle', 'manopth.assets')),
     'packed': Reader(read_packed, packed_seeds, ('dataset.packed', 'dataset.prepared', 'numpy.lib', 'json')),
     'raw': Reader(read_raw, raw_seeds, ('dataset.prepare.raw',)),
@@ -417,6 +431,6 @@ def mutations(seeds: list[bytes], count: int, *, seed: int = 0) -> Iterator[byte
                     content[at:at] = other[start : start + length]
                 case 3:
                     content[at : at + length] = draw.choice((b'\xff', b'\0', b'9', b'[', b'\x7f')) * length
-                case 4:
+                case _:
                     del content[at:]
         yield bytes(content)

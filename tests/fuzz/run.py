@@ -57,11 +57,7 @@ def fuzz_in_child(name: str, args: argparse.Namespace) -> int:
 def fuzz(name: str, args: argparse.Namespace) -> None:
     import atheris
 
-    # The table lists the modules, but importing it imports them: read them from its text.
-    source = (Path(__file__).parent / 'readers.py').read_text()
-    line = re.search(rf"^    '{name}': Reader\([^()]*\((.*?)\)\),?$", source, re.M)
-    assert line, f'tests/fuzz/readers.py has no reader {name}'
-    with atheris.instrument_imports(include=re.findall(r"'([^']+)'", line[1]), enable_loader_override=False):
+    with atheris.instrument_imports(include=instrumented(name), enable_loader_override=False):
         from tests.fuzz import readers
     reader = readers.READERS[name]
     corpus, faults = (args.out / part for part in (name, f'faults/{name}'))
@@ -83,6 +79,14 @@ def fuzz(name: str, args: argparse.Namespace) -> None:
     options += [f'-artifact_prefix={faults}/', '-print_final_stats=1', '-max_len=16384', '-verbosity=1']
     atheris.Setup([sys.argv[0], *options, str(corpus)], one_input)
     atheris.Fuzz()
+
+
+def instrumented(name: str) -> list[str]:
+    """The modules to instrument, from the text of the table: importing it would import them."""
+    source = (Path(__file__).parent / 'readers.py').read_text()
+    entry = re.search(rf"'{name}': Reader\([^()]*\(([^()]*)\)", source)
+    assert entry, f'tests/fuzz/readers.py has no reader {name}'
+    return re.findall(r"'([^']+)'", entry[1])
 
 
 def limit_memory() -> None:
