@@ -150,19 +150,30 @@ class Loader(DataLoader):
         try:
             yield
         except (RuntimeError, OSError, EOFError) as error:
-            if not self.num_workers or (sentence := self._explained(str(error))) is None:
+            message = str(error)
+            if isinstance(error, (ConnectionError, EOFError)):  # a worker ended while it passed a batch on
+                message = self._ended_worker(patience_s=1.0) or message
+            if not self.num_workers or (sentence := self._explained(message)) is None:
                 raise
             self.failed = True
             raise WorkerError(sentence) from None
 
     def _check_processes(self) -> None:
         """Raise RuntimeError if a worker has ended meanwhile."""
+        if ended := self._ended_worker():
+            raise RuntimeError(ended)
+
+    def _ended_worker(self, patience_s: float = 0.0) -> str | None:
+        """A sentence about a worker that has ended, or ends within ``patience_s``."""
+        until = time.monotonic() + patience_s
         for process in self.processes:
+            process.join(max(0.0, until - time.monotonic()))
             if not process.is_alive():
                 reason = f'exit code {process.exitcode}'
                 with suppress(ValueError):
                     reason = signal.strsignal(-process.exitcode) or reason
-                raise RuntimeError(f'DataLoader worker (pid {process.pid}) has ended: {reason}')
+                return f'DataLoader worker (pid {process.pid}) has ended: {reason}'
+        return None
 
     def _explained(self, message: str) -> str | None:
         """One sentence for an error of PyTorch's loader; None for anything else."""

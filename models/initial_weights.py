@@ -84,10 +84,9 @@ def _read_weights(path: str, hands: HandPair) -> tuple[dict[str, Tensor], str]:
     if isinstance(content, dict) and content.keys() >= {'state', 'param_groups'}:
         raise UserError(f'{path} holds the state of an optimizer and no weights. TRAIN.INIT_FROM needs a checkpoint.')
     content = read_checkpoint(path)
-    state: Any = content.get('model')
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if not content['model']:
         raise UserError(f'{path} holds no weights. TRAIN.INIT_FROM needs the best.pth or latest.pth of a run.')
-    return state, str(content.get('hand_model', 'unknown'))
+    return content['model'], content['hand_model']
 
 
 def _check_fit(own: dict[str, Tensor], state: dict[str, Any], wanted: set[str], *, path: str) -> None:

@@ -317,7 +317,7 @@ def test_a_stop_ends_a_video_at_the_next_frame_and_a_rerun_completes_it(run, tmp
     assert cv2.VideoCapture(str(tmp_path / 'out' / 'clip' / 'overlay.mp4')).get(cv2.CAP_PROP_FRAME_COUNT) == 3
     error = capsys.readouterr().err.splitlines()[-1]
     assert (
-        error == f'Stopped by {signal.Signals(number).name}; finished work is kept. Rerun the same command to continue.'
+        error == f'Stopped by {signal.Signals(number).name}. Finished work is kept; rerun the same command to continue.'
     )
     assert run(tmp_path / 'clip.mp4', '--batch', 4) == 0
     assert json.loads((tmp_path / 'out' / 'clip' / 'video.json').read_text())['frames'] == 8

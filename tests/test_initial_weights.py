@@ -113,7 +113,7 @@ def missing(path, source):
     'make, message',
     [
         (optimizer_state, 'holds the state of an optimizer and no weights'),
-        (no_network, 'holds no weights'),
+        (no_network, "its entry 'model' is missing"),
         (empty_network, 'holds no weights'),
         (truncated, 'truncated'),
         (not_finite, 'NaN or infinity in backbone.bn1.weight'),

@@ -14,7 +14,7 @@ import torch
 
 import train
 from apps import eval_baseline, eval_interhand, report, run_demo
-from dataset import interhand
+from dataset import interhand, synthesize
 from evaluation.runs import METRICS_VERSION
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,6 +89,7 @@ def test_demo_draws_pictures(demo):
 def run_here(name: str, command: list[str]) -> None:
     """``run_demo.run_command`` without a process per step, whose start would dominate short steps."""
     script = {
+        'dataset/synthesize.py': synthesize,
         'dataset/interhand.py': interhand,
         'train.py': train,
         'apps/eval_interhand.py': eval_interhand,
