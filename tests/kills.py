@@ -344,6 +344,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--results', type=Path, help='file for the table')
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, the trainings would inherit that it is ignored
     args.out.mkdir(parents=True, exist_ok=True)
     data = make_data(args.out / 'data')
     rows, failed, wholes = [HEADER], 0, {}
