@@ -9,12 +9,11 @@ from pathlib import Path
 
 from inference.files import IMAGE_FILES, IMAGE_RECORD, VIDEO_FILES, VIDEO_RECORD
 from utils.errors import UserError, printable
-from utils.files import read_json
+from utils.files import PARTIAL_NAME, read_json
 
 OUTCOME = 'demo.json'  # beside the folders
 LONGEST_NAME = 120  # bytes, far below every file system's limit
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f\ufffd\u2028-\u202e\u2066-\u2069\\/:*?"<>|%]')  # somewhere, or for OpenCV
-_PARTIAL = re.compile(r'\..*\.partial(\.\w+)?', re.DOTALL)
 
 
 def input_name(source: Path | int) -> str:
@@ -78,13 +77,6 @@ def owner(folder: Path) -> str | None:
     return None
 
 
-def remove_partials(folder: Path) -> None:
-    """Remove the temporary files of an interrupted command; only one command at a time may own the folder."""
-    for path in _children(folder):
-        if _PARTIAL.fullmatch(path.name):
-            path.unlink(missing_ok=True)
-
-
 def remove_results(folder: Path) -> None:
     """Remove the results of a former command, the records that declare them complete first; other files stay."""
     for record in (IMAGE_RECORD, VIDEO_RECORD):
@@ -110,7 +102,7 @@ def _may_hold_pair(path: Path) -> bool:
 
 
 def _all_known(folder: Path, known: frozenset[str]) -> bool:
-    return all(path.name in known or _PARTIAL.fullmatch(path.name) for path in _children(folder))
+    return all(path.name in known or PARTIAL_NAME.fullmatch(path.name) for path in _children(folder))
 
 
 def _children(folder: Path) -> list[Path]:

@@ -26,12 +26,12 @@ from inference.files import (
     reduced,
     write_image_files,
 )
-from inference.folders import OUTCOME, Folders, input_name, remove_partials, remove_results
+from inference.folders import OUTCOME, Folders, input_name, remove_results
 from inference.live_view import LiveView
 from inference.media import Camera, Frame, Inputs, Video, read_photo, video_writer
 from inference.reconstruct import SMALL_HANDS, Box, Crop, Reconstruction, Reconstructor, assumed_intrinsics, cut_crop
 from utils.errors import UserError, printable
-from utils.files import atomic_file, read_json, write_json
+from utils.files import atomic_file, read_json, remove_stale_partials, write_json
 from utils.stopping import StopRequest
 
 LISTED_DAMAGE = 100  # places of a video that video.json lists
@@ -181,7 +181,7 @@ class Job(NamedTuple):
         for item, hands in self.reconstructed(items):
             if item.results not in begun:
                 begun.add(item.results)
-                remove_partials(item.results)
+                remove_stale_partials(item.results)
                 remove_results(item.results)
             models = self.reconstruct.hand_models
             write_image_files(item.folder, item.shown, item.crop.image, hands, models, **item.about)
@@ -297,7 +297,7 @@ class Job(NamedTuple):
         limit, models = self.settings.frames, self.reconstruct.hand_models
         height, width = reduced(np.empty(shape, np.uint8)).image.shape[:2]
         written, last = 0, 0.0
-        remove_partials(folder)
+        remove_stale_partials(folder)
         with (
             video_writer(folder / OVERLAY, rate=rate, width=width, height=height) as movie,
             atomic_file(folder / TABLE) as table,

@@ -4,7 +4,6 @@ import glob
 import math
 import os
 import re
-import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.errors import UserError, printable
+from utils.files import partial_path
 from utils.images import ImageError, decode_image, focal_length
 from utils.stderr import print_to_stderr, with_stderr
 
@@ -348,7 +348,7 @@ class VideoWriter:
 def video_writer(path: Path, *, rate: float, width: int, height: int) -> Iterator[VideoWriter]:
     """Write an MPEG-4 video atomically: it is renamed to ``path`` when the block succeeds, and removed if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{secrets.token_hex(8)}.partial{path.suffix}')
+    temporary = partial_path(path, keep_suffix=True)
     with _utf8_path(path.parent) as folder:
         name = os.path.join(folder, temporary.name)
         writer = cv2.VideoWriter(name, cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*'mp4v'), rate, (width, height))

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from inference.folders import Folders, folder_name, input_name, remove_partials, remove_results
+from inference.folders import Folders, folder_name, input_name, remove_results
+from utils.files import remove_stale_partials
 
 
 def record(folder: Path, source: Path, name: str = 'hands.json') -> None:
@@ -77,7 +78,7 @@ def test_recordings_of_a_camera_never_overwrite_each_other(tmp_path):
 def test_leftovers_are_taken_over_and_files_of_others_are_not(tmp_path):
     for name in (
         'a/overlay.jpg',
-        'a/.left.obj.0123.partial',
+        'a/.left.obj.0123456789abcdef.partial',
         'a/2/hands.json',
         'b/holiday.jpg',
         'c',
@@ -92,10 +93,10 @@ def test_leftovers_are_taken_over_and_files_of_others_are_not(tmp_path):
 def test_only_results_are_removed(tmp_path):
     results = ['hands.json', 'overlay.jpg', '2/hands.json', '2/crop.jpg', '3/left.obj', 'video.json', 'overlay.mp4']
     kept = ['notes.txt', '2/notes.txt', '2024/overlay.jpg', '2024/holiday.jpg', 'more/hands.json']
-    for name in (*results, *kept, '.overlay.jpg.01.partial', '.01.partial.mp4'):
+    for name in (*results, *kept, '.overlay.jpg.0123456789abcdef.partial', '.o.mp4.0123456789abcdef.partial.mp4'):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text('x')
     remove_results(tmp_path)
-    remove_partials(tmp_path)
+    remove_stale_partials(tmp_path)
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob('*') if path.is_file()} == set(kept)
     assert not (tmp_path / '3').exists()

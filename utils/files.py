@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from manopth import ManoError, safe_pickle
 from utils.errors import UserError
 
-_PARTIAL = re.compile(r'\..+\.[0-9a-f]{16}\.partial(\.[^.]+)?', re.DOTALL)  # names of ``partial_path``
+PARTIAL_NAME = re.compile(r'\..+\.[0-9a-f]{16}\.partial(\.[^.]+)?', re.DOTALL)  # of ``partial_path``
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def remove_stale_partials(folder: str | Path, *, recursive: bool = False) -> lis
     """
     folder = Path(folder)
     found = folder.rglob('.*') if recursive else folder.glob('.*')
-    stale = sorted(path for path in found if _PARTIAL.fullmatch(path.name) and path.is_file())
+    stale = sorted(path for path in found if PARTIAL_NAME.fullmatch(path.name) and path.is_file())
     for path in stale:
         path.unlink(missing_ok=True)
     return stale
