@@ -74,11 +74,12 @@ class RefinementStage(SkipConnection):
         self.projection: ProjectedConvolution | None = None
         self.projected: SharedMLP | None = None
         self.fuse: nn.Sequential | None = None
-        self.enhance_map: nn.Module = nn.Identity()
         if enhances and projection != 'none':
             self.projection = ProjectedConvolution(features, channels, radius=radius, along=projection)
             self.projected = SharedMLP(features, features, features)
             self.fuse = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.Conv2d(channels, channels, 1))
+        # Registered last: initial weights are drawn in the order of registration.
+        self.enhance_map: nn.Module = nn.Identity()
         if enhances:
             self.enhance_map = Residual((1 if projection == 'none' else 2) * channels, channels)
 

@@ -383,3 +383,10 @@ def test_a_stage_variant_is_selected_by_name(standin, monkeypatch):
 def test_an_unknown_stage_variant_lists_the_known_ones(standin):
     with pytest.raises(UserError, match=r"MODEL.STAGE_VARIANT is 'raft'; it must be one of dir\."):
         tiny_model(standin, STAGE_VARIANT='raft')
+
+
+def test_the_order_of_a_stages_parts_is_that_of_earlier_versions(standin):
+    """Initial weights are drawn in this order: another one is another run with the same seed."""
+    parts = [name for name, _ in tiny_model(standin).stages[0].named_children()]
+    regression = ['skip', 'fuse_skip', 'sampled', 'position', 'interaction', 'parameters_head', 'offset_head']
+    assert parts == [*regression, 'projection', 'projected', 'fuse', 'enhance_map']
