@@ -1,3 +1,4 @@
+import signal
 import sys
 from pathlib import Path
 
@@ -13,7 +14,16 @@ from prepared_tree import write_prepared
 from models.hands import load_hands
 
 # Each runs a minute or more. They start first, so that no process is left with one of them at the end.
-LONGEST_FILES = ('test_pipeline.py', 'test_train.py', 'test_real_frames.py', 'test_convert_checkpoint.py')
+LONGEST_FILES = (
+    'test_train.py',
+    'test_pipeline.py',
+    'test_kills.py',
+    'test_resumable.py',
+    'test_real_frames.py',
+    'test_convert_checkpoint.py',
+)
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and what is tested respects that
 
 
 def pytest_collection_modifyitems(items):
