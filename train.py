@@ -21,7 +21,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -141,6 +141,10 @@ class Session:
     def steps_done(self) -> int:
         return self.progress.epoch * self.run.sampler.steps + self.progress.step
 
+    def interruptible(self) -> AbstractContextManager[None]:
+        """Within it, a stop signal ends a single process at once; several of them agree on when they leave."""
+        return self.stop.interruptible() if distributed.rank_and_world()[1] == 1 else nullcontext()
+
 
 @user_facing
 def main(argv: list[str] | None = None) -> int:
@@ -154,16 +158,24 @@ def main(argv: list[str] | None = None) -> int:
     device = distributed.start(cfg.DEVICE, timeout_s=wait + 300 if wait else 1800)
     with ExitStack() as at_end:
         at_end.callback(distributed.stop)
-        if args.resume_or_start or distributed.restarted():
-            latest = distributed.chosen_by_main(lambda: take_over(cfg, at_end, wait_s=PATIENCE_S))
-        elif args.resume:
-            latest = distributed.chosen_by_main(lambda: take_over(cfg, at_end)) or Path(cfg.OUTPUT_DIR) / LATEST
-        else:
-            latest = distributed.chosen_by_main(lambda: take_new(cfg, at_end))
-        content = read_checkpoint(latest) if latest else None
-        run = build_training(cfg, device, content)
-        at_end.enter_context(closing(run.loader))
-        return fit(run, resume(run, content, latest) if content and latest else Progress())
+        return fit(*open_run(cfg, args, device, at_end))
+
+
+def open_run(
+    cfg: CfgNode, args: argparse.Namespace, device: torch.device, at_end: ExitStack
+) -> tuple[Training, Progress]:
+    """Own OUTPUT_DIR, build the run and restore it if it is to be resumed."""
+    found = None
+    if args.resume_or_start or distributed.restarted():
+        found = take_over(cfg, at_end, wait_s=PATIENCE_S)
+    elif args.resume:
+        latest = Path(cfg.OUTPUT_DIR) / LATEST
+        found = take_over(cfg, at_end) or (read_checkpoint(latest), latest)  # which raises: there is none
+    else:
+        distributed.chosen_by_main(lambda: take_new(cfg, at_end))
+    run = build_training(cfg, device, found[0] if found else None)
+    at_end.enter_context(closing(run.loader))
+    return run, resume(run, *found) if found else Progress()
 
 
 def joined_auto(words: list[str]) -> list[str]:
@@ -187,14 +199,22 @@ def take_new(cfg: CfgNode, at_end: ExitStack) -> None:
     remove_stale_partials(cfg.OUTPUT_DIR, recursive=True)
 
 
-def take_over(cfg: CfgNode, at_end: ExitStack, *, wait_s: float = 0.0) -> Path | None:
-    """Own OUTPUT_DIR -> its newest sound checkpoint, None if it has none at all.
+def take_over(cfg: CfgNode, at_end: ExitStack, *, wait_s: float = 0.0) -> tuple[dict[str, Any], Path] | None:
+    """Own OUTPUT_DIR -> content and path of its newest sound checkpoint, None if it has none at all.
 
     Raises UserError if it is in use for longer than ``wait_s``, or if its checkpoints are damaged.
     """
-    at_end.enter_context(owned(cfg.OUTPUT_DIR, wait_s=wait_s))
-    remove_stale_partials(cfg.OUTPUT_DIR, recursive=True)
-    return read_newest_sound(cfg.OUTPUT_DIR)[1] if has_checkpoint(cfg.OUTPUT_DIR) else None
+    found: tuple[dict[str, Any], Path] | None = None  # by the main process, which does not read it twice
+
+    def newest() -> Path | None:
+        nonlocal found
+        at_end.enter_context(owned(cfg.OUTPUT_DIR, wait_s=wait_s))
+        remove_stale_partials(cfg.OUTPUT_DIR, recursive=True)
+        found = read_newest_sound(cfg.OUTPUT_DIR) if has_checkpoint(cfg.OUTPUT_DIR) else None
+        return found and found[1]
+
+    path = distributed.chosen_by_main(newest)
+    return (read_checkpoint(path), path) if path and not found else found
 
 
 def build_training(cfg: CfgNode, device: torch.device, content: dict[str, Any] | None = None) -> Training:
@@ -300,14 +320,10 @@ def train_one_epoch(session: Session) -> bool:
     run.trainer.train()
     run.sampler.start_at(progress.epoch, progress.step)
     logged_at, logged_step = time.perf_counter(), progress.step
-    alone = distributed.rank_and_world()[1] == 1
-    # Alone, a process may leave while it waits for data; several of them agree on the step after which they leave.
-    waits = Waits(run.loader, while_waiting=session.stop.interruptible if alone else nullcontext)
+    waits = Waits(run.loader, while_waiting=session.interruptible)
     try:
         for samples in waits:
-            session.damage.note(
-                samples.damage, step=session.steps_done + 1, epoch=progress.epoch, device=run.trainer.device
-            )
+            session.damage.note(samples.damage, step=session.steps_done + 1, epoch=progress.epoch)
             rate = learning_rate(
                 session.steps_done,
                 total=run.total_steps,
@@ -370,9 +386,8 @@ def validate_and_keep_best(session: Session) -> bool:
         save_best(session)
         return True
     poll = distributed.StopPoll(lambda: session.stop.requested)
-    alone = distributed.rank_and_world()[1] == 1
     try:
-        with session.stop.interruptible() if alone else nullcontext():
+        with session.interruptible():
             summary = validate(
                 run.trainer.result,
                 run.validation,

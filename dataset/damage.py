@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-import torch
-
 from utils import distributed
 from utils.errors import UserError
 from utils.files import read_json, write_json
@@ -147,10 +145,9 @@ class DamageRecord:
     def found(self) -> list[Damage]:
         return [Damage(**{name: entry[name] for name in Damage._fields}) for entry in self.entries]
 
-    def note(self, damage: Sequence[Damage], *, step: int, epoch: int, device: torch.device) -> None:
+    def note(self, damage: Sequence[Damage], *, step: int, epoch: int) -> None:
         """Add what this process met in the batch of ``step``. Past the limit, all raise TooMuchDamageError."""
-        count = distributed.mean_over_processes(torch.tensor(float(len(damage)), device=device))
-        if not count:
+        if not distributed.any_process(bool(damage)):
             return
         known = {entry['sample'] for entry in self.entries}
         merged = {one.sample: one for part in distributed.gather_objects(list(damage)) for one in part}

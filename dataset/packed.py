@@ -3,6 +3,7 @@
 import json
 import os
 import zlib
+from collections.abc import Iterator
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -182,10 +183,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def verify_split(folder: Path) -> None:
     """Raises UserError unless both files have the checksums of the manifest."""
-    files = read_manifest(folder)['files']
+    for path in files_with_other_checksums(folder, read_manifest(folder)):
+        raise UserError(f'{path} is damaged (its SHA-256 is not that of the manifest): {PACK_AGAIN}.')
+
+
+def files_with_other_checksums(folder: Path, manifest: dict[str, Any]) -> Iterator[Path]:
+    """The files of a packed split that do not have the SHA-256 of the manifest, read one after the other."""
     for name in (LABELS, SAMPLES):  # and no other name that a manifest from elsewhere may hold
-        if sha256_of_file(folder / name) != files[name].get('sha256'):
-            raise UserError(f'{folder / name} is damaged (its SHA-256 is not that of the manifest): {PACK_AGAIN}.')
+        if sha256_of_file(folder / name) != manifest['files'][name].get('sha256'):
+            yield folder / name
 
 
 def pack_bits(mask: np.ndarray) -> bytes:

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from dataset.batch import Batch, BatchMaker
 from dataset.damage import Damage, refuse_damage, tolerated
+from dataset.mixture import sample_ranges
 from dataset.prepared import PreparedSplit
 from evaluation.aggregation import Samples, choose_rows, concatenate
 from evaluation.comparison import Comparison
@@ -48,6 +49,11 @@ class Evaluation(NamedTuple):
         if len(rows) == 0:
             return None
         return summarise(choose_rows(self.stages[stage], rows), self.protocol, self.metrics)
+
+    def summary_of_sets(self, dataset: PreparedSplit) -> dict[str, dict[str, Any]]:
+        """``summary_of`` each set of a mixture that had samples evaluated, by its folder; empty for a single set."""
+        summaries = {folder: self.summary_of(samples) for folder, samples in sample_ranges(dataset).items()}
+        return {folder: summary for folder, summary in summaries.items() if summary is not None}
 
     def report(self) -> dict[str, Any]:
         """Every figure of metrics.json. Raises ValueError if the details were not evaluated."""

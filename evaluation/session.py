@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 from dataset.batch import BatchMaker, build_batch_maker
 from dataset.identity import data_identity
 from dataset.loader import evaluation_loader, evaluation_split
-from dataset.mixture import check_hand_model_records, sample_ranges
+from dataset.mixture import check_hand_model_records
 from dataset.prepared import PreparedSplit
 from dataset.subsets import AnnotatedJoints, Subset, choose
 from evaluation.evaluate import Evaluation, evaluate
@@ -144,15 +144,14 @@ def report(measured: Measured, *, title: str, out: str | None, more: dict[str, A
         'of': len(dataset),
     }
     summary['damaged'] = [one._asdict() for one in result.damage]
-    sets = {folder: result.summary_of(samples) for folder, samples in sample_ranges(dataset).items()}
-    if any(sets.values()):
-        summary['sets'] = {folder: figures for folder, figures in sets.items() if figures}
+    if sets := result.summary_of_sets(dataset):
+        summary['sets'] = sets
     part = f' ({subset.description}; the split has {len(dataset)})' if subset.description else ''
     frames = f'{summary["frames"]} frames of {dataset.folder}{part}'
     print(f'{title}\nprotocol {name}: {result.protocol.describe()}; {frames}')
     print(format_damage(result.damage), end='')
     print(format_summary(summary))
-    for folder, figures in summary.get('sets', {}).items():
+    for folder, figures in sets.items():
         print(f'\n{figures["frames"]} frames of {folder}\n{format_summary(figures)}')
     print(f'\n{format_breakdown(summary)}')
     if result.grid:

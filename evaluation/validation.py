@@ -11,7 +11,6 @@ from yacs.config import CfgNode
 from dataset import PreparedSplit
 from dataset.batch import BatchMaker
 from dataset.loader import evaluation_loader
-from dataset.mixture import sample_ranges
 from evaluation.aggregation import Samples
 from evaluation.evaluate import Evaluation, StoppedEarly, evaluate
 from evaluation.metrics import Protocol
@@ -70,11 +69,7 @@ def validate(
             write_image(Path(cfg.OUTPUT_DIR) / 'pictures' / f'epoch_{epoch:03d}.jpg', sheets['validation'])
             for name, sheet in sheets.items():
                 log.picture(name, sheet, step)
-    sets = {
-        folder: summary
-        for folder, samples in sample_ranges(dataset).items()
-        if (summary := result.summary_of(samples)) is not None
-    }
+    sets = result.summary_of_sets(dataset)
     for number, (folder, summary) in enumerate(sets.items()):
         if log:  # one kind per set: a tag of TensorBoard holds the values of one of them
             figures = _scalars(summary)

@@ -23,7 +23,6 @@ from dataset.subsets import choose
 from utils.config import load_config
 
 RANGES = AugmentationRanges(180.0, 0.1, 10.0, 0.5, 0.3, 0.3, 0.05, 0.01)
-CPU = torch.device('cpu')
 
 
 @pytest.fixture
@@ -230,22 +229,22 @@ def record_of(path, *, step=0, share=0.02, readable=(), log=None):
 def test_record_lists_each_sample_once_and_refuses_too_many(tmp_path):
     path, lines = tmp_path / 'damaged.json', []
     record = record_of(path, log=lambda kind, step, **values: lines.append((kind, step, values)))
-    record.note([], step=1, epoch=0, device=CPU)
+    record.note([], step=1, epoch=0)
     assert not path.exists()
-    record.note([one(7)], step=2, epoch=0, device=CPU)
-    record.note([one(3), one(7)], step=4, epoch=1, device=CPU)
+    record.note([one(7)], step=2, epoch=0)
+    record.note([one(3), one(7)], step=4, epoch=1)
     assert [(kind, step, values['sample']) for kind, step, values in lines] == [('damage', 2, '7'), ('damage', 4, '3')]
     content = json.loads(path.read_text())
     assert [entry['sample'] for entry in content['damaged']] == [7, 3] and content['tolerated'] == 2
     with pytest.raises(TooMuchDamageError, match=r'At least 3 of 100 .*TOLERATED_DAMAGE allows 2\. The first: img/7'):
-        record.note([one(50)], step=5, epoch=1, device=CPU)
+        record.note([one(50)], step=5, epoch=1)
 
 
 def test_resumed_record_is_as_it_was_at_that_step(tmp_path):
     path = tmp_path / 'damaged.json'
     record = record_of(path, share=0.5, log=lambda *_, **__: None)
     for step in (2, 4, 6):
-        record.note([one(step)], step=step, epoch=0, device=CPU)
+        record.note([one(step)], step=step, epoch=0)
     assert [entry.sample for entry in record_of(path, step=5, share=0.5).found] == [2, 4]
     repaired = record_of(path, step=5, share=0.5, readable={2}, log=lambda *_, **__: None)
     assert [entry.sample for entry in repaired.found] == [4]

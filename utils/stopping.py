@@ -75,15 +75,10 @@ def unwinding_at_stop_signals() -> Iterator[None]:
         if os.getpid() == owner:  # and not in a worker that has not shielded itself yet
             raise Stopped(number)
 
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    _handle(unwind)
-    _follow_launcher()
-    try:
+    with _restoring_handlers():
+        _handle(unwind)
+        _follow_launcher()
         yield
-    finally:
-        with suppress(ValueError):  # not the main thread, which alone may set handlers
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class StopRequest:
@@ -137,6 +132,17 @@ def _handle(handler: Callable[[int, FrameType | None], None]) -> None:
             signal.signal(number, handler)
 
 
+@contextmanager
+def _restoring_handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # not the main thread, which alone may set handlers
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
 _obeyed: StopRequest | None = None  # of the innermost ``obey_stop_signals``
 
 
@@ -144,15 +150,13 @@ _obeyed: StopRequest | None = None  # of the innermost ``obey_stop_signals``
 def obey_stop_signals() -> Iterator[None]:
     """Within the block, a stop signal makes the next ``check_stop`` raise ``Stopped``; then the old handlers return."""
     global _obeyed
-    before, outer = {number: signal.getsignal(number) for number in STOP_SIGNALS}, _obeyed
-    _obeyed = StopRequest()
-    try:
-        yield
-    finally:
-        _obeyed = outer
-        with suppress(ValueError):  # not the main thread, which alone may set handlers
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    outer = _obeyed
+    with _restoring_handlers():
+        _obeyed = StopRequest()
+        try:
+            yield
+        finally:
+            _obeyed = outer
 
 
 def requested_stop() -> int | None:

@@ -23,7 +23,7 @@ import io
 import json
 import shutil
 import zlib
-from collections.abc import Generator, Iterable
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -36,7 +36,7 @@ from dataset.packed import FORMAT, LABELS, MANIFEST, PARTS, SAMPLES, pack_bits, 
 from dataset.prepare.raw import SPLITS
 from dataset.prepare.resumable import JOURNAL, Journal, already_complete, growing, publish, refuse_other_settings
 from dataset.prepare.shards import find_shards
-from dataset.prepare.workers import ordered_map, worker_pool
+from dataset.prepare.workers import results_in_order
 from dataset.prepared import LABEL_SHAPES, RECORD, InterHandDataset, partial_folder
 from utils.distributed import usable_cores
 from utils.errors import UserError, user_facing
@@ -117,7 +117,7 @@ def _pack_chunks(journal: Journal, packer: _Packer, head: dict[str, Any], worker
         done = journal.chunks[-1]['samples'] if journal.chunks else 0
         todo = [range(begin, min(begin + CHUNK, len(source))) for begin in range(done, len(source), CHUNK)]
         with (
-            closing(_packed(packer, todo, workers)) as chunks,
+            closing(results_in_order(packer, todo, workers=workers)) as chunks,
             tqdm(total=len(source), initial=done, desc=source.folder.name, unit='sample') as progress,
         ):
             for indices, chunk in zip(todo, chunks):
@@ -125,14 +125,6 @@ def _pack_chunks(journal: Journal, packer: _Packer, head: dict[str, Any], worker
                 journal.note({'samples': indices.stop, 'bytes': samples.tell(), 'crc32': checksum})
                 progress.update(len(chunk))
                 check_stop()
-
-
-def _packed(packer: _Packer, todo: list[range], workers: int) -> Generator[list[PackedSample], None, None]:
-    if workers <= 1 or len(todo) <= 1:
-        yield from map(packer, todo)
-        return
-    with worker_pool(workers) as pool:
-        yield from ordered_map(pool, packer, todo, 2 * workers)
 
 
 def _digest_of_record(source: InterHandDataset) -> str | None:

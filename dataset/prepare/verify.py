@@ -40,7 +40,7 @@ from dataset.damage import (
     read_patiently,
     read_quarantine,
 )
-from dataset.packed import LABELS, MANIFEST, PARTS, SAMPLES, PackedDataset, read_manifest
+from dataset.packed import LABELS, MANIFEST, PARTS, SAMPLES, PackedDataset, files_with_other_checksums, read_manifest
 from dataset.prepare.raw import SPLITS
 from dataset.prepare.resumable import JOURNAL, Journal, growing
 from dataset.prepare.workers import ordered_map, worker_pool
@@ -263,10 +263,8 @@ def _check_record(folder: Path, samples: int) -> list[str]:
 
 
 def _check_digests(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    wrong = [
-        name for name in (LABELS, SAMPLES) if sha256_of_file(folder / name) != manifest['files'][name].get('sha256')
-    ]
-    return [f'{folder / name} has another SHA-256 than its manifest records.' for name in wrong]
+    wrong = files_with_other_checksums(folder, manifest)
+    return [f'{path} has another SHA-256 than its manifest records.' for path in wrong]
 
 
 # The command.
@@ -327,7 +325,7 @@ def _check_all(contents: Contents, journal: Journal, workers: int) -> tuple[list
     checked = len(numbers) - sum(map(len, todo))
     with ExitStack() as stack:
         pool = stack.enter_context(worker_pool(workers)) if workers > 1 else None
-        digests = _submit(pool, contents) if contents.packed else None
+        digests = _submit(pool, dataset) if isinstance(dataset, PackedDataset) else None
         progress = stack.enter_context(
             tqdm(total=len(numbers), initial=checked, desc=contents.dataset.folder.name, unit='sample')
         )
@@ -340,9 +338,9 @@ def _check_all(contents: Contents, journal: Journal, workers: int) -> tuple[list
         return damage, digests() if digests else []
 
 
-def _submit(pool: Executor | None, contents: Contents) -> Callable[[], list[str]]:
+def _submit(pool: Executor | None, dataset: PackedDataset) -> Callable[[], list[str]]:
     """Start to compute the checksums beside everything else, where there are processes for it."""
-    check = partial(_check_digests, contents.dataset.folder, read_manifest(contents.dataset.folder))
+    check = partial(_check_digests, dataset.folder, dataset.manifest)
     if pool is None:
         return check
     with holding_stop_signals():

@@ -2,15 +2,19 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
+from typing import TypeVar
 
 from utils.distributed import use_one_thread
 from utils.errors import UserError
 from utils.stopping import check_stop, holding_stop_signals, shield_worker
+
+Task = TypeVar('Task')
+Result = TypeVar('Result')
 
 
 @contextmanager
@@ -51,3 +55,18 @@ def ordered_map(executor: Executor, function: Callable, items: Iterable, ahead: 
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
+
+
+def results_in_order(
+    function: Callable[[Task], Result], tasks: Sequence[Task], *, workers: int, ahead: int = 2
+) -> Generator[Result, None, None]:
+    """``function`` of each task, in order, by ``workers`` processes, or in this one where more would not help.
+
+    ahead: tasks submitted in advance, per process. Close the generator to end the processes early.
+    """
+    workers = min(workers, len(tasks))
+    if workers <= 1:
+        yield from map(function, tasks)
+        return
+    with worker_pool(workers) as pool:
+        yield from ordered_map(pool, function, tasks, ahead * workers)

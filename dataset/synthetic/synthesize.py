@@ -10,7 +10,6 @@ import argparse
 import json
 import re
 import shutil
-from collections.abc import Generator
 from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from dataset.hand_model_record import write_hand_model_record
 from dataset.prepare.raw import annotation_file
 from dataset.prepare.resumable import JOURNAL, Journal, already_complete, growing, publish, refuse_other_settings
-from dataset.prepare.workers import ordered_map, worker_pool
+from dataset.prepare.workers import results_in_order
 from dataset.prepared import partial_folder
 from dataset.synthetic.appearance import (
     Light,
@@ -511,22 +510,13 @@ def _generate(journal: Journal, settings: Settings, sequences: list[Sequence], w
     tasks = [(settings, sequence, unfinished) for sequence in pending]
     total, left = sum(settings.frames), sum(sum(sequence.views) for sequence in pending)
     with (
-        closing(_generated(tasks, workers)) as records,
+        closing(results_in_order(_make_sequence, tasks, workers=workers, ahead=4)) as records,
         tqdm(total=total, initial=total - left, unit='img', desc='synthesize') as progress,
     ):
         for sequence, record in zip(pending, records):
             journal.note({'sequence': _identity(sequence), 'record': record})
             progress.update(len(record['images']))
             check_stop()
-
-
-def _generated(tasks: list[tuple[Settings, Sequence, Path]], workers: int) -> Generator[dict, None, None]:
-    if workers <= 1 or len(tasks) <= 1:
-        yield from map(_make_sequence, tasks)
-        return
-    workers = min(workers, len(tasks))
-    with worker_pool(workers) as pool:
-        yield from ordered_map(pool, _make_sequence, tasks, 4 * workers)
 
 
 def _make_sequence(task: tuple[Settings, Sequence, Path]) -> dict:
