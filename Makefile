@@ -1,13 +1,15 @@
 # make demo   the whole pipeline on synthetic data: synthesize, prepare, train, evaluate, report; results in output/demo/
 # make test   format, lint, types, layers and tests
+# make coverage   the tests again, with the lines that they do not reach (half as long again)
 # make clean  remove the demo's output and caches
 # VENV=DIR    use, or create, the environment DIR; PYTHON=... the interpreter to create it with
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 READY := $(VENV)/.dir-ready
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test coverage lint setup clean
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -27,7 +29,10 @@ lint: $(READY)
 	$(BIN)/mypy
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
+	$(PYTEST)
+
+coverage: $(READY)
+	$(PYTEST) --cov --cov-report=term
 
 clean:
 	rm -rf output/demo .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .coverage*

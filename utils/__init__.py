@@ -9,7 +9,7 @@ left alone where the user has chosen a policy. benchmarks/busy.py measures the t
 
 import os
 
-SPIN_COUNT = 3000
+SPIN_COUNT = 5000
 _CHOICES = ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY', 'KMP_')
 
 
