@@ -146,7 +146,7 @@ READERS = {
 
 
 @pytest.mark.parametrize('kind', READERS)
-@pytest.mark.parametrize('damage', ['missing', 'empty', 'truncated', 'another file'])
+@pytest.mark.parametrize('damage', ['missing', 'empty', 'truncated', 'another file', 'another encoding'])
 def test_a_bad_file_is_one_sentence_that_names_it(tree, kind, damage):
     path = annotation_file(tree[0], kind)
     content = path.read_bytes()
@@ -154,11 +154,24 @@ def test_a_bad_file_is_one_sentence_that_names_it(tree, kind, damage):
         path.unlink()
     else:
         path.write_bytes(
-            {'empty': b'', 'truncated': content[: len(content) // 2], 'another file': b'[1, 2, 3]'}[damage]
+            {
+                'empty': b'',
+                'truncated': content[: len(content) // 2],
+                'another file': b'[1, 2, 3]',
+                'another encoding': content.replace(b'"', b'"\xe9'),  # Latin-1
+            }[damage]
         )
     with pytest.raises(UserError) as error:
         READERS[kind](RawSplit(tree[0], 'train'))
     assert str(path) in str(error.value) and '\n' not in str(error.value) and 'get it again' in str(error.value)
+
+
+def test_another_encoding_in_a_field_that_nothing_reads_is_one_sentence(tree):
+    path = annotation_file(tree[0], 'data')
+    path.write_bytes(path.read_bytes().replace(b'{"id"', b'{"note": "caf\xe9", "id"', 1))
+    frame = next(iter(RawSplit(tree[0], 'train').iterate_frames()))
+    with pytest.raises(UserError, match=f'entry of {frame.file_name} in data.json cannot be used.*get it again'):
+        full_entries(frame)
 
 
 def test_a_field_of_another_type_is_named(tree):

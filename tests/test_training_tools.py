@@ -10,6 +10,7 @@ from torch import nn
 
 from models import build_model
 from utils.config import load_config
+from utils.errors import UserError
 from utils.training import LOG_NAME, RunLog, Waits, build_optimizer, learning_rate, set_learning_rate
 
 # Learning rate
@@ -149,6 +150,17 @@ def test_a_truncated_line_is_dropped(tmp_path):
         file.write('{"kind": "train", "step": 3, "lo')
     run(tmp_path, [3], step=2)
     assert [line['step'] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize('line', ['{"kind": "train", "step": 1}{"kind": "train"}', '{"step": 1}', '{}'])
+def test_a_damaged_line_is_named_and_the_log_is_left_as_it_was(tmp_path, line):
+    run(tmp_path, [1, 2])
+    path = tmp_path / LOG_NAME
+    path.write_text(f'{line}\n{path.read_text()}')
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=f'{path} has a line that is not a training record'):
+        RunLog(tmp_path, step=2)
+    assert path.read_bytes() == before
 
 
 def test_a_fresh_run_starts_an_empty_log(tmp_path):

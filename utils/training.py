@@ -113,10 +113,22 @@ class Waits:
         return seconds
 
 
-def complete_lines(path: Path) -> list[str]:
-    """The lines of a log.jsonl but for truncated ones: a kill leaves one, and a resumed run appends after it."""
-    lines = path.read_text('utf-8', errors='replace').splitlines()
-    return [line for line in lines if line.startswith('{') and line.endswith('}')]
+def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of a log.jsonl with their records, but for truncated ones: a kill leaves one, and a resumed run
+    appends after it. Raises UserError for a line that is not a training record."""
+    records = []
+    for line in path.read_text('utf-8', errors='replace').splitlines():
+        if not (line.startswith('{') and line.endswith('}')):
+            continue
+        try:
+            record = json.loads(line)
+            valid = isinstance(record['kind'], str) and isinstance(record['step'], int)
+        except (ValueError, KeyError, RecursionError):
+            valid = False
+        if not valid:
+            raise UserError(f'{path} has a line that is not a training record ({line[:40]!r}). Remove it.')
+        records.append((line, record))
+    return records
 
 
 class RunLog:
@@ -128,8 +140,7 @@ class RunLog:
     def __init__(self, folder: str | Path, *, step: int, validation_due: bool = False):
         self.path = Path(folder) / LOG_NAME
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = complete_lines(self.path) if self.path.exists() else []
-        records = {line: json.loads(line) for line in lines}
+        records = dict(read_records(self.path)) if self.path.exists() else {}
         kept = {
             line: record
             for line, record in records.items()

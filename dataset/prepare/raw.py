@@ -299,9 +299,15 @@ class RawSplit:
 
 
 def full_entries(frame: Frame) -> tuple[dict, dict]:
-    """The frame's image and annotation entries of data.json with all their fields."""
+    """The frame's image and annotation entries of data.json with all their fields.
+
+    Raises UserError for a text that is not UTF-8 in a field that nothing else reads.
+    """
     image, annotation = (*frame.entries, b'{}')[:2]
-    return msgspec.json.decode(image), msgspec.json.decode(annotation)
+    try:
+        return msgspec.json.decode(image), msgspec.json.decode(annotation)
+    except UnicodeDecodeError as error:
+        raise UserError(f'The entry of {frame.file_name} in data.json cannot be used: {error}; {_GET_IT}.') from None
 
 
 def _stays_within(file_name: str) -> bool:
@@ -332,7 +338,7 @@ def _decode(path: Path, kind: Any) -> Any:
         return msgspec.json.decode(content, type=kind)
     except msgspec.ValidationError as error:
         raise UserError(f'{path} is not an annotation file of InterHand2.6M v1.0: {error}; {_GET_IT}.') from None
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         pass
     try:
         return msgspec.json.decode(_NOT_A_NUMBER.sub(b'null', content), type=kind)

@@ -5,7 +5,6 @@ Missing files are None. Damaged ones, and those of another version, raise UserEr
 
 import csv
 import io
-import json
 import math
 import shlex
 import zipfile
@@ -22,7 +21,7 @@ from evaluation.samples import KINDS, SAMPLES_VERSION
 from utils.arrays import load_npz
 from utils.errors import UserError
 from utils.hand import FINGERS, JOINT_NAMES, NUM_FACES, NUM_VERTICES
-from utils.training import LOG_NAME, complete_lines
+from utils.training import LOG_NAME, read_records
 
 PER_SAMPLE_COLUMNS = ('joint_mm_left', 'joint_mm_right', 'vert_mm_left', 'vert_mm_right', 'root_mm')
 
@@ -237,14 +236,8 @@ def read_log(path: Path | None) -> Log | None:
     if path is None:
         return None
     log = Log(path, [], {})
-    for line in complete_lines(path):
-        try:
-            record = json.loads(line)
-            kind, step = record['kind'], record['step']
-        except (ValueError, KeyError):
-            kind = step = None
-        if not isinstance(step, int) or not isinstance(kind, str):
-            raise UserError(f'{path} has a line that is not a training record ({line[:40]!r}). Remove it.')
+    for _, record in read_records(path):
+        kind = record['kind']
         if kind == 'train':
             log.train.append(record)
         elif kind.startswith('val_stage') and kind[9:].isdecimal():
