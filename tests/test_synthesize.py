@@ -13,10 +13,21 @@ import dataset.synthetic.synthesize as script
 from dataset.hand_model_record import check_hand_model_record
 from dataset.prepare.raw import RawSplit
 from dataset.synthetic.appearance import arm_faces, with_forearms, wrist_loop
-from dataset.synthetic.poses import FINGER_POSES, PLACEMENTS, TOLERATED, hand_axes, push_apart, sample_path
+from dataset.synthetic.poses import (
+    FINGER_POSES,
+    PLACEMENTS,
+    TOLERATED,
+    VARIED_PLACEMENTS,
+    hand_axes,
+    push_apart,
+    sample_finger_angles,
+    sample_path,
+    sample_placement_name,
+)
 from dataset.synthetic.synthesize import SPLITS, Settings, capture_cameras, main, make_sequence, plan, synthesize
 from manopth import HandPair, TwoHandLayer
 from manopth.rotations import axis_angle_to_matrix
+from manopth.standin import FLEXION_LIMITS
 from models.hands import load_hands
 from utils.hand import INTERHAND_TO_JOINTS, LEFT, RIGHT, SIDES
 
@@ -130,7 +141,8 @@ def test_layout_and_fields_are_those_of_the_real_set(tree):
             'focal': (2,),
             'princpt': (2,),
         }
-        assert 800 < np.linalg.norm(camera['campos'] - [0, 0, 1050]) < 1300  # mm
+        # Cameras at the person's eyes stand nearer than those of the dome.
+        assert 300 < np.linalg.norm(camera['campos'] - [0, 0, 1050]) < 1300  # mm
         assert np.allclose(camera['camrot'] @ camera['camrot'].T, np.eye(3)) and np.linalg.det(camera['camrot']) > 0
         assert {key: np.shape(value) for key, value in joints.items()} == {
             'world_coord': (42, 3),
@@ -260,7 +272,8 @@ def test_every_placement_brings_the_hands_together(name):
     path = sample_path(5, name, np.random.default_rng(0), load_hands('standin'), torch.zeros(2, 10))
     assert path.penetration.max() <= TOLERATED
     nearest = torch.stack([torch.cdist(left, right).min() for left, right in path.vertices])
-    assert nearest.max() < 0.08
+    # Placements that show hands without contact keep them further apart.
+    assert nearest.max() < (0.2 if name in ('behind', 'apart') else 0.08)
     joints = path.joints.diff(dim=0).norm(dim=-1)
     assert 0.001 < joints.mean() < 0.12  # m from step to step: it moves, and it does not jump
 
@@ -287,16 +300,87 @@ def test_forearms_close_the_wrists(layer):
 
 def test_cameras_stay_within_the_spread_and_see_the_hands():
     for spread in (0.0, 20.0, 120.0):
-        for camera in capture_cameras(SETTINGS._replace(camera_spread=spread), 0):
+        for camera in capture_cameras(SETTINGS._replace(camera_spread=spread, without=('views',)), 0):
             away = camera.position - script.HANDS_AT
             assert abs(np.degrees(np.arctan2(away[0], -away[2]))) <= spread + 1e-6
             centre = camera.project(script.HANDS_AT[None])[0]
             assert np.abs(centre - np.array(camera.size[::-1]) / 2).max() < 40
 
 
-def test_finger_poses_obey_the_joints_limits():
-    from manopth.standin import FLEXION_LIMITS
+def test_most_varied_cameras_stay_on_the_dome_and_all_see_the_hands():
+    cameras = [camera for capture in range(20) for camera in capture_cameras(SETTINGS, capture)]
+    away = np.array([camera.position - script.HANDS_AT for camera in cameras])
+    assert 0.07 < (away[:, 2] > 0.1).mean() < 0.3  # at the person's eyes, or steep and further round
+    frontal = np.abs(np.degrees(np.arctan2(away[:, 0], -away[:, 2]))) <= 60
+    level = np.abs(np.degrees(np.arcsin(away[:, 1] / np.linalg.norm(away, axis=1)))) <= 31
+    upright = np.array([camera.rotation[1, 1] for camera in cameras]) > 0.75
+    assert (frontal & level & upright).mean() > 0.55
+    for camera in cameras:
+        centre = camera.project(script.HANDS_AT[None])[0]
+        assert np.abs(centre - np.array(camera.size[::-1]) / 2).max() < 60
+        # 20 cm at the hands cover a similar number of pixels in every camera.
+        ends = camera.project(script.HANDS_AT + 0.1 * np.stack([camera.rotation[0], -camera.rotation[0]]))
+        assert 180 < np.linalg.norm(ends[0] - ends[1]) < 310
 
+
+def test_many_persons_whom_no_other_split_shares():
+    persons = {split: set() for split in SPLITS}
+    for sequence in plan(SETTINGS._replace(frames=(6000, 300, 300))):
+        persons[sequence.split].add(sequence.capture)
+    assert [len(persons[split]) for split in SPLITS] == [100, 10, 10]
+    assert len(set.union(*persons.values())) == 120
+    few = {s.capture for s in plan(SETTINGS._replace(frames=(6000, 0, 0), without=('persons',)))}
+    assert len(few) == script.MOST_CAPTURES['train']
+
+
+def test_placements_of_the_group_poses_can_be_switched_off():
+    rng = np.random.default_rng(0)
+    drawn = {sample_placement_name(rng) for _ in range(400)}
+    plain = {sample_placement_name(rng, varied=False) for _ in range(400)}
+    assert drawn == set(PLACEMENTS) and plain == drawn - set(VARIED_PLACEMENTS)
+
+
+def test_continuous_finger_angles_obey_the_joints_limits_and_fill_them():
+    rng, names = np.random.default_rng(0), tuple(FINGER_POSES)
+    angles = np.stack([sample_finger_angles(names, rng) for _ in range(600)])
+    plain = np.stack([sample_finger_angles(names, rng, varied=False) for _ in range(600)])
+    flexion = angles[:, :15].reshape(-1, 5, 3)
+    tolerance = np.radians(25)  # the noise of the named poses
+    assert (flexion > FLEXION_LIMITS[..., 0] - tolerance).all() and (flexion < FLEXION_LIMITS[..., 1] + tolerance).all()
+    # Named poses bend base and middle joints alike; continuous ones also bend each alone.
+    alone = []
+    for poses in (angles, plain):
+        base, middle = poses[:, :15].reshape(-1, 5, 3)[:, 1:, :2].transpose(2, 0, 1)
+        alone.append(((base > np.radians(40)) & (middle < np.radians(20))).mean())
+    assert alone[0] > 0.01 and alone[0] > 2 * alone[1]
+
+
+@pytest.mark.parametrize('seed', [0, 1])
+def test_interlocked_fingers_stay_between_each_other(seed):
+    path = sample_path(3, 'interlocked', np.random.default_rng(seed), load_hands('standin'), torch.zeros(2, 10))
+    assert path.penetration.max() <= TOLERATED
+    knuckles = path.joints[:, :, [5, 9, 13, 17]]
+    across = torch.nn.functional.normalize(knuckles[:, :, 0] - knuckles[:, :, 3], dim=-1).mean(1)
+    # Along the knuckles, middle joints of the fingers alternate between the hands.
+    order = (path.joints[:, :, [6, 10, 14, 18]] * across[:, None, None]).sum(-1).flatten(1).argsort(1)
+    assert ((order[:, 1:] // 4) != (order[:, :-1] // 4)).float().mean() > 0.8
+    tips = path.joints[:, :, [8, 12, 16, 20]]
+    # Far nearer than touching fingertips would be (0.15 m), with the fingertips near the other hand.
+    assert (knuckles.mean(2)[:, 0] - knuckles.mean(2)[:, 1]).norm(dim=-1).max() < 0.105
+    for side in (LEFT, RIGHT):
+        assert torch.cdist(tips[:, side], path.vertices[:, 1 - side]).amin(2).mean() < 0.04
+
+
+def test_without_yields_other_images_and_is_recorded(tmp_path):
+    for name, without in (('all', ()), ('plain', script.GROUPS)):
+        synthesize(tmp_path / name, SETTINGS._replace(frames=(2, 0, 0), without=without), workers=1)
+        record = json.loads((tmp_path / name / 'synthesized.json').read_text())
+        assert record['without'] == list(without)
+    first, second = (sorted(p.read_bytes() for p in (tmp_path / n).rglob('*.jpg')) for n in ('all', 'plain'))
+    assert len(first) == len(second) == 2 and first != second
+
+
+def test_finger_poses_obey_the_joints_limits():
     for name, (*flexion, _, _) in FINGER_POSES.items():
         bent = np.radians(flexion)
         assert (bent >= FLEXION_LIMITS[..., 0] - 1e-9).all() and (bent <= FLEXION_LIMITS[..., 1] + 1e-9).all(), name
@@ -343,6 +427,7 @@ def test_frames_are_counted_by_split_or_altogether(words, frames):
         (['--frames', '-1', '5', '5'], '--frames'),
         (['--camera_spread', '200'], '--camera_spread'),
         (['--workers', '0'], '--workers'),
+        (['--without', 'views', 'veiws'], 'veiws'),
         (['--seed', '-1'], '--seed'),
         (['MANO.SOURSE', 'files'], 'MANO.SOURCE'),
         (['MANO.SOURCE', 'files', 'MANO.PATH', 'nowhere'], 'nowhere'),
@@ -352,6 +437,11 @@ def test_bad_arguments_give_one_sentence_and_exit_code_2(arguments, word, tmp_pa
     assert main(['--save_path', str(tmp_path / 'raw'), *arguments]) == 2
     message = capsys.readouterr().err
     assert word in message and message.count('\n') == 1 and not any(tmp_path.iterdir())
+
+
+def test_groups_are_read_before_configuration_keys():
+    args = script.parse_arguments(['--save_path', 'x', '--without', 'views', 'persons', 'MANO.SOURCE', 'files'])
+    assert args.without == ('persons', 'views') and args.opts == ['MANO.SOURCE', 'files']
 
 
 def test_refuses_a_folder_that_holds_something(tmp_path, capsys):

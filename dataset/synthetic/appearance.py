@@ -31,6 +31,9 @@ SKIN_TONES_BGR = (
     )
     / 255.0
 )
+POLISHED, HAIRY, WATCHES, BARE_FOREARMS = 0.15, 0.35, 0.25, 0.3  # shares of people
+RINGS, TATTOOS = 0.2, 0.08  # shares of hands
+METALS_BGR = np.array([(90, 190, 230), (205, 205, 210), (120, 150, 220), (60, 60, 65)]) / 255  # gold, silver ...
 FOREARM_RINGS, FOREARM_LENGTH, LARGEST_BEND = 11, 0.31, np.radians(60)
 WRIST_CORNERS = 16  # of the hole at the wrist
 NUM_FOREARM_VERTICES = WRIST_CORNERS * FOREARM_RINGS
@@ -63,6 +66,7 @@ class SkinChart(NamedTuple):
     nail: np.ndarray  # 1 in the nail, 0 at its outline
     outline: np.ndarray  # 1 at the nail's outline
     nail_share: np.ndarray  # along the last bone, for the white edge
+    ring_finger: np.ndarray  # 0 thumb to 4 little where a ring would sit, else -1
     coarse: np.ndarray  # noise in [-1, 1], features of a centimetre
     fine: np.ndarray  # noise, features of two millimetres
     rim: np.ndarray  # (16,) palm's share round the wrist, in the order of ``wrist_loop``
@@ -124,6 +128,7 @@ def chart_skin(model: HandModel) -> SkinChart:
         on_nail * _step(inside, 0, 1),
         on_nail * _bump(inside, 0.5),
         share,
+        np.where((part == 1) & (np.abs(share - 0.42) < 0.08), finger, -1),
         coarse,
         _value_noise(point, 0.0016, rng),
         _step(-normals[list(wrist_loop(model)), 1], -0.25, 0.35),
@@ -188,12 +193,20 @@ class Person(NamedTuple):
     pattern: int  # of the shirt: 0 plain, 1 stripes, 2 checks
 
 
-def paint_person(charts: tuple[SkinChart, SkinChart], rng: np.random.Generator) -> Person:
-    """Draw a person: skin tone, nails, creases, sleeves. ``charts`` of the left and the right hand."""
+def paint_person(
+    charts: tuple[SkinChart, SkinChart], rng: np.random.Generator, *, varied: bool = True, adorned: bool = True
+) -> Person:
+    """Paint a random person: skin, nails, creases, sleeves.
+
+    ``charts`` of the left and the right hand. ``varied`` people differ more in colour and texture and some have veins
+    and freckles; ``adorned`` ones have rings, watches, tattoos, nail polish, body hair and any sleeves.
+    """
     tone = rng.uniform(0, len(SKIN_TONES_BGR) - 1)
     low = int(tone)
     back_colour = (1 - tone + low) * SKIN_TONES_BGR[low] + (tone - low) * SKIN_TONES_BGR[low + 1]
     back_colour = (back_colour * rng.uniform(0.94, 1.06, 3)).clip(0, 1)
+    if varied:
+        back_colour = (back_colour * rng.uniform(0.78, 1.1) * rng.uniform(0.95, 1.05, 3)).clip(0, 1)
     # A palm has little pigment: hardly lighter on fair skin, much lighter on dark.
     palm_colour = back_colour + (np.array([150, 172, 222]) / 255 - back_colour) * 0.35 + np.array([0.02, 0.02, 0.05])
     back_colour, palm_colour = back_colour.astype(np.float32), palm_colour.astype(np.float32)
@@ -201,24 +214,50 @@ def paint_person(charts: tuple[SkinChart, SkinChart], rng: np.random.Generator) 
     crease, wrinkle, red = rng.uniform(0.22, 0.40), rng.uniform(0.08, 0.2), rng.uniform(0.04, 0.10)
     blotchy, nail_base = rng.uniform(0.03, 0.10), 0.55 * back_colour + 0.45 * np.array([0.78, 0.78, 0.92], np.float32)
     nail_length, sleeve = rng.uniform(0.86, 0.94), int(rng.integers(2, FOREARM_RINGS + 1))
+    veins = freckles = hair = 0.0
+    polish = watch = None
+    if varied:
+        blotchy, crease = rng.uniform(0.02, 0.16), rng.uniform(0.12, 0.45)
+        veins = rng.uniform(0.04, 0.14) if rng.random() < 0.4 else 0.0
+        freckles = rng.uniform(0.1, 0.3) if rng.random() < 0.2 else 0.0
+    if adorned:
+        polish = rng.uniform(0, 1, 3) if rng.random() < POLISHED else None
+        hair = rng.uniform(0.1, 0.45) if rng.random() < HAIRY else 0.0
+        watch = (int(rng.integers(2)), rng.uniform(0.02, 0.9, 3)) if rng.random() < WATCHES else None
+        sleeve = FOREARM_RINGS + 1 if rng.random() < BARE_FOREARMS else int(rng.integers(0, FOREARM_RINGS + 1))
+        shirt = rng.uniform(0.02, 0.95, 3).astype(np.float32) if rng.random() < 0.4 else shirt
 
     parts = []
-    for chart in charts:
+    for side, chart in enumerate(charts):
         palm, back = chart.palm[:, None], chart.back
         colour = back_colour + palm * (palm_colour - back_colour)
         dark = 1 + blotchy * chart.coarse + 0.06 * chart.fine + 0.05 * chart.tendon
         dark -= crease * chart.palm * (_bump(chart.joint, 0.0010) + _bump(chart.palm_line, 0.0011))
         wrinkles = 0.5 + 0.5 * np.cos(chart.joint * np.float32(2 * np.pi / 0.0024) + 1.5 * chart.coarse)
         dark -= wrinkle * wrinkles * _bump(chart.joint, 0.0055) * back
+        if hair:
+            dark -= hair * back * (chart.fine > 0.45)
+        if veins:
+            dark -= veins * back * _bump(chart.coarse - 0.1, 0.06)
+        if freckles:
+            dark -= freckles * back * (chart.fine * chart.coarse > 0.16)
         blush = red * (back * (_bump(chart.knuckle - 0.008, 0.008) + _bump(chart.joint, 0.006)) + chart.pad)
         colour *= dark[:, None] * (1 - blush[:, None] * np.array([1.2, 1.0, 0.1], np.float32))
-        nail_colour = nail_base + 0.18 * _step(chart.nail_share, nail_length - 0.03, nail_length)[:, None]
+        nail_colour = (nail_base if polish is None else polish) + 0.18 * _step(
+            chart.nail_share, nail_length - 0.03, nail_length
+        )[:, None]
         colour *= 1 - 0.25 * chart.outline[:, None]
         colour += chart.nail[:, None] * (nail_colour - colour)
-        parts += [
-            to_linear(colour.clip(0, 1)).reshape(-1, TEXELS**2, 3),
-            _paint_forearm(back_colour, palm_colour, chart.rim, shirt, sleeve, rng),
-        ]
+        if adorned and rng.random() < TATTOOS:
+            ink = back * _step(np.abs(chart.coarse - rng.uniform(-0.3, 0.3)), 0.22, 0.16)
+            colour += rng.uniform(0.5, 0.9) * ink[:, None] * (_muted(rng, 0.02, 0.35) - colour)
+        if adorned and rng.random() < RINGS:
+            metal = METALS_BGR[rng.integers(len(METALS_BGR))] * rng.uniform(0.6, 1.1)
+            colour[chart.ring_finger == rng.integers(1, 5)] = metal
+        forearm = _paint_forearm(back_colour, palm_colour, chart.rim, shirt, sleeve, rng)
+        if watch and watch[0] == side:
+            forearm[2 * WRIST_CORNERS : 4 * WRIST_CORNERS] = to_linear(watch[1])
+        parts += [to_linear(colour.clip(0, 1)).reshape(-1, TEXELS**2, 3), forearm]
     return Person(np.concatenate(parts).astype(np.float32), shirt, pattern)
 
 
@@ -317,6 +356,9 @@ def _spin(vector: np.ndarray, axis: np.ndarray, angle: np.ndarray) -> np.ndarray
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+UNUSUAL_LIGHT = 0.3  # share of the sequences
+
+
 class Light(NamedTuple):
     """World axes; linear intensities."""
 
@@ -326,8 +368,17 @@ class Light(NamedTuple):
     gloss: float
 
 
-def sample_light(rng: np.random.Generator) -> Light:
+def sample_light(rng: np.random.Generator, *, varied: bool = True) -> Light:
+    """A lamp above the hands in front of the person; ``varied``, it may be anywhere, coloured, dim or glaring."""
     direction = _unit(np.array([rng.uniform(-0.9, 0.9), -rng.uniform(0.2, 1.2), -rng.uniform(0.5, 1.2)]))
+    if varied and rng.random() < UNUSUAL_LIGHT:
+        tint = 1 + rng.uniform(-0.3, 0.3, 3)
+        return Light(
+            _unit(rng.normal(size=3)),
+            rng.uniform(0.3, 1.7) * tint,
+            rng.uniform(0.12, 0.6) * (2 - tint),
+            rng.uniform(0.02, 0.25),
+        )
     tint = 1 + rng.uniform(-0.10, 0.10, 3)
     return Light(
         direction, rng.uniform(0.65, 1.1) * tint, rng.uniform(0.22, 0.42) * (2 - tint), rng.uniform(0.02, 0.10)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from manopth import HandModel, HandPair, TwoHandLayer
 from manopth.rotations import axis_angle_to_matrix, matrix_to_axis_angle
-from manopth.standin import pose_from_angles
+from manopth.standin import FLEXION_LIMITS, SPREAD_LIMITS, TWIST_LIMITS, pose_from_angles
 from utils.hand import LEFT, NUM_JOINTS, RIGHT, SIDES
 from utils.rasterizer import smooth_normals
 
@@ -41,8 +41,22 @@ FINGER_POSES: dict[str, tuple] = {
     'pinch': ((20, 24, 34), (54, 46, 26), (38, 40, 20), (34, 38, 20), (30, 34, 18), (20, 0, 0, 0, 4), 28),
     'ring': ((20, 24, 34), (56, 48, 28), (14, 12, 6), (6, 8, 4), (4, 6, 4), (20, 0, 0, 6, 14), 28),
     'horns': ((26, 40, 55), STRAIGHT, CURLED, CURLED, STRAIGHT, (8, 4, 0, 0, 10), 28),
+    'interlaced': (
+        (-8.7, 40.9, -9.6),
+        (18.6, 82.3, 49.5),
+        (16.3, 83.6, 49.5),
+        (12.0, 82.1, 49.5),
+        (11.7, 43.3, 49.5),
+        (-3.6, 8.1, -2.2, 10.6, 13.3),
+        18.9,
+    ),
 }
+# Of the clasp: degrees between hand and mirror plane; m along the knuckles and between them.
+INTERLACED_LEAN, INTERLACED_SHIFT, INTERLACED_DISTANCE = 9.3, 0.0178, 0.0350
+OPEN_AIR_POSES = tuple(name for name in FINGER_POSES if name != 'interlaced')
 ANGLE_NOISE = np.radians([7.0] * 15 + [3.0] * 5 + [4.0] + [0.0] * 4)
+# Share of the hands with continuously sampled fingers; the exponent of how far those leave the named pose.
+OWN_FINGERS, OWN_SHARE = 0.4, 0.5
 PCA_KEPT, PCA_LIMIT = 10, 1.5  # coefficients of official hands: the first ones, clipped
 
 
@@ -52,14 +66,44 @@ def finger_angles(name: str) -> np.ndarray:
     return np.radians(np.concatenate([np.ravel(flexion), spread, [thumb_twist, 0, 0, 0, 0]]))
 
 
-def sample_finger_angles(names: tuple[str, ...], rng: np.random.Generator) -> np.ndarray:
-    """One of the named poses, in part blended with a second one, with noise on every joint -> (25,) rad."""
+def sample_finger_angles(
+    names: tuple[str, ...], rng: np.random.Generator, *, freedom: float = 1.0, varied: bool = True
+) -> np.ndarray:
+    """Sample a finger pose: a blend of two named poses with noise on every joint -> (25,) rad.
+
+    ``freedom`` scales the noise. If ``varied``, a share OWN_FINGERS of the hands moves from the named pose towards
+    angles that are sampled continuously within the limits of the joints.
+    """
     first, second = (finger_angles(names[i]) for i in rng.integers(len(names), size=2))
-    angles = first + rng.uniform(0, 0.5) * (second - first) + rng.normal(size=NUM_ANGLES) * ANGLE_NOISE
+    angles = first + rng.uniform(0, 0.5) * (second - first) + freedom * rng.normal(size=NUM_ANGLES) * ANGLE_NOISE
+    if varied and rng.random() < OWN_FINGERS * freedom:
+        angles += rng.uniform(0, 1) ** OWN_SHARE * (_any_finger_angles(rng) - angles)
     flexion = angles[:15].reshape(5, 3)
     # Tendons couple both end joints.
     flexion[1:, 2] = np.minimum(flexion[1:, 2], 0.75 * flexion[1:, 1].clip(0) + 0.1)
     flexion[1:, 1:] = flexion[1:, 1:].clip(0)
+    return angles
+
+
+def _any_finger_angles(rng: np.random.Generator) -> np.ndarray:
+    """Continuous finger angles (25,) rad: neighbours bend alike, and so do the joints of one finger."""
+    angles = np.zeros(NUM_ANGLES)
+    flexion = angles[:15].reshape(5, 3)
+    # Each finger has its own curl; what it shares with its neighbours grows where the whole hand opens or closes.
+    hand, finger = rng.beta(0.9, 1.2, 2), rng.beta(0.8, 1.1, (5, 2))
+    alike = rng.uniform(0.1, 0.9)
+    curl = alike * hand + (1 - alike) * finger
+    # The ring finger follows the middle and the little one.
+    curl[3] = 0.5 * curl[3] + 0.25 * (curl[2] + curl[4])
+    low, high = FLEXION_LIMITS[..., 0], FLEXION_LIMITS[..., 1]
+    flexion[:] = 0.6 * low + curl[:, [0, 1, 1]] * (0.95 * high - 0.6 * low)
+    # Fists cannot spread.
+    loose = (1 - curl[:, 0]).clip(0.1, 1)
+    low, high = SPREAD_LIMITS[:, 0], SPREAD_LIMITS[:, 1]
+    wide = 0.3 * rng.random() + 0.7 * rng.random(5)
+    angles[15:20] = loose * (low + wide * (high - low))
+    angles[15] = SPREAD_LIMITS[0, 0] + rng.random() * (SPREAD_LIMITS[0, 1] - SPREAD_LIMITS[0, 0])
+    angles[20] = 0.5 * (TWIST_LIMITS[0, 0] + TWIST_LIMITS[0, 1]) + rng.uniform(-0.25, 0.25)
     return angles
 
 
@@ -89,6 +133,7 @@ PALM = {0: 0.45, 5: 0.15, 9: 0.2, 13: 0.1, 17: 0.1}  # anchors: weights of the 2
 KNUCKLES = {5: 0.25, 9: 0.25, 13: 0.25, 17: 0.25}
 MIDDLE_OF_FINGERS = {6: 0.25, 10: 0.25, 14: 0.25, 18: 0.25}
 FINGERTIPS = {8: 0.25, 12: 0.25, 16: 0.25, 20: 0.25}
+FINGER_ROOTS = {5: 0.15, 9: 0.15, 13: 0.15, 17: 0.15, 6: 0.1, 10: 0.1, 14: 0.1, 18: 0.1}
 INDEX_TIP, THUMB_TIP, HAND_WRIST = {8: 1.0}, {4: 1.0}, {0: 1.0}
 
 
@@ -109,6 +154,7 @@ class PairPlacement(NamedTuple):
     right: HandPlacement
     retreat: np.ndarray  # (3,) unit: where the right hand goes to get clear of the left
     gap: float  # m of air beyond first contact
+    freedom: float = 1.0  # scale of the noise on fingers and on the direction of each hand
 
 
 def _turn(vector: np.ndarray, axis: np.ndarray, degrees: float) -> np.ndarray:
@@ -318,8 +364,69 @@ def gesture(rng):
         fingers = _between(_between(UP, FRONT, rng.uniform(0, 0.7)), inward, rng.uniform(-0.1, 0.4))
         palm = _between(_between(inward, FRONT, rng.uniform(0, 1.0)), BODY, 0.9 if rng.random() < 0.25 else 0.0)
         place = distance * outward + rng.uniform(-0.02, 0.02, 3)
-        hands.append(HandPlacement(fingers, palm - (palm @ fingers) * fingers, PALM, place, tuple(FINGER_POSES)))
+        hands.append(HandPlacement(fingers, palm - (palm @ fingers) * fingers, PALM, place, OPEN_AIR_POSES))
     return PairPlacement(*hands, TO_RIGHT, 0.0)
+
+
+def interlocked(rng):
+    """Fingers of both hands interlaced, bent over the back of the other hand.
+
+    The hands mirror each other, shifted along their knuckles by half the distance of two fingers. Angles and distances
+    are those of INTERLACED, the result of a search for the tightest grip without penetration.
+    """
+    fingers = _between(UP, _between(FRONT, TO_RIGHT, rng.uniform(-0.15, 0.15)), rng.uniform(0.2, 0.7))
+    axis = np.cross(fingers, TO_LEFT)
+    axis /= np.linalg.norm(axis)
+    out = np.cross(axis, fingers)
+    lean, shift, distance = INTERLACED_LEAN, INTERLACED_SHIFT * axis, INTERLACED_DISTANCE * out
+    return PairPlacement(
+        HandPlacement(
+            _turn(fingers, axis, -lean), _turn(-out, axis, -lean), KNUCKLES, (distance - shift) / 2, ('interlaced',)
+        ),
+        HandPlacement(
+            _turn(fingers, axis, lean), _turn(out, axis, lean), KNUCKLES, (shift - distance) / 2, ('interlaced',)
+        ),
+        -out,
+        0.0,
+        freedom=0.08,
+    )
+
+
+def wrapped(rng):
+    """One open hand laid round the closed other: palm on its back, fingers over its knuckles or its edge."""
+    level = _between(_between(UP, BODY, rng.uniform(0, 0.8)), TO_LEFT, rng.uniform(0, 0.5))
+    inner = _between(FRONT, TO_RIGHT, rng.uniform(0.2, 0.7))
+    inner = inner - (inner @ level) * level
+    inner /= np.linalg.norm(inner)
+    outer = _turn(inner, level, rng.choice([-1, 1]) * rng.uniform(30, 90))
+    return PairPlacement(
+        HandPlacement(inner, -level, KNUCKLES, -0.012 * level, ('fist', 'fist', 'grasp', 'cup')),
+        HandPlacement(outer, -level, PALM, 0.018 * level, ('cup', 'grasp', 'cup', 'relaxed')),
+        level,
+        _gap(rng, 0.02),
+        freedom=0.6,
+    )
+
+
+def behind(rng):
+    """One hand in front of the other without contact, so that it hides part of it from a frontal camera."""
+    hands, depth = [], rng.uniform(0.05, 0.16)
+    for number in range(2):
+        fingers = _between(_between(UP, FRONT, rng.uniform(0, 0.7)), (TO_RIGHT, TO_LEFT)[number], rng.uniform(0, 0.6))
+        palm = _between(FRONT if rng.random() < 0.5 else BODY, (TO_RIGHT, TO_LEFT)[number], rng.uniform(0, 0.7))
+        place = (BODY, FRONT)[number] * depth / 2 + (TO_LEFT, TO_RIGHT)[number] * rng.uniform(-0.02, 0.05)
+        place = place + rng.uniform(-0.03, 0.03, 3)
+        hands.append(HandPlacement(fingers, palm - (palm @ fingers) * fingers, PALM, place, OPEN_AIR_POSES))
+    return PairPlacement(*hands, FRONT, 0.0)
+
+
+def apart(rng):
+    """Both hands gesture, far apart."""
+    pair = gesture(rng)
+    away = rng.uniform(0.02, 0.09)
+    left = pair.left._replace(position=pair.left.position + away * TO_LEFT + rng.uniform(-0.04, 0.04, 3))
+    right = pair.right._replace(position=pair.right.position + away * TO_RIGHT + rng.uniform(-0.04, 0.04, 3))
+    return pair._replace(left=left, right=right)
 
 
 # Names as the folders of sequences carry them, with how often each is drawn.
@@ -337,11 +444,20 @@ PLACEMENTS: dict[str, tuple[Callable[[np.random.Generator], PairPlacement], floa
     'fistonpalm': (fist_on_palm, 0.9),
     'tipsmeet': (tips_meet, 0.8),
     'gesture': (gesture, 1.6),
+    'interlocked': (interlocked, 2.2),
+    'behind': (behind, 0.9),
+    'apart': (apart, 0.9),
+    'wrapped': (wrapped, 1.0),
 }
+GRIPS = ('interlocked',)  # hands that hook into each other
+GRIP_OPENINGS, GRIP_RETREAT = (0.2, 0.4, 0.6, 0.8), 0.014  # shares of flexion; m
+VARIED_PLACEMENTS = ('interlocked', 'behind', 'apart', 'wrapped')  # only where poses are ``varied``
 
 
-def sample_placement_name(rng: np.random.Generator) -> str:
-    names, weights = list(PLACEMENTS), np.array([weight for _, weight in PLACEMENTS.values()])
+def sample_placement_name(rng: np.random.Generator, *, varied: bool = True) -> str:
+    """Draw the name of a placement."""
+    names = [name for name in PLACEMENTS if varied or name not in VARIED_PLACEMENTS]
+    weights = np.array([PLACEMENTS[name][1] for name in names])
     return names[rng.choice(len(names), p=weights / weights.sum())]
 
 
@@ -377,21 +493,22 @@ class HandPath(NamedTuple):
     penetration: Tensor  # (T,) m, depth that is left
 
 
-def key_pose(name: str, mirrored: bool, rng: np.random.Generator, *, anatomical: bool) -> KeyPose:
+def key_pose(name: str, mirrored: bool, rng: np.random.Generator, *, anatomical: bool, varied: bool = True) -> KeyPose:
     """One random instance of a placement; ``mirrored`` swaps the roles of the hands."""
     pair = PLACEMENTS[name][0](rng)
-    turn = _rotation(rng.normal(size=3) * PAIR_TURN)
+    # Between key poses that are turned far, interpolation would bring tightly placed hands too near.
+    turn = _rotation(rng.normal(size=3) * PAIR_TURN * max(pair.freedom, 0.4))
     rotation, fingers, anchor, position = [], [], [], []
     for side in (LEFT, RIGHT):
         hand = pair.right if (side == RIGHT) != mirrored else pair.left
         flip = MIRROR if mirrored else np.ones(3)
         rotation.append(
             turn
-            @ _rotation(rng.normal(size=3) * HAND_TILT)
+            @ _rotation(pair.freedom * rng.normal(size=3) * HAND_TILT)
             @ hand_axes(hand.fingers * flip, hand.palm * flip, SIDES[side])
         )
         if anatomical:
-            fingers.append(sample_finger_angles(hand.poses, rng))
+            fingers.append(sample_finger_angles(hand.poses, rng, freedom=pair.freedom, varied=varied))
         else:
             fingers.append(np.zeros(45))
             fingers[-1][:PCA_KEPT] = (0.8 * rng.normal(size=PCA_KEPT)).clip(-PCA_LIMIT, PCA_LIMIT)
@@ -403,9 +520,11 @@ def key_pose(name: str, mirrored: bool, rng: np.random.Generator, *, anatomical:
     )
 
 
-def easy_key_pose(name: str, mirrored: bool, rng: np.random.Generator, *, anatomical: bool) -> KeyPose:
+def easy_key_pose(
+    name: str, mirrored: bool, rng: np.random.Generator, *, anatomical: bool, varied: bool = True
+) -> KeyPose:
     """Of TRIES instances, the one that bends the wrists least for elbows at ELBOWS."""
-    tries = [key_pose(name, mirrored, rng, anatomical=anatomical) for _ in range(TRIES)]
+    tries = [key_pose(name, mirrored, rng, anatomical=anatomical, varied=varied) for _ in range(TRIES)]
     return min(tries, key=_wrist_effort)
 
 
@@ -429,14 +548,18 @@ def _rotation(degrees: np.ndarray) -> np.ndarray:
     return axis_angle_to_matrix(torch.from_numpy(np.radians(degrees))).numpy()
 
 
-def sample_path(steps: int, name: str, rng: np.random.Generator, models: HandPair, betas: Tensor) -> HandPath:
-    """A smooth path of ``steps`` time steps through random instances of one placement, hands pushed apart.
+def sample_path(
+    steps: int, name: str, rng: np.random.Generator, models: HandPair, betas: Tensor, *, varied: bool = True
+) -> HandPath:
+    """Sample a smooth path of ``steps`` time steps through random instances of one placement, hands pushed apart.
 
-    ``betas`` (2, 10) is the shape of both hands.
+    ``betas`` (2, 10) is the shape of both hands; ``varied`` adds continuously sampled fingers to the named poses.
     """
     anatomical, mirrored = models.left.name != 'mano', bool(rng.random() < 0.5)
     every = rng.uniform(1.3, 2.3)  # time steps from key pose to key pose: a third of a second or so at 5 fps
-    keys = [easy_key_pose(name, mirrored, rng, anatomical=anatomical) for _ in range(int(steps / every) + 2)]
+    keys = [
+        easy_key_pose(name, mirrored, rng, anatomical=anatomical, varied=varied) for _ in range(int(steps / every) + 2)
+    ]
     at = np.arange(steps) / every + rng.uniform(0, 0.3)
     first = at.astype(int)
     share = at - first
@@ -451,22 +574,46 @@ def sample_path(steps: int, name: str, rng: np.random.Generator, models: HandPai
     change = matrix_to_axis_angle(turns[first].transpose(-1, -2) @ turns[first + 1])
     root = matrix_to_axis_angle(turns[first] @ axis_angle_to_matrix(change * torch.from_numpy(share)[:, None, None]))
     fingers = along([key.fingers for key in keys])
-    poses = np.stack([pose_vector(fingers[:, side], models[side]) for side in (LEFT, RIGHT)], 1)
-    root, pose = root.float(), torch.from_numpy(poses).float()
-
     layer = TwoHandLayer(models)
-    hands = layer(root, pose, betas.expand(steps, 2, 10), use_pca=False)
     weights = torch.from_numpy(along([key.anchor for key in keys])).float()
     target = torch.from_numpy(along([key.position for key in keys])).float()
-    shift = target - (weights[..., None] * hands.joints).sum(2)
-    vertices, joints = hands.vertices + shift[:, :, None], hands.joints + shift[:, :, None]
-
     retreat = torch.from_numpy(along([key.retreat for key in keys])).float()
     retreat = retreat / retreat.norm(dim=1, keepdim=True)
-    away, penetration = push_apart(vertices, layer.faces, retreat)
-    away = away + torch.from_numpy(along([key.gap for key in keys])).float()
-    apart = torch.stack([-retreat, retreat], 1) * (away / 2)[:, None, None]
-    return HandPath(root, pose, vertices + apart[:, :, None], joints + apart[:, :, None], penetration)
+    gap = torch.from_numpy(along([key.gap for key in keys])).float()
+
+    def pose_apart(rows: Tensor, opening: float, most: float) -> HandPath:
+        """The time steps ``rows`` with opened fingers, the hands pushed ``most`` m apart at most."""
+        opened = _open_fingers(fingers[rows.numpy()], opening)
+        poses = np.stack([pose_vector(opened[:, side], models[side]) for side in (LEFT, RIGHT)], 1)
+        turn, pose = root[rows].float(), torch.from_numpy(poses).float()
+        hands = layer(turn, pose, betas.expand(len(rows), 2, 10), use_pca=False)
+        shift = (target[rows] - (weights[rows, ..., None] * hands.joints).sum(2))[:, :, None]
+        vertices, joints = hands.vertices + shift, hands.joints + shift
+        away, penetration = push_apart(vertices, layer.faces, retreat[rows], most=most)
+        apart = torch.stack([-retreat[rows], retreat[rows]], 1) * ((away + gap[rows]) / 2)[:, None, None]
+        return HandPath(turn, pose, vertices + apart[:, :, None], joints + apart[:, :, None], penetration)
+
+    every_step = torch.arange(steps)
+    if not (anatomical and name in GRIPS):
+        return pose_apart(every_step, 0.0, torch.inf)
+    # Pulling hooked fingers apart drives them into the other hand: they open as far as contact needs, and no further.
+    path, rows = pose_apart(every_step, 0.0, GRIP_RETREAT), every_step
+    for opening in GRIP_OPENINGS:
+        rows = every_step[path.penetration > TOLERATED]
+        if len(rows):
+            most = torch.inf if opening == GRIP_OPENINGS[-1] else GRIP_RETREAT
+            opened = pose_apart(rows, opening, most)
+            path = HandPath(*(whole.index_copy(0, rows, part) for whole, part in zip(path, opened)))
+    return path
+
+
+def _open_fingers(angles: np.ndarray, opening: float) -> np.ndarray:
+    """Straighten the outer joints of the fingers by a share ``opening``; (..., 25) rad, or PCA unchanged at 0."""
+    if opening == 0:
+        return angles
+    scale = np.ones(NUM_ANGLES)
+    scale[:15].reshape(5, 3)[:, 1:] = 1 - opening
+    return angles * scale
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -498,10 +645,11 @@ def penetration_depth(vertices: Tensor, normals: Tensor) -> float:
     return deepest
 
 
-def push_apart(vertices: Tensor, faces: Tensor, retreat: Tensor) -> tuple[Tensor, Tensor]:
+def push_apart(vertices: Tensor, faces: Tensor, retreat: Tensor, *, most: float = torch.inf) -> tuple[Tensor, Tensor]:
     """Distance (T,) m that the right hand must retreat along ``retreat`` (T, 3), and the remaining depth (T,).
 
-    vertices (T, 2, V, 3), faces (2, F, 3). Pushes of the depth found so far, so the way ends at first contact.
+    vertices (T, 2, V, 3), faces (2, F, 3). Each push is as long as the current depth, so the hands stop at contact.
+    They are pushed ``most`` m at most, which may leave a depth above TOLERATED.
     """
     normals = torch.stack([smooth_normals(vertices[:, side], faces[side]) for side in (LEFT, RIGHT)], 1)
     away, depth = vertices.new_zeros(len(vertices)), vertices.new_zeros(len(vertices))
@@ -509,7 +657,7 @@ def push_apart(vertices: Tensor, faces: Tensor, retreat: Tensor) -> tuple[Tensor
         for _ in range(PUSHES):
             moved = torch.stack([hands[LEFT], hands[RIGHT] + away[step] * retreat[step]])
             depth[step] = penetration_depth(moved, normals[step])
-            if depth[step] <= TOLERATED:
+            if depth[step] <= TOLERATED or away[step] >= most:
                 break
             away[step] += (1.25 * depth[step]).clamp(LEAST_PUSH, LARGEST_PUSH)
     return away, depth

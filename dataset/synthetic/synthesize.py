@@ -25,6 +25,7 @@ from dataset.prepare.raw import annotation_file
 from dataset.prepare.resumable import JOURNAL, Journal, already_complete, growing, publish, refuse_other_settings
 from dataset.prepare.workers import results_in_order
 from dataset.prepared import partial_folder
+from dataset.synthetic import camera_faults, clutter
 from dataset.synthetic.appearance import (
     Light,
     Person,
@@ -52,7 +53,12 @@ from utils.stopping import check_stop, obey_stop_signals
 SPLITS = ('train', 'val', 'test')
 RECORD = 'synthesized.json'  # the settings of a complete data set
 IMAGES_PER_CAPTURE = {'train': 100, 'val': 30, 'test': 30}
-MOST_CAPTURES = {'train': 24, 'val': 6, 'test': 8}
+IMAGES_PER_VARIED_CAPTURE = 60
+MOST_CAPTURES = {'train': 24, 'val': 6, 'test': 8}  # without the group 'persons', which lifts the limit
+# What --without switches off: many and varied people; continuous, interlocked and distant poses; steep, rolled and
+# egocentric cameras; lamps and camera faults; objects, adornments and busy backgrounds.
+GROUPS = ('persons', 'poses', 'views', 'light', 'clutter')
+PLAIN = 0.25  # share of the images without camera faults and objects
 VIEWS = 3  # cameras that see one time step
 STEPS = 6  # time steps of a sequence
 CAMERAS, GREY_CAMERAS = 14, 0.12  # of a capture; share of those without colour
@@ -62,7 +68,6 @@ HANDS_AT = np.array([0.0, 0.0, 1.05])  # m, world: about where the real set's ha
 IMAGE_SIZES = ((512, 334), (334, 512))  # height, width
 DARKEST_GREY, BLACK_GAIN = 13.0, 0.05  # of 255: preparation drops images below a mean of 10
 TORSO_SHOWN = 0.6  # share of the sequences with somebody's chest behind the hands
-JPEG_QUALITY = 93
 
 
 class Settings(NamedTuple):
@@ -73,6 +78,11 @@ class Settings(NamedTuple):
     camera_spread: float  # degrees
     source: str
     path: str
+    without: tuple[str, ...] = ()  # groups that are switched off, in the order of GROUPS
+
+    def has(self, group: str) -> bool:
+        assert group in GROUPS
+        return group not in self.without
 
 
 class Sequence(NamedTuple):
@@ -112,7 +122,10 @@ def plan(settings: Settings) -> list[Sequence]:
         ):
             steps = [min(VIEWS, count - begin) for begin in range(0, count, VIEWS)]
             runs += [(kind, tuple(steps[begin : begin + STEPS])) for begin in range(0, len(steps), STEPS)]
-        captures = min(len(runs), MOST_CAPTURES[split], max(2, images // IMAGES_PER_CAPTURE[split]))
+        per_capture, most = IMAGES_PER_CAPTURE[split], MOST_CAPTURES[split]
+        if settings.has('persons'):
+            per_capture, most = min(per_capture, IMAGES_PER_VARIED_CAPTURE), images
+        captures = min(len(runs), most, max(2, images // per_capture))
         black = set(
             rng.permutation(sum(sum(views) for kind, views in runs if kind == 'interacting'))[: edge_cases['black']]
         )
@@ -156,21 +169,45 @@ class Camera(NamedTuple):
         return image[:, :2] / image[:, 2:]
 
 
-def sample_camera(rng: np.random.Generator, spread: float, taken: set[str]) -> Camera:
-    """A camera on a dome in front of the person: azimuth within +-``spread`` degrees, elevation from a third
-    of it below to half of it above, looking at the hands."""
-    azimuth, elevation = np.radians([rng.uniform(-spread, spread), rng.uniform(-spread / 3, spread / 2)])
+# Cumulative shares of the cameras of the group 'views'; the rest stands on the dome.
+EGOCENTRIC, STEEP, ROLLED = 0.12, 0.24, 0.36
+EYES = np.array([0.0, -0.42, 0.30])  # m from the hands, world axes
+
+
+def _camera_place(rng: np.random.Generator, spread: float, *, varied: bool) -> tuple[np.ndarray, float]:
+    """Offset (3,) m of a camera from the hands, and its roll in degrees."""
+    chance = rng.random() if varied else 1.0
+    roll = rng.normal(0, 4)
+    if chance < EGOCENTRIC:
+        return EYES + rng.uniform(-1, 1, 3) * np.array([0.08, 0.10, 0.10]), rng.normal(0, 10)
+    azimuth, elevation = rng.uniform(-spread, spread), rng.uniform(-spread / 3, spread / 2)
+    if chance < STEEP:
+        azimuth, elevation = rng.uniform(-1, 1) * min(180.0, 1.5 * spread), rng.uniform(-35, 75)
+    elif chance < ROLLED:
+        roll = rng.normal(0, 40)
+    azimuth, elevation = np.radians([azimuth, elevation])
     away = np.array([np.sin(azimuth) * np.cos(elevation), -np.sin(elevation), -np.cos(azimuth) * np.cos(elevation)])
-    position = HANDS_AT + rng.uniform(0.92, 1.2) * away
+    return rng.uniform(0.92, 1.2) * away, roll
+
+
+def sample_camera(rng: np.random.Generator, spread: float, taken: set[str], *, varied: bool = True) -> Camera:
+    """A camera that looks at the hands.
+
+    Most stand on a dome in front of the person: azimuth within +-``spread`` degrees, elevation from a third of it below
+    to half of it above. If ``varied``, some are steep or further round, some are rolled, and some are at the person's
+    eyes, with a focal length that shows the hands as large as the others do.
+    """
+    offset, roll_degrees = _camera_place(rng, spread, varied=varied)
+    position = HANDS_AT + offset
     forward = HANDS_AT + rng.uniform(-0.01, 0.01, 3) - position
     forward /= np.linalg.norm(forward)
     right = np.cross([0.0, 1.0, 0.0], forward)
     right /= np.linalg.norm(right)
-    roll = np.radians(rng.normal(0, 4))
+    roll = np.radians(roll_degrees)
     down = np.cross(forward, right)
     right, down = np.cos(roll) * right + np.sin(roll) * down, np.cos(roll) * down - np.sin(roll) * right
     size = IMAGE_SIZES[int(rng.random() < 0.5)]
-    focal = rng.uniform(1200, 1330)
+    focal = rng.uniform(1200, 1330) * min(1.0, float(np.linalg.norm(offset)) / 0.92)
     grey = bool(rng.random() < GREY_CAMERAS)
     name = None
     while name is None or name in taken:
@@ -193,7 +230,9 @@ def capture_cameras(settings: Settings, capture: int) -> tuple[Camera, ...]:
     """The cameras of one capture."""
     rng = np.random.default_rng([settings.seed, 3, capture])
     taken: set[str] = set()
-    return tuple(sample_camera(rng, settings.camera_spread, taken) for _ in range(CAMERAS))
+    return tuple(
+        sample_camera(rng, settings.camera_spread, taken, varied=settings.has('views')) for _ in range(CAMERAS)
+    )
 
 
 def choose_cameras(cameras: tuple[Camera, ...], points: np.ndarray, count: int, rng: np.random.Generator) -> list[int]:
@@ -234,8 +273,11 @@ def _actors(source: str, path: str) -> Actors:
 def _person(settings: Settings, capture: int) -> tuple[Person, torch.Tensor]:
     """Appearance and shape (2, 10) of the capture's subject."""
     rng = np.random.default_rng([settings.seed, 4, capture])
-    betas = (0.7 * rng.normal(size=10)).clip(-1.6, 1.6).round(4)
-    person = paint_person(_actors(settings.source, settings.path).charts, rng)
+    varied = settings.has('persons')
+    deviation, limit = (1.0, 2.2) if varied else (0.7, 1.6)
+    betas = (deviation * rng.normal(size=10)).clip(-limit, limit).round(4)
+    charts = _actors(settings.source, settings.path).charts
+    person = paint_person(charts, rng, varied=varied, adorned=settings.has('clutter'))
     return person, torch.from_numpy(betas).float().expand(2, 10)
 
 
@@ -259,10 +301,12 @@ def set_scene(settings: Settings, sequence: Sequence, rng: np.random.Generator) 
     actors = _actors(settings.source, settings.path)
     person, betas = _person(settings, sequence.capture)
     single, steps = sequence.kind == 'single', len(sequence.views)
-    placement = sample_placement_name(rng) if sequence.kind == 'interacting' else 'gesture'
+    placement = (
+        sample_placement_name(rng, varied=settings.has('poses')) if sequence.kind == 'interacting' else 'gesture'
+    )
     shown = (int(rng.integers(2)),) if single else (LEFT, RIGHT)
     hand_type = SIDES[shown[0]] if single else 'interacting'
-    path = sample_path(steps, placement, rng, actors.models, betas)
+    path = sample_path(steps, placement, rng, actors.models, betas, varied=settings.has('poses'))
 
     # The middle of the hands wanders a little about one place of the world.
     wander = np.cumsum(rng.normal(0, 0.004, (steps, 3)), 0) + rng.normal(0, 0.006, 3)
@@ -286,22 +330,26 @@ def set_scene(settings: Settings, sequence: Sequence, rng: np.random.Generator) 
         mesh,
         faces,
         skin,
-        sample_light(rng),
+        sample_light(rng, varied=settings.has('light')),
         both[:, :, -1].double().numpy(),
         bool(rng.random() < TORSO_SHOWN),
     )
 
 
-def paint_backdrop(scene: Scene, step: int, camera: Camera, person: Person, rng: np.random.Generator) -> np.ndarray:
+def paint_backdrop(
+    scene: Scene, step: int, camera: Camera, person: Person, rng: np.random.Generator, *, cluttered: bool
+) -> np.ndarray:
     """A camera's background, display values (H, W, 3)."""
     image = sample_background(camera.size, rng)
+    if cluttered and rng.random() < clutter.CLUTTERED:
+        clutter.clutter_background(image, rng)
     if scene.torso and camera.rotation[2, 2] > 0.2:  # from behind, the chest would hide the hands
         draw_torso(image, lambda points: camera.project(HANDS_AT + points), scene.elbows[step] - HANDS_AT, person, rng)
     return image
 
 
 def photograph(scene: Scene, step: int, camera: Camera, backdrop: np.ndarray) -> np.ndarray:
-    """Render the hands over their background, display values (H, W, 3)."""
+    """Render the hands over a copy of their background, display values (H, W, 3)."""
     rotation, position = torch.from_numpy(camera.rotation).float(), torch.from_numpy(camera.position).float()
     light = scene.light._replace(direction=camera.rotation @ scene.light.direction)
     return draw_hands(
@@ -343,12 +391,21 @@ def make_sequence(settings: Settings, sequence: Sequence, root: Path) -> dict:
         for index in choose_cameras(cameras, points, views, rng):
             camera, number = cameras[index], len(record['images'])
             if index not in backdrops:
-                backdrops[index] = paint_backdrop(scene, step, camera, person, rng)
-            image = photograph(scene, step, camera, backdrops[index])
+                backdrops[index] = paint_backdrop(scene, step, camera, person, rng, cluttered=settings.has('clutter'))
+            backdrop, plain = backdrops[index], rng.random() < PLAIN
+            objects = not plain and settings.has('clutter')
+            if objects and rng.random() < clutter.HELD:
+                backdrop = backdrop.copy()
+                clutter.draw_objects(backdrop, camera.project(points), rng)
+            image = photograph(scene, step, camera, backdrop)
+            if objects and rng.random() < clutter.IN_FRONT:
+                clutter.draw_objects(image, camera.project(points), rng)
+            faulty = not plain and settings.has('light')
             file_name = f'Capture{sequence.capture}/{scene.name}/cam{camera.name}/image{frame}.jpg'
             write_image(
                 root / 'images' / sequence.split / file_name,
-                develop(image, camera, black=number in sequence.black, rng=rng),
+                develop(image, camera, black=number in sequence.black, faulty=faulty, rng=rng),
+                quality=camera_faults.jpeg_quality(rng) if faulty else camera_faults.JPEG_QUALITY,
             )
             record['images'].append(
                 {
@@ -376,10 +433,10 @@ def make_sequence(settings: Settings, sequence: Sequence, root: Path) -> dict:
     return record
 
 
-def write_image(path: Path, image: np.ndarray) -> None:
+def write_image(path: Path, image: np.ndarray, *, quality: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not cv2.imwrite, which does not notice a full disk.
-    path.write_bytes(cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes())
+    path.write_bytes(cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes())
 
 
 def world_joints(path: HandPath, step: int, shown: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -417,11 +474,14 @@ def _grain() -> np.ndarray:
     return (1.6 * np.random.default_rng(0).standard_normal((640, 640, 1))).astype(np.float32)
 
 
-def develop(image: np.ndarray, camera: Camera, *, black: bool, rng: np.random.Generator) -> np.ndarray:
+def develop(image: np.ndarray, camera: Camera, *, black: bool, faulty: bool, rng: np.random.Generator) -> np.ndarray:
     """Display values (H, W, 3) -> uint8 BGR as this camera stores it."""
+    if faulty:
+        image = camera_faults.blur(camera_faults.expose(image, rng), rng)
     values: np.ndarray = np.float32(255 * camera.gain) * image
     top, left = rng.integers(0, 640 - max(image.shape[:2]), 2)
-    values += _grain()[top : top + image.shape[0], left : left + image.shape[1]]
+    strength = 1 + (camera_faults.noise_level(rng) / 1.6 if faulty else 0.0)
+    values += np.float32(strength) * _grain()[top : top + image.shape[0], left : left + image.shape[1]]
     grey = cv2.cvtColor(values, cv2.COLOR_BGR2GRAY)
     if camera.grey:
         values = cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR)
@@ -569,12 +629,29 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help='azimuth range of the cameras: within +-DEGREES of the front, 0 to 180; a larger range is harder '
         'to learn (default: 60)',
     )
+    parser.add_argument(
+        '--without',
+        nargs='+',
+        default=[],
+        metavar='GROUP',
+        help=f'switch groups of variation off, for ablations: {", ".join(GROUPS)} (default: none)',
+    )
     parser.add_argument('--workers', type=int, default=usable_cores(), help='processes (default: one per core)')
     add_config_arguments(parser)
     args = parser.parse_intermixed_args(arguments)
     words, keys = split_off_pairs(args.frames)
     args.frames, args.opts = frames_of_splits(words), keys + args.opts
+    groups, more_keys = split_off_pairs(args.without)
+    args.without, args.opts = known_groups(groups), more_keys + args.opts
     return args
+
+
+def known_groups(words: list[str]) -> tuple[str, ...]:
+    """The groups of --without, in the order of GROUPS. Raises UserError for an unknown one."""
+    for word in words:
+        if word not in GROUPS:
+            raise UserError(f'--without has the unknown group {word!r}; choose among {", ".join(GROUPS)}.')
+    return tuple(group for group in GROUPS if group in words)
 
 
 def frames_of_splits(words: list[str]) -> tuple[int, int, int]:
@@ -601,7 +678,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.workers < 1:
         raise UserError(f'--workers is {args.workers}; it must be at least 1.')
     cfg = load_config(args.cfg, args.opts, base={'MANO': {'SOURCE': 'standin'}})  # synthetic data need no licensed file
-    settings = Settings(args.frames, args.seed, args.camera_spread, cfg.MANO.SOURCE, cfg.MANO.PATH)
+    settings = Settings(args.frames, args.seed, args.camera_spread, cfg.MANO.SOURCE, cfg.MANO.PATH, args.without)
     with obey_stop_signals():
         records = synthesize(args.save_path, settings, workers=args.workers)
     if depths := [depth for record in records for depth in record['penetration_mm']]:
