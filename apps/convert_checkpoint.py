@@ -4,10 +4,12 @@
     python apps/convert_checkpoint.py checkpoint/dir_interhand.pth DIR.pth --reverse
     python apps/convert_checkpoint.py output/dir_interhand/best.pth dir.safetensors
     python apps/convert_checkpoint.py dir.safetensors dir.pth
+    python apps/convert_checkpoint.py output/dir_interhand/best.pth dir.safetensors --half
 
 The published file contains the hand model's arrays, ours does not: converting between the two needs the hand files that
 the network was trained on (MANO.PATH). A safetensors file holds the network, its configuration and its record, but no
-optimizer state. Every round trip is exact to the bit. ``--model`` of all commands accepts each of these files.
+optimizer state. Every round trip is exact to the bit. ``--half`` is not: it stores float32 weights as float16, in half
+the space; the network still computes in float32. ``--model`` of all commands accepts each of these files.
 """
 
 import argparse
@@ -17,11 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
 from models import published
 from models.checkpoint import (
     REST,
     TRAINING_STATE,
+    in_half_precision,
     load_model,
     read_checkpoint,
     read_content,
@@ -40,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--src', metavar='FILE', help='the checkpoint to convert; same as the first argument')
     parser.add_argument('--dst', metavar='FILE', help='the file to write; same as the second argument')
     parser.add_argument('--reverse', action='store_true', help='convert ours to the published form')
+    parser.add_argument('--half', action='store_true', help='store the weights in half precision')
     parser.add_argument(
         'opts', nargs='*', metavar='SRC DST KEY VALUE', help='files, then configuration keys, e.g. MANO.PATH DIR'
     )
@@ -49,8 +52,12 @@ def main(argv: list[str] | None = None) -> int:
     if src is None or dst is None:
         raise UserError('Pass the checkpoint to convert and the file to write.')
     overrides = list(given)
+    if args.half and args.reverse:
+        raise UserError('The published form holds float32: leave --half or --reverse out.')
     if args.reverse:
         to_published_form(src, dst, overrides)
+    elif args.half:
+        to_other_format(src, dst, overrides, half=True)
     elif Path(src).suffix == SUFFIX or (Path(dst).suffix == SUFFIX and not published.is_published(read_content(src))):
         to_other_format(src, dst, overrides)
     else:
@@ -58,12 +65,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def to_other_format(src: str, dst: str, overrides: list[str]) -> None:
+def to_other_format(src: str, dst: str, overrides: list[str], *, half: bool = False) -> None:
     """Convert between .pth and .safetensors; the configuration stays as it is."""
     if overrides:
         raise UserError(f'{src} has its own configuration, which conversion keeps: leave {overrides[0]} out.')
     content = read_checkpoint(src)
     left_out = [key for key in TRAINING_STATE if key in content]
+    if half:
+        content |= {key: in_half_precision(content[key], src) for key in ('model', REST) if key in content}
     write_checkpoint(dst, {key: value for key, value in content.items() if key not in left_out})
     without = f', without its training state ({", ".join(left_out)})' if left_out else ''
     print(f'{dst}: the network of {src}{without}, hand model {content["hand_model"]}')

@@ -5,7 +5,7 @@ import torch
 
 from apps import convert_checkpoint
 from models import build_model, published
-from models.checkpoint import load_model, read_checkpoint, save_checkpoint
+from models.checkpoint import load_model, read_checkpoint, save_checkpoint, write_checkpoint
 from utils.config import load_config
 from utils.errors import UserError
 
@@ -152,3 +152,26 @@ def test_safetensors_hold_no_training_state(standin, tmp_path, capsys):
     assert 'a.safetensors: the published form is a .pth file' in capsys.readouterr().err
     assert convert_checkpoint.main([source]) == 2
     assert 'Pass the checkpoint to convert and the file to write' in capsys.readouterr().err
+
+
+def test_half_precision_halves_the_file_and_loads_in_full(converted, tmp_path, capsys):
+    for name in ('half.safetensors', 'half.pth'):
+        path = tmp_path / name
+        assert convert_checkpoint.main([str(converted[1]), str(path), '--half']) == 0
+        assert path.stat().st_size < 0.51 * converted[1].stat().st_size
+        loaded, original = (load_model(each).model.state_dict() for each in (path, converted[1]))
+        for key, value in loaded.items():
+            assert value.dtype == original[key].dtype
+            assert torch.equal(value, original[key].half().to(value.dtype) if value.is_floating_point() else value)
+
+
+def test_what_half_precision_cannot_hold_is_named(converted, tmp_path, capsys):
+    content = read_checkpoint(converted[1])
+    key = next(iter(content['model']))
+    content['model'][key].view(-1)[0] = 1e6
+    write_checkpoint(tmp_path / 'large.pth', content)
+    assert convert_checkpoint.main([str(tmp_path / 'large.pth'), str(tmp_path / 'a.safetensors'), '--half']) == 2
+    assert f'{key} has values above 65504' in capsys.readouterr().err
+    assert convert_checkpoint.main([str(converted[1]), str(tmp_path / 'a.pth'), '--half', '--reverse']) == 2
+    assert 'leave --half or --reverse out' in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ['large.pth']
