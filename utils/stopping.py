@@ -9,18 +9,21 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 # SLURM's scancel and time limit send TERM, `sbatch --signal=USR1@60` USR1, a closed terminal HUP, Ctrl-C INT.
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)
 )
 PARENT_CHECKS_S = 1.0
+CHILD_CHECKS_S = 0.2
 _watched: set[int] = set()  # ids of the processes that already watch their launcher
 
 
@@ -168,6 +171,23 @@ def check_stop() -> None:
     """Raise ``Stopped`` if a stop signal has arrived within ``obey_stop_signals``: call it between units of work."""
     if (number := requested_stop()) is not None:
         raise Stopped(number)
+
+
+def run_passing_stops(command: Sequence[str], **options: Any) -> int:
+    """Run a command to its end, with ``subprocess.Popen``'s options -> its exit code, negative for a signal's number.
+
+    A stop signal within ``obey_stop_signals`` is passed on to it, once: a group's signal has reached it already.
+    """
+    process = subprocess.Popen(command, **options)
+    passed_on = False
+    while process.poll() is None:
+        try:
+            process.wait(CHILD_CHECKS_S)
+        except subprocess.TimeoutExpired:
+            if not passed_on and (number := requested_stop()) is not None:
+                process.send_signal(number)
+                passed_on = True
+    return process.returncode
 
 
 @contextmanager

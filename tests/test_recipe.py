@@ -1,0 +1,84 @@
+"""The comparison of training recipes: its configurations, its statistics, and a run on tiny data."""
+
+import math
+
+import pytest
+from prepared_tree import write_prepared
+
+from benchmarks import recipe
+from utils.config import default_config, flatten, load_config
+
+# fmt: off
+TINY = [
+    'MODEL.IMAGE_SIZE', '32', 'MODEL.MAP_CHANNELS', '8', 'MODEL.STAGES', '1', 'MODEL.GRAPH_LAYERS', '1',
+    'TRAIN.BATCH_SIZE', '4', 'TRAIN.EPOCHS', '2', 'TRAIN.LOG_EVERY', '1', 'DEVICE', 'cpu',
+]
+# fmt: on
+
+
+def test_every_recipe_changes_training_alone():
+    small = flatten(load_config(recipe.SMALL))
+    for name, files in recipe.recipes().items():
+        changed = {key for key, value in flatten(load_config(files)).items() if small[key] != value} - {'OUTPUT_DIR'}
+        assert bool(changed) == (name != recipe.PUBLISHED)
+        assert {key for key in changed if key.startswith('MODEL.')} <= {'MODEL.INIT'}  # no other architecture
+
+
+def test_the_small_recipe_is_the_published_one_but_for_the_size():
+    default, small = flatten(default_config()), flatten(load_config(recipe.SMALL))
+    changed = {key for key in default if default[key] != small[key]}
+    assert not [key for key in changed if key.startswith(('LOSS.', 'AUGMENT.'))]
+    assert {key for key in changed if key.startswith('TRAIN.')} == {
+        f'TRAIN.{name}' for name in ('BATCH_SIZE', 'EPOCHS', 'WORKERS', 'PICTURES')
+    }
+
+
+def test_an_effect_is_the_mean_ratio_with_students_interval():
+    effect = recipe.effect([90.0, 45.0, 18.4], [100.0, 50.0, 20.0])
+    ratios = [-0.1, -0.1, -0.08]
+    mean = sum(ratios) / 3
+    deviation = math.sqrt(sum((ratio - mean) ** 2 for ratio in ratios) / 2)
+    assert effect.mean == pytest.approx(mean)
+    assert effect.half_width == pytest.approx(4.303 * deviation / math.sqrt(3), rel=1e-4)
+    assert effect.clear
+    assert not recipe.effect([90.0, 110.0], [100.0, 100.0]).clear
+    assert not recipe.effect([90.0], [100.0]).clear  # one seed proves nothing
+
+
+@pytest.mark.slow
+def test_recipes_are_trained_compared_and_not_trained_twice(tmp_path, capsys):
+    for split, samples, seed in (('train', 8, 1), ('val', 2, 2)):
+        write_prepared(tmp_path / 'data', split, samples, seed=seed)
+    command = ['--data', str(tmp_path / 'data'), '--out', str(tmp_path / 'out'), '--seeds', '0', '1']
+    command += ['--only', 'lovasz', '--jobs', '2', *TINY]
+    assert recipe.main(command) == 0
+    printed = capsys.readouterr().out
+    rows = {line.split(' | ')[0]: line.split(' | ') for line in printed.splitlines()}
+    assert rows['| lovasz'][1] == '2' and rows['| lovasz'][3].strip('*').endswith('%')
+    assert '| samples |' in printed and '| 16 |' in printed
+    assert (tmp_path / 'out' / 'recipe.md').read_text() in printed
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / 'out').glob('*/latest.pth')}
+    assert len(finished) == 4
+    assert recipe.main(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--only', 'magic'], "'magic' is not a recipe; choose from published,"),
+        (['--jobs', '0'], '--jobs is 0; it must be at least 1'),
+        (['TRAIN.LRR', '1'], 'TRAIN.LRR'),
+    ],
+)
+def test_mistakes_are_one_sentence(tmp_path, capsys, arguments, message):
+    assert recipe.main(['--data', 'nowhere', '--out', str(tmp_path / 'out'), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_failed_run_is_named_with_its_console(tmp_path, capsys):
+    out = tmp_path / 'out'
+    assert recipe.main(['--data', str(tmp_path / 'nowhere'), '--out', str(out), '--seeds', '0', '--only', 'clip']) == 2
+    assert 'console.txt' in capsys.readouterr().err
+    assert 'nowhere' in (out / 'published-0' / 'console.txt').read_text()
