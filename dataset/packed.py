@@ -172,6 +172,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         complete = False
     if not complete:
         raise UserError(f'{folder / MANIFEST} lacks some of its entries: {PACK_AGAIN}.')
+    if manifest['samples'] * record_type().itemsize > sizes[LABELS]:
+        raise UserError(
+            f'{folder / MANIFEST} records {manifest["samples"]} samples, for which {LABELS} is too short: {PACK_AGAIN}.'
+        )
     for name, size in sizes.items():
         path = folder / name
         found = path.stat().st_size if path.exists() else None

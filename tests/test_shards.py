@@ -289,6 +289,21 @@ def spoil_file_missing(parts):
     return ('--merge',), '1 missing, 0 too many'
 
 
+def spoil_file_renamed(parts):
+    folder = parts / 'train.shard-2-of-3' / 'dense'
+    (folder / '0.jpg').rename(folder / '00.jpg')
+    return ('--merge',), '1 missing, 1 too many'
+
+
+def spoil_counts_beyond_memory(parts):
+    path = parts / 'train.shard-2-of-3' / 'preparation.json'
+    content = json.loads(path.read_text())
+    content['shard']['end'] += 10**15
+    content['kept'] += 10**15
+    path.write_text(json.dumps(content))
+    return ('--merge',), 'files that preparation.json records: 1,000,000,000,000,000 missing'
+
+
 def spoil_folder_missing(parts):
     shutil.rmtree(parts / 'train.shard-2-of-3' / 'mask')
     return ('--merge',), 'mask does not hold the'

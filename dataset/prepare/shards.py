@@ -189,12 +189,14 @@ def _read_shard(shard: Shard, folder: Path, settings: dict) -> FinishedShard:
             f'skipped from {span.begin} to {span.end}: that is not this shard; {again}.'
         )
     for name, suffix in FOLDERS.items():
-        expected = {f'{index}.{suffix}' for index in range(record.kept)}
-        found = set(os.listdir(folder / name)) if (folder / name).is_dir() else set()
-        if found != expected:
+        names = set(os.listdir(folder / name)) if (folder / name).is_dir() else set()
+        numbers = (int(stem) for each in names if (stem := each.removesuffix(f'.{suffix}')).isdecimal())
+        # Counted from what exists: a damaged record may announce any number.
+        found = len({number for number in numbers if number < record.kept and f'{number}.{suffix}' in names})
+        if not found == len(names) == record.kept:
             raise UserError(
-                f'{folder / name} does not hold the {record.kept} files that {RECORD} records: '
-                f'{len(expected - found)} missing, {len(found - expected)} too many; {again}.'
+                f'{folder / name} does not hold the {record.kept:,} files that {RECORD} records: '
+                f'{record.kept - found:,} missing, {len(names) - found:,} too many; {again}.'
             )
     return FinishedShard(folder, record, hashlib.sha256(path.read_bytes()).hexdigest())
 
