@@ -13,6 +13,7 @@ import torch
 from dataset.prepare import fit_mano
 from dataset.prepare.raw import RawSplit
 from manopth import TwoHandLayer
+from manopth.recordings import fit_time_steps
 from manopth.standin import pose_from_angles
 from models.hands import load_hands
 from utils.errors import UserError
@@ -269,7 +270,7 @@ def test_script_without_hand_model_or_joints(tmp_path, example):
 
 
 def test_no_time_steps(models):
-    fit = fit_mano.fit_time_steps(
+    fit = fit_time_steps(
         models, torch.zeros(0, 2, 21, 3), torch.zeros(0, 2, 21, dtype=torch.bool), torch.zeros(0, dtype=torch.long)
     )
     assert fit.pose.shape == (0, 2, 48)

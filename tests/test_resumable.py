@@ -192,7 +192,7 @@ def writers(root):
     with pytest.MonkeyPatch.context() as patch:
         for module in (writer_kills.split, writer_kills.pack):
             patch.setattr(module, 'CHUNK', 2)
-        patch.setitem(writer_kills.fit_mano.BATCH_TIME_STEPS, 'cpu', 2)
+        patch.setitem(writer_kills.recordings.BATCH_TIME_STEPS, 'cpu', 2)
         yield writer_kills.writers(root)
 
 

@@ -28,6 +28,7 @@ from raw_tree import annotation_file, make_raw_tree
 
 from dataset.prepare import command, fit_mano, pack, split
 from dataset.synthetic import synthesize
+from manopth import recordings
 from utils.distributed import use_one_thread
 
 
@@ -67,7 +68,7 @@ def mute() -> None:
 
 def writers(root: Path) -> dict[str, Writer]:
     """Every writer with its tiny input, which this writes under ``root``."""
-    split.CHUNK, pack.CHUNK, fit_mano.BATCH_TIME_STEPS['cpu'] = 2, 2, 2
+    split.CHUNK, pack.CHUNK, recordings.BATCH_TIME_STEPS['cpu'] = 2, 2, 2
     make_raw_tree(root / 'raw', steps=6)
     write_prepared(root / 'prepared', 'train', 12)
     (root / 'empty').mkdir()

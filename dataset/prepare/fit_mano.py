@@ -10,8 +10,6 @@ import argparse
 import csv
 import io
 import json
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +21,8 @@ from tqdm import tqdm
 from dataset.hand_model_record import HAND_MODEL_RECORD, check_hand_model_record, claim_hand_model_record
 from dataset.prepare.raw import SPLITS, RawSplit, RecordError, annotation_file, find_splits
 from manopth import HandPair
-from manopth.fitting import PointModel, fit_hands, fittable, place_points
-from manopth.rotations import matrix_to_axis_angle
+from manopth.fitting import fittable
+from manopth.recordings import Fit, fit_time_steps
 from models.hands import load_hands
 from utils.config import add_config_arguments, load_config
 from utils.distributed import choose_device
@@ -34,23 +32,12 @@ from utils.hand import NUM_JOINTS, SIDES
 from utils.ownership import owned
 from utils.stopping import check_stop, obey_stop_signals
 
-SHAPE_TIME_STEPS = 64  # a capture's shape is found from at most this many time steps, spread over the recording
-BATCH_TIME_STEPS = {'cpu': 128, 'cuda': 4096}  # larger ones fall out of a CPU's cache: half as fast at 512
 DECIMALS = 7  # of rad and m in the file
 NAMES_SHOWN = 3
 TOO_FEW = 'too few valid joints'
 RESIDUAL_COLUMNS = ('capture', 'frame', 'hand', 'valid_joints', 'mean_mm', 'worst_mm', 'note')
 
 TimeStep = tuple[str, str]  # capture, frame
-
-
-class Fit(NamedTuple):
-    """Parameters of T time steps as the annotation file has them: float64, world axes; NaN for hands without a fit."""
-
-    pose: Tensor  # (T, 2, 48) axis-angle: root, then 15 joints relative to the mean pose
-    shape: Tensor  # (T, 2, 10)
-    trans: Tensor  # (T, 2, 3) m
-    residual: Tensor  # (T, 2, 21) mm, NaN at invalid joints
 
 
 class Joints(NamedTuple):
@@ -60,60 +47,6 @@ class Joints(NamedTuple):
     points: np.ndarray  # (T, 2, 21, 3) m, world
     valid: np.ndarray  # (T, 2, 21) bool
     unreadable: dict[TimeStep, str]  # time steps with images but without usable joints, and why
-
-
-def fit_time_steps(
-    models: HandPair,
-    joints: Tensor,
-    valid: Tensor,
-    capture: Tensor,
-    *,
-    device: str = 'cpu',
-    progress: Callable[[int], Any] = lambda count: None,
-) -> Fit:
-    """Fit both hands at T time steps. Those of one capture share one shape: a capture shows one person.
-
-    joints (T, 2, 21, 3) m, valid (T, 2, 21) bool, capture (T,) int64 numbers from 0. ``progress`` is called with
-    the number of time steps just finished. Hands that are not ``fittable`` are ignored; their results are NaN.
-    """
-    model = PointModel.from_models(models, device)
-    joints, valid = joints.double(), valid & fittable(valid)[..., None]
-    betas = _capture_shapes(model, joints, valid, capture, device)[capture][:, None].expand(-1, 2, -1)
-    out = Fit(*(torch.full((len(joints), 2, size), math.nan, dtype=torch.float64) for size in (48, 10, 3, NUM_JOINTS)))
-    for rows in torch.arange(len(joints)).split(_batch_size(device)):
-        check_stop()
-        target, seen = joints[rows].to(device), valid[rows].to(device)
-        hands = fit_hands(model, target, seen, betas=betas[rows].to(device))
-        distance = (place_points(model, hands) - target).norm(dim=-1) * 1e3
-        pose = torch.cat([matrix_to_axis_angle(hands.root), (hands.pose - model.pose_mean).flatten(2)], -1)
-        fit = Fit(pose, hands.betas, hands.trans, torch.where(seen, distance, math.nan))
-        for target_values, values in zip(out, fit):
-            target_values[rows] = torch.where(seen.any(-1)[..., None], values, math.nan).cpu()
-        progress(len(rows))
-    return out
-
-
-def _capture_shapes(model: PointModel, joints: Tensor, valid: Tensor, capture: Tensor, device: str) -> Tensor:
-    """(C, 10) betas of each capture, from some of its time steps, several captures at once."""
-    captures = int(capture.max()) + 1 if len(capture) else 0
-    betas = joints.new_zeros(captures, 10)
-    chosen = []
-    for number in range(captures):
-        check_stop()
-        usable = ((capture == number) & valid.flatten(1).any(1)).nonzero().squeeze(1)
-        spread = torch.linspace(0, len(usable) - 1, min(len(usable), SHAPE_TIME_STEPS)).round().long()
-        chosen.append(usable[spread])
-        if sum(map(len, chosen)) >= _batch_size(device) or number == captures - 1:
-            rows = torch.cat(chosen)
-            subject = capture[rows].unique(return_inverse=True)[1]
-            hands = fit_hands(model, joints[rows].to(device), valid[rows].to(device), subject=subject.to(device))
-            betas[capture[rows]] = hands.betas[:, 0].cpu()
-            chosen = []
-    return betas
-
-
-def _batch_size(device: str) -> int:
-    return BATCH_TIME_STEPS['cpu' if device == 'cpu' else 'cuda']
 
 
 def read_joints(split: RawSplit) -> Joints:
@@ -175,13 +108,18 @@ def _fit_split(split: RawSplit, models: HandPair, *, overwrite: bool, device: st
     names = [joints.names[row] for row in rows.tolist()]
     numbers = {capture: number for number, capture in enumerate(dict.fromkeys(capture for capture, _ in names))}
     with tqdm(total=len(rows), desc=f'fitting {split.split}', unit=' time steps', disable=None) as bar:
+
+        def progress(count: int) -> None:
+            bar.update(count)
+            check_stop()
+
         fit = fit_time_steps(
             models,
             torch.from_numpy(joints.points)[rows],
             valid[rows],
             torch.tensor([numbers[capture] for capture, _ in names], dtype=torch.long),
             device=device,
-            progress=bar.update,
+            progress=progress,
         )
 
     mean, worst = fit.residual.nanmean(-1), fit.residual.nan_to_num(-1).amax(-1)
