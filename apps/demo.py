@@ -1,7 +1,7 @@
 """Reconstruct both hands in your own images and videos: meshes, positions and overlays.
 
     python apps/demo.py --model CHECKPOINT INPUT [INPUT ...] [--box X Y W H | --boxes FILE.json | --detect]
-        [--focal PX] [--principal CX CY] [--out DIR] [--batch N] [--frames N] [KEY VALUE ...]
+        [--focal PX] [--principal CX CY] [--export npz glb bvh] [--out DIR] [--batch N] [--frames N] [KEY VALUE ...]
     python apps/demo.py --model CHECKPOINT --camera 0 --serve 8000        # watch at http://localhost:8000
 
 INPUT: images, folders, patterns ('shots/*.png') or videos. The network expects both hands in the centre of its crop, so
@@ -11,17 +11,20 @@ find them (--detect). Without any of these, the whole image is used.
 
 Each image gets a folder DIR/NAME with overlay.jpg, side.jpg, above.jpg, crop.jpg, left.obj, right.obj, hands.glb
 (camera axes, metres) and hands.json (MANO parameters, camera, offset, joints); a video gets overlay.mp4, joints.csv,
-hands.jsonl and video.json. docs/formats.md describes them. The focal length is --focal (pixels of the whole image), or
-the EXIF value, or else assumed to be the longer side; distances are proportional to it. A rerun skips finished inputs;
-a stop signal (Ctrl-C, TERM, HUP, USR1) ends the command at the next frame with exit code 128 + its number. Pass names
-that begin with a dash as ./-name.
+hands.jsonl and video.json. --export adds files for other programs: npz (MANO in axis-angle), glb (animated, of videos;
+images have one) and bvh (a skeleton per hand). docs/formats.md describes them all. The focal length is --focal (pixels
+of the whole image), or the EXIF value, or else assumed to be the longer side; distances are proportional to it. A rerun
+skips finished inputs; a stop signal (Ctrl-C, TERM, HUP, USR1) ends the command at the next frame with exit code 128 +
+its number. Pass names that begin with a dash as ./-name.
 """
 
 import argparse
+import glob
 import os
 import signal
 import sys
 from contextlib import ExitStack
+from itertools import takewhile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -34,6 +37,7 @@ from inference.detector import HandDetector
 from inference.job import Job, Outcome, Settings
 from inference.live_view import LiveView
 from inference.media import find_inputs
+from inference.motion import FORMATS
 from utils.config import default_config, flatten
 from utils.distributed import keep_freed_memory
 from utils.errors import UserError, printable, user_facing
@@ -100,12 +104,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--detector', metavar='FILE', default=DETECTOR_MODEL, help='its model (default: %(default)s)')
     parser.add_argument('--focal', type=float, metavar='PX', help='focal length (default: EXIF, or the longer side)')
     parser.add_argument('--principal', type=float, nargs=2, metavar=('CX', 'CY'), help='default: the centre')
+    parser.add_argument(
+        '--export', nargs='+', default=[], metavar='FORMAT', help=f'further files: {", ".join(FORMATS)}'
+    )
     parser.add_argument('--out', type=Path, default='output/pictures', metavar='DIR', help='default: %(default)s')
     parser.add_argument('--batch', type=int, default=8, metavar='N', help='crops at a time (default: %(default)s)')
     parser.add_argument('--frames', type=int, metavar='N', help='process only the first N frames of each video')
     parser.add_argument('--serve', type=int, metavar='PORT', help='show videos and cameras at http://localhost:PORT')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N (default: %(default)s)')
     args = parser.parse_intermixed_args(argv)
+    separate_formats(args)
     # File names may look like keys, so only known keys begin the KEY VALUE pairs.
     keys = flatten(default_config())
     first = next((number for number, word in enumerate(args.inputs) if word in keys), len(args.inputs))
@@ -117,6 +125,22 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         if value is not None and not 0 < value < float('inf'):
             raise UserError(f'--{name} is {value:g}; it must be above 0.')
     return args
+
+
+def separate_formats(args: argparse.Namespace) -> None:
+    """Return the words after the formats of --export to the inputs: options with several values swallow them."""
+    formats = list(takewhile(FORMATS.__contains__, args.export))
+    rest = args.export[len(formats) :]
+    if args.export and not (formats and (not rest or is_input_or_key(rest[0]))):
+        raise UserError(
+            f'--export {printable(rest[0])} is unknown; pass some of {", ".join(FORMATS)}, separated by spaces.'
+        )
+    args.inputs = [*args.inputs, *rest]
+    args.export = tuple(name for name in FORMATS if name in formats)
+
+
+def is_input_or_key(word: str) -> bool:
+    return glob.has_magic(word) or os.path.lexists(word) or word in flatten(default_config())
 
 
 if __name__ == '__main__':

@@ -13,6 +13,7 @@ import torch
 import trimesh
 from torch import Tensor
 
+from inference.motion import MOTION_FILES
 from inference.reconstruct import Reconstruction
 from manopth import HandPair
 from utils.drawing import HAND_COLOURS_BGR, mesh_overlay, write_image
@@ -32,11 +33,11 @@ VIEWS = {
     'above': np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], np.float32),  # away from the camera is up
 }
 
-IMAGE_FILES = frozenset(
+IMAGE_FILES = MOTION_FILES | frozenset(
     ['overlay.jpg', 'crop.jpg', *(f'{name}.jpg' for name in VIEWS), 'left.obj', 'right.obj', 'hands.glb', IMAGE_RECORD]
 )
 OVERLAY, TABLE, LINES = 'overlay.mp4', 'joints.csv', 'hands.jsonl'
-VIDEO_FILES = frozenset([OVERLAY, TABLE, LINES, VIDEO_RECORD])
+VIDEO_FILES = MOTION_FILES | frozenset([OVERLAY, TABLE, LINES, VIDEO_RECORD])
 
 
 class Shown(NamedTuple):

@@ -29,6 +29,7 @@ from inference.files import (
 from inference.folders import OUTCOME, Folders, input_name, remove_results
 from inference.live_view import LiveView
 from inference.media import Camera, Frame, Inputs, Video, read_photo, video_writer
+from inference.motion import motion_recorder, write_image_motion
 from inference.reconstruct import SMALL_HANDS, Box, Crop, Reconstruction, Reconstructor, assumed_intrinsics, cut_crop
 from utils.errors import UserError, printable
 from utils.files import atomic_file, read_json, remove_stale_partials, write_json
@@ -48,6 +49,7 @@ class Settings(NamedTuple):
     focal: float | None = None  # pixels
     principal: list[float] | None = None  # pixels: principal point
     frames: int | None = None  # of each video, only the first
+    export: tuple[str, ...] = ()  # further files, of inference.motion.FORMATS
     out: Path = Path('output/pictures')
     batch: int = 8  # crops
 
@@ -70,7 +72,7 @@ class Settings(NamedTuple):
             'frames': self.frames,
             'modified': [stat.st_mtime_ns for stat in stats],
             'bytes': [stat.st_size for stat in stats],
-        }
+        } | ({'export': list(self.export)} if self.export else {})  # absent: as in results without these files
 
     def intrinsics(self, image: np.ndarray, focal: float | None = None) -> np.ndarray:
         """(3, 3) of an image; ``focal`` is its EXIF value, which the settings override."""
@@ -184,6 +186,7 @@ class Job(NamedTuple):
                 remove_stale_partials(item.results)
                 remove_results(item.results)
             models = self.reconstruct.hand_models
+            write_image_motion(item.folder, self.settings.export, hands, models)
             write_image_files(item.folder, item.shown, item.crop.image, hands, models, **item.about)
             self.outcome.finished(item.source, item.results, pair=item.pair)
             self.warn_of_small_hands(item, hands)
@@ -305,6 +308,7 @@ class Job(NamedTuple):
             tqdm(
                 total=frames.timing.frames if isinstance(frames, Video) else limit, desc=name.name, unit='frame'
             ) as bar,
+            motion_recorder(folder, self.settings.export, models, rate=rate) as motion,
         ):
             table.write(csv_line(['frame', 'time_s', *JOINT_COLUMNS]))
             for item, hands in self.reconstructed(self.video_items(islice(frames, limit), name, folder)):
@@ -315,6 +319,7 @@ class Job(NamedTuple):
                 table.write(csv_line([written, f'{last:.4f}', *joint_row(hands)]))
                 about = {'frame': written, 'time_s': round(last, 4), 'box': item.about['box']}
                 lines.write(json_line(about | as_numbers(hands)))
+                motion.add(hands, frame=written, time_s=last)
                 if written == 0:
                     self.warn_of_small_hands(item, hands)
                 written += 1
@@ -323,7 +328,8 @@ class Job(NamedTuple):
                 raise _NothingWritten
             remove_results(folder)
         measured = (written - 1) / last if last else rate
-        return {'frames': written, 'frames_per_second': round(measured, 4), 'overlay_frames_per_second': rate}
+        rates = {'frames_per_second': round(measured, 4), 'overlay_frames_per_second': rate}
+        return {'frames': written, **rates, **motion.summary}
 
     def video_items(self, frames: Iterable[Frame], name: Path, folder: Path) -> Iterator[Item]:
         """Frames with their crops. Detected boxes are smoothed; where none is found, the last one is kept."""

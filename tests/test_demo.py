@@ -21,6 +21,7 @@ from videos import write_frames, write_timed
 from apps import demo
 from inference import boxes, job
 from inference.detector import HandDetector
+from manopth import ManoLayer
 from models.checkpoint import save_checkpoint
 from utils.hand import NUM_FACES, NUM_VERTICES
 from utils.stopping import STOP_SIGNALS
@@ -138,6 +139,90 @@ def test_unreadable_files_are_listed_and_the_rest_is_done(run, images, tmp_path,
     assert all('\n' not in reason for reason in failed.values())
     assert len(outcome(tmp_path)['done']) == 1
     assert '1 done, 5 failed' in capsys.readouterr().out
+
+
+# Files for other programs
+
+
+def test_further_files_of_images_and_videos(run, images, standin, tmp_path):
+    write_frames(tmp_path / 'clip.mp4', 6)
+    given = (images / 'a.jpg', tmp_path / 'clip.mp4', '--box', 20, 10, 40, 30)
+    assert run(*given, '--export', 'bvh', 'npz', 'glb') == 0
+    image, clip = tmp_path / 'out' / 'a', tmp_path / 'out' / 'clip'
+    motion = {'hands.npz', 'hands.glb', 'left.bvh', 'right.bvh'}
+    assert {path.name for path in image.iterdir()} == FILES | motion
+    assert {path.name for path in clip.iterdir()} == motion | {'overlay.mp4', 'joints.csv', 'hands.jsonl', 'video.json'}
+    assert hands(tmp_path, 'a')['asked']['export'] == ['npz', 'glb', 'bvh']
+    for folder, frame in ((image, ()), (clip, (4,))):
+        arrays = np.load(folder / 'hands.npz')
+        line = hands(tmp_path, 'a') if not frame else json.loads((clip / 'hands.jsonl').read_text().splitlines()[4])
+        for hand, side in enumerate(('left', 'right')):
+            assert arrays['joints'][*frame, hand] == pytest.approx(np.array(line[side]['joints_m']), abs=2e-6)
+            layer = ManoLayer(side=side, model=standin[hand], use_pca=False, dtype=torch.float64)
+            pose = np.append(arrays['global_orient'][*frame, hand], arrays['hand_pose'][*frame, hand])
+            values = (torch.from_numpy(x)[None].double() for x in (pose, arrays['betas'][*frame, hand]))
+            vertices = layer(*values, torch.from_numpy(arrays['transl'][*frame, hand])[None].double())[0][0] / 1000
+            if not frame:
+                mesh = trimesh.load(image / f'{side}.obj', process=False).vertices
+                assert np.abs(vertices.numpy() - mesh).max() < 5e-6  # m; the OBJ has six decimals
+    record = json.loads((clip / 'video.json').read_text())
+    assert record['motion']['formats'] == ['npz', 'glb', 'bvh'] and record['motion']['gaps'] == {
+        'left': [],
+        'right': [],
+    }
+    text = (clip / 'left.bvh').read_text()
+    assert 'Frames: 6\nFrame Time: 0.0400000000\n' in text
+
+    assert run(*given, '--export', 'bvh', 'npz', 'glb') == 0 and len(outcome(tmp_path)['earlier']) == 2
+    assert run(*given) == 0 and outcome(tmp_path)['earlier'] == []  # and without the former files
+    assert {path.name for path in image.iterdir()} == FILES and not motion & {path.name for path in clip.iterdir()}
+
+
+@pytest.mark.parametrize('before', [True, False])
+def test_inputs_may_follow_the_formats(run, images, tmp_path, before):
+    words = ['--export', 'npz', 'glb', str(images / 'a.jpg'), str(images / 'b.png'), 'MODEL.STAGES', '2']
+    assert run(*([images / 'c.jpg', *words] if before else words)) == 0
+    assert len(outcome(tmp_path)['done']) == 2 + before and hands(tmp_path, 'a')['asked']['keys'] == [
+        'MODEL.STAGES',
+        '2',
+    ]
+
+
+@pytest.mark.parametrize('words', [['fbx'], ['npz', 'gbl'], ['nowhere.jpg']])
+def test_unknown_formats_are_refused(run, images, tmp_path, capsys, words):
+    assert run(images / 'a.jpg', '--export', *words) == 2
+    assert f'--export {words[-1]} is unknown; pass some of npz, glb, bvh' in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_stop_writes_the_files_of_a_shorter_video(run, tmp_path, monkeypatch):
+    write_frames(tmp_path / 'clip.mp4', 8)
+    draw, drawn = job.draw_overlay, []
+
+    def interrupt(*arguments):
+        drawn.append(None)
+        if len(drawn) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(*arguments)
+
+    monkeypatch.setattr(job, 'draw_overlay', interrupt)
+    assert run(tmp_path / 'clip.mp4', '--export', 'npz', 'bvh') == 143
+    clip = tmp_path / 'out' / 'clip'
+    assert len(np.load(clip / 'hands.npz')['frame']) == 3 and 'Frames: 3\n' in (clip / 'right.bvh').read_text()
+    assert run(tmp_path / 'clip.mp4', '--export', 'npz', 'bvh') == 0
+    assert len(np.load(clip / 'hands.npz')['frame']) == 8
+
+
+def test_a_format_that_cannot_be_written_leaves_no_file_of_the_video(run, tmp_path, monkeypatch, capsys):
+    write_frames(tmp_path / 'clip.mp4', 3)
+
+    def full(*arguments, **options):
+        raise OSError(28, 'No space left on device', 'left.bvh')
+
+    monkeypatch.setattr('inference.motion.write_bvh', full)
+    assert run(tmp_path / 'clip.mp4', '--export', 'bvh') == 2
+    assert 'No space left on device (left.bvh)' in capsys.readouterr().err
+    assert list((tmp_path / 'out' / 'clip').iterdir()) == []
 
 
 # Folders
