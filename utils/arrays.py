@@ -1,4 +1,4 @@
-"""Read NumPy archives from elsewhere: what a file announces is compared with its size before memory is taken."""
+"""Read NumPy files from elsewhere: what a file announces is compared with its size before memory is taken."""
 
 import math
 import zipfile
@@ -29,3 +29,17 @@ def load_npz(path: str | Path, *, most_bytes: int) -> dict[str, np.ndarray]:
                     raise ValueError(f'{member.filename} does not hold the array that it announces')
     with np.load(path, allow_pickle=False) as arrays:
         return dict(arrays)
+
+
+def load_npy(path: str | Path) -> np.ndarray:
+    """The array of an .npy file, never unpickled. Raises ValueError if it is damaged or smaller than it announces."""
+    with open(path, 'rb') as file:
+        read_header = _HEADERS.get(np.lib.format.read_magic(file))
+        if read_header is None:
+            raise ValueError('the file has an unknown version')
+        shape, _, kind = read_header(file)
+        if kind.hasobject:
+            raise ValueError('it holds Python objects')
+        if file.tell() + math.prod(shape) * kind.itemsize > Path(path).stat().st_size:
+            raise ValueError(f'it does not hold the array {kind} {shape} that it announces')
+    return np.load(path, allow_pickle=False)

@@ -4,6 +4,7 @@ A reader returns, or raises one of ``TYPED``. Anything else is a fault: another 
 memory beyond the file's own size, or a hang.
 """
 
+import io
 import json
 import pickle
 import random
@@ -23,6 +24,7 @@ from PIL import Image
 from raw_tree import annotation_file, make_raw_tree
 
 from dataset.hand_model_record import check_hand_model_record
+from dataset.joint_files import implausible, read_joint_file
 from dataset.packed import FORMAT, LABELS, MANIFEST, SAMPLES, PackedDataset, record_type
 from dataset.prepare.raw import RawSplit, full_entries
 from dataset.prepared import FOLDERS, LABEL_SHAPES, InterHandDataset
@@ -352,6 +354,44 @@ def weights_seeds() -> list[bytes]:
     return [*seeds, path.read_bytes(), seeds[0][:200], *hostile_pickles()]
 
 
+# Joints of other trackers
+
+
+def read_joints(content: bytes) -> None:
+    suffix = {b'PK': '.npz', b'\x93N': '.npy'}.get(content[:2], '.csv')
+    implausible(read_joint_file(put(f'joints{suffix}', content), order='interhand', units='m').points)
+
+
+def joints_seeds() -> list[bytes]:
+    random = np.random.default_rng(0)
+    both = random.uniform(0, 0.2, (2, 2, 21, 3))
+    arrays = [both, both[0].astype(np.float16), (both * 1000).astype('>i4'), both[:0], both * np.nan, np.array('x')]
+    seeds = []
+    for array in arrays:
+        file = io.BytesIO()
+        np.save(file, array)
+        seeds.append(file.getvalue())
+    for options in ({}, {'frame': [3, 4], 'time_s': [0.0, 0.1]}, {'frame': [np.nan, 1e300]}):
+        file = io.BytesIO()
+        np.savez(file, joints=both, **options)
+        seeds.append(file.getvalue())
+    np.savez_compressed(file := io.BytesIO(), joints=both)
+    rows = '\n'.join(','.join(f'{x:.4f}' for x in frame.flat) for frame in both)
+    head = ','.join(['frame', 'time_s', *map(str, range(126))])
+    timed = '\n'.join(f'{number},0.{number},{row}' for number, row in enumerate(rows.split('\n')))
+    tables = [
+        rows,
+        f'{head}\n{timed}',
+        rows.replace(',', ';'),
+        rows.replace('0.1', ''),
+        '"',
+        '\0',
+        '1e999,' * 125 + '1',
+    ]
+    seeds += [file.getvalue(), *(table.encode() for table in tables)]
+    return [*seeds, seeds[0].replace(b'(2, 2,', b'(9, 9,'), b'\x93NUMPY\x01\0\x05\0{"a(', *hostile_pickles()[:2]]
+
+
 # Images, boxes and configurations
 
 
@@ -406,6 +446,7 @@ READERS = {
     ),
     'config': Reader(read_config, config_seeds, ('utils.config', 'yaml')),
     'image': Reader(read_picture, picture_seeds, ('inference.media', 'utils.images', 'PIL')),
+    'joints': Reader(read_joints, joints_seeds, ('dataset.joint_files', 'utils.arrays', 'numpy.lib', 'csv')),
     'mano': Reader(read_mano, mano_seeds, ('manopth.safe_pickle', 'manopth.assets')),
     'packed': Reader(read_packed, packed_seeds, ('dataset.packed', 'dataset.prepared', 'numpy.lib', 'json')),
     'raw': Reader(read_raw, raw_seeds, ('dataset.prepare.raw',)),
