@@ -72,6 +72,7 @@ FREE_KEYS = (
     'EVAL.BATCH_SIZE',
     'EVAL.PRECISION',
     'EVAL.WORKERS',
+    'TRAIN.CHECKPOINT',
     'TRAIN.COMPILE',
     'TRAIN.WORKERS',
     'TRAIN.WORKER_TIMEOUT',
@@ -449,7 +450,9 @@ def failure(error: Exception, run: Training) -> str | None:
     cfg, reason = run.cfg, str(error).splitlines()[0][:160] if str(error) else 'the host has no more'
     world, parts = distributed.rank_and_world()[1], 2 * cfg.TRAIN.ACCUMULATE
     advice = f'a smaller TRAIN.BATCH_SIZE than {cfg.TRAIN.BATCH_SIZE} in a new run'
-    if cfg.TRAIN.BATCH_SIZE % (world * parts) == 0:
+    if not cfg.TRAIN.CHECKPOINT:
+        advice = 'TRAIN.CHECKPOINT true, which keeps a sixth of the activations and changes no result'
+    elif cfg.TRAIN.BATCH_SIZE % (world * parts) == 0:
         advice = f'TRAIN.ACCUMULATE {parts}, which needs half the activation memory'
     return (
         f'Out of memory ({reason}). Use {advice}; in a validation, a smaller EVAL.BATCH_SIZE than '

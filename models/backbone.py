@@ -8,6 +8,7 @@ import torchvision
 from torch import Tensor, nn
 
 from models import efficientnet_lite
+from models.recomputation import recomputed
 from utils.errors import UserError
 
 _RESNET = ('layer1', 'layer2', 'layer3', 'layer4')
@@ -42,7 +43,7 @@ class Backbone(nn.Module):
         if name not in BACKBONES:
             raise UserError(f'MODEL.BACKBONE is {name!r}; it must be one of {", ".join(BACKBONES)}.')
         network = _classifier(name)
-        self.frozen_levels = 0
+        self.frozen_levels, self.recomputes = 0, False
         self.feature_names = BACKBONES[name]
         parent, _, _ = self.feature_names[0].rpartition('.')
         self.step_names: list[str] = []
@@ -68,7 +69,8 @@ class Backbone(nn.Module):
     def forward(self, image: Tensor) -> list[Tensor]:
         x, maps = image, []
         for name in self.step_names:
-            x = self.get_submodule(name)(x)
+            step = self.get_submodule(name)
+            x = recomputed(step, step, x) if self.recomputes and len(list(step.children())) else step(x)
             if name in self.feature_names:
                 maps.append(x.permute(0, 3, 1, 2) if self.channels_last else x)
         return maps

@@ -12,6 +12,7 @@ from models.hand_head import full_precision
 from models.joint_interaction import JointInteraction
 from models.layers import PerHandLinear, PerHandMLP, Residual, SharedMLP
 from models.predictions import NUM_PARAMETERS, HandPrediction
+from models.recomputation import recomputable
 from utils.hand import HAND_SCALE, NUM_JOINTS
 
 TOKEN_CHANNELS = 128  # of the published network, as all defaults here
@@ -23,6 +24,7 @@ class SkipConnection(nn.Module):
 
     def __init__(self, previous_channels: int, skip_channels: int, *, channels: int):
         super().__init__()
+        self.recomputes = False
         self.skip = Residual(skip_channels, channels)
         self.fuse_skip = Residual(previous_channels + channels, channels)
 
@@ -35,6 +37,7 @@ class SkipConnection(nn.Module):
 class MapFusion(SkipConnection):
     """One level of the neck: ``merge`` alone, without an estimate."""
 
+    @recomputable
     def forward(self, previous: Tensor, skip: Tensor) -> Tensor:
         return self.merge(previous, skip)
 
@@ -83,6 +86,7 @@ class RefinementStage(SkipConnection):
         if enhances:
             self.enhance_map = Residual((1 if projection == 'none' else 2) * channels, channels)
 
+    @recomputable
     def forward(
         self, x: Tensor, skip: Tensor, previous: HandPrediction, hand_head: Callable[[Tensor, Tensor], HandPrediction]
     ) -> tuple[Tensor, HandPrediction]:

@@ -61,6 +61,8 @@ class Trainer:
         else:
             model = build_model(cfg, hands, pretrained=pretrained)
         model.backbone.freeze(cfg.TRAIN.FROZEN_LAYERS)
+        if cfg.TRAIN.CHECKPOINT:
+            model.recompute_activations()
         self.model: DIR = to_device(model, device)
         if world > 1 and cfg.TRAIN.SYNC_BN:
             self.model = distributed.synchronise_batch_norm(self.model, device)

@@ -238,7 +238,7 @@ def differences(a: Path, b: Path, *, steps: int = STEPS) -> list[str]:
             content['progress'].pop('seconds')
             content.pop('record')
             content['config'].pop('OUTPUT_DIR')
-            for key in ('WORKERS', 'SAVE_EVERY'):
+            for key in ('WORKERS', 'SAVE_EVERY', 'CHECKPOINT'):
                 content['config']['TRAIN'].pop(key)
         found += [f'{name}: {key}' for key in unequal(one, other)]
     if steps_of(b) != list(range(1, steps + 1)):

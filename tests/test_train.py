@@ -343,13 +343,20 @@ def test_out_of_memory_saves_the_last_whole_step(finished, tiny_prepared, tmp_pa
         assert run(tiny_prepared, out) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert 'Out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.)' in error
-    assert 'TRAIN.ACCUMULATE 2' in error and 'The run is saved after epoch 1' in error
-    if kind is MemoryError:
-        assert run(tiny_prepared, out, '--resume', 'TRAIN.ACCUMULATE', '2') == 0  # as advised
-        assert 'Warning: TRAIN.ACCUMULATE was 1, is 2' in capsys.readouterr().err
-    else:
-        assert run(tiny_prepared, out, '--resume') == 0
-        assert_same_run(finished, out)
+    assert 'TRAIN.CHECKPOINT true' in error and 'The run is saved after epoch 1' in error
+    assert run(tiny_prepared, out, '--resume', 'TRAIN.CHECKPOINT', 'true') == 0  # as advised
+    assert_same_run(finished, out)
+
+
+@TWICE
+def test_where_checkpointing_is_not_enough_parts_of_a_batch_are_advised(tiny_prepared, tmp_path, monkeypatch, capsys):
+    out = tmp_path / 'memory'
+    with monkeypatch.context() as patch:
+        out_of_memory(torch.OutOfMemoryError, patch)
+        assert run(tiny_prepared, out, 'TRAIN.CHECKPOINT', 'true') == 2
+    assert 'TRAIN.ACCUMULATE 2' in capsys.readouterr().err.splitlines()[-1]
+    assert run(tiny_prepared, out, '--resume', 'TRAIN.ACCUMULATE', '2') == 0
+    assert 'Warning: TRAIN.ACCUMULATE was 1, is 2' in capsys.readouterr().err
 
 
 @TWICE
