@@ -78,6 +78,8 @@ from utils.training import autocast, build_optimizer, compiled, set_float32_prec
 SYNTHETIC_FRAMES = 320  # of the loader's data set
 REAL_FRAMES = 1_361_062  # of InterHand2.6M's train split, 5 fps
 PACKED_SAMPLES = 400_000
+CHECKPOINTED = ('TRAIN.CHECKPOINT', 'true')
+PEAKS = {'nothing': 'nothing', 'bare': 'ResNet-50', 'network': 'DIR', 'checkpointed': 'DIR, TRAIN.CHECKPOINT'}
 DRAWN = ('DATASET.TARGETS', 'render')
 
 
@@ -258,6 +260,8 @@ def synthetic_step(setting: Setting, batch: int, *words: str, compile: bool = Fa
     cfg = setting.config(*words)
     hand_models, device = load_hands('standin'), setting.device
     model, bare = make_network(setting, *words), to_device(Backbone('resnet50'), device)
+    if cfg.TRAIN.CHECKPOINT:
+        model.recompute_activations()
     criterion, images = build_criterion(cfg, hand_models).to(device), make_images(setting, batch)
     optimizer, bare_optimizer = build_optimizer(model, cfg), build_optimizer(bare, cfg)
     called = compiled(model, device) if compile else model
@@ -288,21 +292,42 @@ def synthetic_target(setting: Setting, batch: int):
 
 
 def step(setting: Setting) -> Table:
-    training = synthetic_step(setting, setting.batch)
-    seconds = in_turn({'ResNet-50': training.bare, 'DIR': training.network}, setting.repeats, setting.device)
-    rows = rows_of(seconds, 'ResNet-50')
-    del training
+    plain, checkpointed = (synthetic_step(setting, setting.batch, *words) for words in ((), CHECKPOINTED))
+    contestants: dict[str, Callable[[], object]] = {
+        'ResNet-50': plain.bare,
+        'DIR': plain.network,
+        'DIR, TRAIN.CHECKPOINT': checkpointed.network,
+    }
+    rows = rows_of(in_turn(contestants, setting.repeats, setting.device), 'ResNet-50')
+    for name, run in contestants.items():
+        rows.append(Row(f'kept for the backward pass, {name}', kept_bytes(run) / setting.batch / 1e6, 'MB a sample'))
+    del plain, checkpointed, contestants, run
     here = ('--threads', str(torch.get_num_threads()), '--batch', str(setting.batch), *setting.opts)
-    for what in ('nothing', 'bare', 'network'):
+    for what, name in PEAKS.items():
         command = [sys.executable, __file__, '--peak', what, '--data', str(synthetic_data(setting)), *here]
         result = subprocess.run(command, capture_output=True, text=True, check=True)
-        rows.append(Row(f'peak memory, {what if what != "bare" else "ResNet-50"}', float(result.stdout), 'GB'))
+        rows.append(Row(f'peak memory, {name}', float(result.stdout), 'GB'))
     return Table(
         f'Training step (AdamW), batch {setting.batch}',
         'ResNet-50',
         rows,
         '"nothing": the program with network, optimizer and data, before any step.',
     )
+
+
+def kept_bytes(run: Callable[[], object]) -> int:
+    """Bytes that autograd keeps for the backward pass within ``run``, parameters and their views left out."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    return sum(kept.values())
 
 
 def _peak_memory() -> float:
@@ -312,7 +337,7 @@ def _peak_memory() -> float:
 
 def print_peak(setting: Setting, what: str) -> None:
     """Peak memory of three steps, in a process of its own."""
-    training = synthetic_step(setting, setting.batch)
+    training = synthetic_step(setting, setting.batch, *(CHECKPOINTED if what == 'checkpointed' else ()))
     for _ in range(3 if what != 'nothing' else 0):
         (training.bare if what == 'bare' else training.network)()
     if setting.device.type == 'cuda':
