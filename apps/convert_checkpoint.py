@@ -8,8 +8,9 @@
 
 The published file contains the hand model's arrays, ours does not: converting between the two needs the hand files that
 the network was trained on (MANO.PATH). A safetensors file holds the network, its configuration and its record, but no
-optimizer state. Every round trip is exact to the bit. ``--half`` is not: it stores float32 weights as float16, in half
-the space; the network still computes in float32. ``--model`` of all commands accepts each of these files.
+optimizer state. Every round trip is exact to the bit. ``--half`` is not: it stores weights as float16, those beyond its
+range as float32, in half the space; the network still computes in float32. ``--model`` of all commands accepts each of
+these files.
 """
 
 import argparse
@@ -72,7 +73,7 @@ def to_other_format(src: str, dst: str, overrides: list[str], *, half: bool = Fa
     content = read_checkpoint(src)
     left_out = [key for key in TRAINING_STATE if key in content]
     if half:
-        content |= {key: in_half_precision(content[key], src) for key in ('model', REST) if key in content}
+        content |= {key: in_half_precision(content[key]) for key in ('model', REST) if key in content}
     write_checkpoint(dst, {key: value for key, value in content.items() if key not in left_out})
     without = f', without its training state ({", ".join(left_out)})' if left_out else ''
     print(f'{dst}: the network of {src}{without}, hand model {content["hand_model"]}')
