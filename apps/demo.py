@@ -1,13 +1,16 @@
 """Reconstruct both hands in your own images and videos: meshes, positions and overlays.
 
     python apps/demo.py --model CHECKPOINT INPUT [INPUT ...] [--box X Y W H | --boxes FILE.json | --detect]
-        [--focal PX] [--principal CX CY] [--export npz glb bvh] [--out DIR] [--batch N] [--frames N] [KEY VALUE ...]
+        [--refine-box] [--track on|off] [--smooth off|online|offline] [--fill] [--focal PX] [--principal CX CY]
+        [--export npz glb bvh] [--out DIR] [--batch N] [--frames N] [KEY VALUE ...]
     python apps/demo.py --model CHECKPOINT --camera 0 --serve 8000        # watch at http://localhost:8000
 
 INPUT: images, folders, patterns ('shots/*.png') or videos. The network expects both hands in the centre of its crop, so
 pass a box around both hands in pixels (x and y of the upper left corner, width, height): one for all inputs (--box),
 one for each (--boxes, {"name.jpg": [x, y, w, h], ...}; several boxes yield several pairs of hands), or let a detector
-find them (--detect). Without any of these, the whole image is used.
+find them (--detect). Without any of these, the whole image is used. --refine-box crops again around the predicted
+hands and predicts a second time, which corrects boxes that are off. In a video, the box follows the hands; where they
+are lost, they are looked for as in the first frame, and frames without hands are gaps in the files.
 
 Each image gets a folder DIR/NAME with overlay.jpg, side.jpg, above.jpg, crop.jpg, left.obj, right.obj, hands.glb
 (camera axes, metres) and hands.json (MANO parameters, camera, offset, joints); a video gets overlay.mp4, joints.csv,
@@ -38,7 +41,7 @@ from inference.job import Job, Outcome, Settings
 from inference.live_view import LiveView
 from inference.media import find_inputs
 from inference.motion import FORMATS
-from utils.config import default_config, flatten
+from utils.config import add_flag, default_config, flatten
 from utils.distributed import keep_freed_memory
 from utils.errors import UserError, printable, user_facing
 from utils.ownership import owned
@@ -102,6 +105,22 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     where.add_argument('--boxes', metavar='FILE.json', help='both hands, by input')
     where.add_argument('--detect', action='store_true', help='find the hands (requirements-demo.txt)')
     parser.add_argument('--detector', metavar='FILE', default=DETECTOR_MODEL, help='its model (default: %(default)s)')
+    add_flag(parser, '--refine-box', action='store_true', help='predict again from a crop around the predicted hands')
+    parser.add_argument(
+        '--track',
+        choices=('on', 'off'),
+        default='on',
+        help='on: the box follows the hands through a video; off: one box, or the detector, for all frames '
+        '(default: %(default)s)',
+    )
+    parser.add_argument(
+        '--smooth',
+        choices=('off', 'online', 'offline'),
+        default='off',
+        help='steady the hands of a video and give them one shape: online by earlier frames, offline by all '
+        '(default: %(default)s)',
+    )
+    parser.add_argument('--fill', action='store_true', help='interpolate the hands in gaps of up to a second')
     parser.add_argument('--focal', type=float, metavar='PX', help='focal length (default: EXIF, or the longer side)')
     parser.add_argument('--principal', type=float, nargs=2, metavar=('CX', 'CY'), help='default: the centre')
     parser.add_argument(
@@ -120,6 +139,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args.inputs, args.keys = args.inputs[:first], args.inputs[first:]
     if not args.inputs and args.camera is None:
         raise UserError('No input: name images, folders or videos, or pass --camera 0.')
+    if args.camera is not None and (args.smooth == 'offline' or args.fill):
+        raise UserError('A camera cannot be read twice: --smooth offline and --fill need a file. Use --smooth online.')
     for name in ('batch', 'frames', 'focal'):
         value = getattr(args, name)
         if value is not None and not 0 < value < float('inf'):

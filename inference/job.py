@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from inference.boxes import Boxes, smoothed
+from inference.clip import FILLED, FrameHands, Recording, smoothed_offline, smoothed_online
 from inference.files import (
     IMAGE_RECORD,
     JOINT_COLUMNS,
@@ -31,8 +32,10 @@ from inference.live_view import LiveView
 from inference.media import Camera, Frame, Inputs, Video, read_photo, video_writer
 from inference.motion import motion_recorder, write_image_motion
 from inference.reconstruct import SMALL_HANDS, Box, Crop, Reconstruction, Reconstructor, assumed_intrinsics, cut_crop
+from inference.tracking import Tracker, look, look_again
 from utils.errors import UserError, printable
 from utils.files import atomic_file, read_json, remove_stale_partials, write_json
+from utils.hand import SIDES
 from utils.stopping import StopRequest
 
 LISTED_DAMAGE = 100  # places of a video that video.json lists
@@ -46,6 +49,10 @@ class Settings(NamedTuple):
     box: list[float] | None = None  # x, y, width, height
     boxes: str | None = None  # file of boxes
     detect: bool = False
+    refine_box: bool = False  # look twice
+    track: str = 'on'  # 'on' or 'off': whether a video's box follows the hands
+    smooth: str = 'off'  # 'off', 'online' or 'offline'
+    fill: bool = False  # short gaps of a video
     focal: float | None = None  # pixels
     principal: list[float] | None = None  # pixels: principal point
     frames: int | None = None  # of each video, only the first
@@ -67,6 +74,10 @@ class Settings(NamedTuple):
             'box': self.box,
             'boxes': self.boxes and printable(self.boxes),
             'detect': self.detect,
+            'refine_box': self.refine_box,
+            'track': self.track,
+            'smooth': self.smooth,
+            'fill': self.fill,
             'focal': self.focal,
             'principal': self.principal,
             'frames': self.frames,
@@ -136,6 +147,7 @@ class Item(NamedTuple):
     source: Path
     results: Path  # folder of the image's or video's results
     pair: int  # from 1, of an image
+    image: np.ndarray  # (H, W, 3) uint8 BGR, the whole one
     shown: Shown
     crop: Crop
     about: dict[str, Any]  # what hands.json records of its origin
@@ -189,26 +201,29 @@ class Job(NamedTuple):
             write_image_motion(item.folder, self.settings.export, hands, models)
             write_image_files(item.folder, item.shown, item.crop.image, hands, models, **item.about)
             self.outcome.finished(item.source, item.results, pair=item.pair)
-            self.warn_of_small_hands(item, hands)
+            self.warn_of_small_hands(item.source, item.about['box'], hands)
 
     def reconstructed(self, items: Iterator[Item]) -> Iterator[tuple[Item, Reconstruction]]:
         """Items with their hands (no leading axis, on the CPU), a batch at a time, until a stop is requested."""
         while not self.stop.requested and (batch := list(islice(items, self.settings.batch))):
-            hands = self.reconstruct.from_crops([item.crop for item in batch]).cpu()
-            for number, item in enumerate(batch):
+            images, crops, boxes = zip(*((item.image, item.crop, item.about['box']) for item in batch))
+            looks = look(self.reconstruct, images, crops, boxes)
+            if self.settings.refine_box:
+                looks = look_again(self.reconstruct, looks)
+            for item, seen in zip(batch, looks):
                 if self.stop.requested:
                     return
-                yield item, hands.one(number)
+                yield item._replace(crop=seen.crop, about=item.about | {'box': seen.box}), seen.hands
 
-    def warn_of_small_hands(self, item: Item, hands: Reconstruction) -> None:
+    def warn_of_small_hands(self, source: Path, box: Box | None, hands: Reconstruction) -> None:
         size = float(hands.size_in_crop)
         if size >= SMALL_HANDS:
             return
         advice = 'is the box around both hands, and does the network know such images?'
-        if item.about['box'] is None:
+        if box is None:
             advice = 'pass --box x y width height, --boxes or --detect.'
         self.outcome.warn(
-            item.source, f'The hands seem to span {size:.2f} of the crop, but the network was trained on 0.8: {advice}'
+            source, f'The hands seem to span {size:.2f} of the crop, but the network was trained on 0.8: {advice}'
         )
 
     def image_items(self, paths: Iterable[Path], folders: dict[Path, Path]) -> Iterator[Item]:
@@ -234,7 +249,15 @@ class Job(NamedTuple):
             raise UserError('The detector finds no hands in it; pass --box or --boxes.')
         about = {'size': list(image.shape[1::-1]), 'focal_from': self.settings.focal_from(focal)}
         items = [
-            Item(path, folder, pair, shown, cut_crop(image, box, intrinsics), {'asked': asked, 'box': box, **about})
+            Item(
+                path,
+                folder,
+                pair,
+                image,
+                shown,
+                cut_crop(image, box, intrinsics),
+                {'asked': asked, 'box': box, **about},
+            )
             for pair, box in enumerate(boxes, 1)
         ]
         return items[::-1]  # the first pair marks the image as done, so it is written last
@@ -299,7 +322,7 @@ class Job(NamedTuple):
         """
         limit, models = self.settings.frames, self.reconstruct.hand_models
         height, width = reduced(np.empty(shape, np.uint8)).image.shape[:2]
-        written, last = 0, 0.0
+        written, lost, filled, first_lost, last = 0, 0, 0, 0.0, 0.0
         remove_stale_partials(folder)
         with (
             video_writer(folder / OVERLAY, rate=rate, width=width, height=height) as movie,
@@ -311,25 +334,89 @@ class Job(NamedTuple):
             motion_recorder(folder, self.settings.export, models, rate=rate) as motion,
         ):
             table.write(csv_line(['frame', 'time_s', *JOINT_COLUMNS]))
-            for item, hands in self.reconstructed(self.video_items(islice(frames, limit), name, folder)):
-                last = item.about['time_s']
-                movie.write(overlay := draw_overlay(item.shown, hands, models), last)
+            for frame in self.video_hands(frames, name, folder):
+                hands, last = frame.hands, frame.time_s
+                shown = reduced(frame.image)
+                movie.write(overlay := shown.image if hands is None else draw_overlay(shown, hands, models), last)
                 if self.view:
                     self.view.show(overlay)
-                table.write(csv_line([written, f'{last:.4f}', *joint_row(hands)]))
-                about = {'frame': written, 'time_s': round(last, 4), 'box': item.about['box']}
-                lines.write(json_line(about | as_numbers(hands)))
-                motion.add(hands, frame=written, time_s=last)
-                if written == 0:
-                    self.warn_of_small_hands(item, hands)
+                numbers = [''] * len(JOINT_COLUMNS) if hands is None else joint_row(hands)
+                table.write(csv_line([written, f'{last:.4f}', *numbers]))
+                lines.write(json_line(frame_record(frame, written)))
+                if hands is None:
+                    first_lost = first_lost if lost else last
+                    lost += 1
+                else:
+                    motion.add(hands, frame=written, time_s=last)
+                    if written == lost:
+                        self.warn_of_small_hands(name, frame.box, hands)
+                filled += frame.filled
                 written += 1
                 bar.update()
             if not written:
                 raise _NothingWritten
             remove_results(folder)
+        if lost:
+            self.outcome.warn(
+                name,
+                f'No hands were found in {lost} of {written} frames, first at {first_lost:.2f} s; {TABLE} and {LINES} '
+                'have gaps there. Pass --box or --detect to find them, or --track off to reconstruct every frame.',
+            )
         measured = (written - 1) / last if last else rate
-        rates = {'frames_per_second': round(measured, 4), 'overlay_frames_per_second': rate}
-        return {'frames': written, **rates, **motion.summary}
+        return {
+            'frames': written,
+            'frames_without_hands': lost,
+            'frames_filled': filled,
+            'frames_per_second': round(measured, 4),
+            'overlay_frames_per_second': rate,
+            **motion.summary,
+        }
+
+    def video_hands(self, frames: Iterable[Frame], name: Path, folder: Path) -> Iterator[FrameHands]:
+        """Frames with their hands, tracked, smoothed and filled as the settings ask."""
+        hands = self.predicted_hands(islice(frames, self.settings.frames), name, folder)
+        if self.settings.smooth == 'offline' or self.settings.fill:
+            hands = smoothed_online(hands, self.reconstruct) if self.settings.smooth == 'online' else hands
+            total = frames.timing.frames if isinstance(frames, Video) else None
+            recording = Recording(tqdm(hands, desc=f'{name.name}: hands', total=total, unit='frame', leave=False))
+            offline = self.settings.smooth == 'offline'
+            hands = smoothed_offline(recording, iter(frames), self.reconstruct, smooth=offline, fill=self.settings.fill)
+        elif self.settings.smooth == 'online':
+            hands = smoothed_online(hands, self.reconstruct)
+        for frame in hands:
+            if self.stop.requested:
+                return
+            yield frame
+
+    def predicted_hands(self, frames: Iterable[Frame], name: Path, folder: Path) -> Iterator[FrameHands]:
+        """Frames with the hands that the network predicts, until a stop is requested."""
+        if self.settings.track == 'off':
+            for item, predicted in self.reconstructed(self.video_items(frames, name, folder)):
+                yield FrameHands(item.image, item.about['time_s'], item.about['box'], predicted)
+            return
+        tracker = Tracker(
+            self.reconstruct, lambda image: self.first_boxes(name, image), refine=self.settings.refine_box
+        )
+        for frame in frames:
+            if self.stop.requested:
+                return
+            sight = tracker(frame.image, self.settings.intrinsics(frame.image))
+            found = sight.look
+            box, hands = (found.box, found.hands) if found else (None, None)
+            yield FrameHands(frame.image, frame.time_s, box, hands, cut=sight.cut)
+
+    def first_boxes(self, name: Path, image: np.ndarray) -> list[Box | None]:
+        """Where a video's hands are looked for: where the detector finds them, or in the box and the whole image."""
+        box = self.only_box(name, image)
+        if self.settings.detect:
+            return [] if box is None else [box]
+        return [None] if box is None else [box, None]
+
+    def only_box(self, name: Path, image: np.ndarray) -> Box | None:
+        boxes = self.boxes(name, image)
+        if len(boxes) > 1:
+            raise UserError('A video accepts one box for all its frames.')
+        return boxes[0]
 
     def video_items(self, frames: Iterable[Frame], name: Path, folder: Path) -> Iterator[Item]:
         """Frames with their crops. Detected boxes are smoothed; where none is found, the last one is kept."""
@@ -337,12 +424,25 @@ class Job(NamedTuple):
         for frame in frames:
             if self.stop.requested:
                 return
-            boxes = self.boxes(name, frame.image)
-            if len(boxes) > 1:
-                raise UserError('A video accepts one box for all its frames.')
-            box = smoothed(box, boxes[0]) if self.settings.detect else boxes[0]
+            given = self.only_box(name, frame.image)
+            box = smoothed(box, given) if self.settings.detect else given
             crop = cut_crop(frame.image, box, self.settings.intrinsics(frame.image))
-            yield Item(name, folder, 1, reduced(frame.image), crop, {'box': box, 'time_s': frame.time_s})
+            about = {'box': box, 'time_s': frame.time_s}
+            yield Item(name, folder, 1, frame.image, reduced(frame.image), crop, about)
+
+
+def frame_record(frame: FrameHands, number: int) -> dict[str, Any]:
+    """A line of hands.jsonl. Filled frames lack what only a prediction has; lost ones have no numbers."""
+    box = None if frame.box is None else [round(value, 3) for value in frame.box]
+    about = {'frame': number, 'time_s': round(frame.time_s, 4), 'state': frame.state, 'box': box}
+    if frame.hands is None:
+        return about
+    numbers = as_numbers(frame.hands)
+    if frame.state == FILLED:
+        numbers |= dict.fromkeys(('to_crop', 'residual_px', 'size_in_crop'))
+        for side in SIDES:
+            numbers[side]['camera'] = None
+    return about | numbers
 
 
 def already_done(record: Path, asked: dict[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from inference.folding import for_inference
 from inference.winograd import use_winograd
-from manopth import HandPair
+from manopth import HandPair, Hands
 from manopth.rotations import symmetric_6d_to_matrix
 from models import DIR
 from models.checkpoint import load_model, to_device
@@ -183,6 +183,13 @@ class Reconstructor:
         set_float32_precision(self.precision)
         parts = [self._part(crops[begin : begin + self.batch_size]) for begin in range(0, len(crops), self.batch_size)]
         return Reconstruction(*map(torch.cat, zip(*parts)))
+
+    @torch.inference_mode()
+    def pose_hands(self, rotation: Tensor, pose: Tensor, shape: Tensor) -> Hands:
+        """Parameters (N, 2, 3, 3), (N, 2, 45), (N, 2, 10) -> meshes and joints about the root joints, on the CPU."""
+        head = self.network.hand_head
+        parameters = (values.to(self.device) for values in (rotation, pose, shape))
+        return Hands(*(points.cpu() for points in head.hand_layer(*parameters, root_joint=head.root_joint)))
 
     def _part(self, crops: Sequence[Crop]) -> Reconstruction:
         images = torch.from_numpy(np.stack([crop.image for crop in crops]))

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from blobs import BlobReconstructor, blob
 from PIL import Image
 from tiny import tiny_config, tiny_model
 from videos import write_frames, write_timed
 
 from apps import demo
-from inference import boxes, job
+from inference import boxes, job, tracking
 from inference.detector import HandDetector
 from manopth import ManoLayer
 from models.checkpoint import save_checkpoint
@@ -340,7 +341,7 @@ def test_small_hands_in_a_whole_image_cause_a_warning(run, images, tmp_path, mon
 
 def test_a_video_yields_an_overlay_and_joints_over_time(run, tmp_path):
     write_frames(tmp_path / 'clip.mp4', 7)
-    assert run(tmp_path / 'clip.mp4', '--box', 10, 10, 30, 30, '--batch', 3) == 0
+    assert run(tmp_path / 'clip.mp4', '--box', 10, 10, 30, 30, '--batch', 3, '--track', 'off') == 0
     folder = tmp_path / 'out' / 'clip'
     assert {path.name for path in folder.iterdir()} == {'overlay.mp4', 'joints.csv', 'hands.jsonl', 'video.json'}
     movie = cv2.VideoCapture(str(folder / 'overlay.mp4'))
@@ -354,7 +355,7 @@ def test_a_video_yields_an_overlay_and_joints_over_time(run, tmp_path):
         assert float(row['right_index_tip_z_m']) == pytest.approx(line['right']['joints_m'][8][2], abs=1e-6)
     record = json.loads((folder / 'video.json').read_text())
     assert record['frames'] == 7 and record['complete'] and len(record['joint_names']) == 21
-    assert run(tmp_path / 'clip.mp4', '--box', 10, 10, 30, 30, '--batch', 3) == 0
+    assert run(tmp_path / 'clip.mp4', '--box', 10, 10, 30, 30, '--batch', 3, '--track', 'off') == 0
     assert outcome(tmp_path)['earlier'] == [str(folder)]
     assert run(tmp_path / 'clip.mp4', '--frames', 2, '--serve', 0) == 0
     record = json.loads((folder / 'video.json').read_text())
@@ -363,7 +364,7 @@ def test_a_video_yields_an_overlay_and_joints_over_time(run, tmp_path):
 
 def test_a_video_of_varying_rate_keeps_its_times(run, tmp_path):
     write_timed(tmp_path / 'phone.mp4', [0, 1 / 30, 2 / 30, 3 / 30, 4 / 30, 0.3, 0.5])
-    assert run(tmp_path / 'phone.mp4') == 0
+    assert run(tmp_path / 'phone.mp4', '--track', 'off') == 0
     folder = tmp_path / 'out' / 'phone'
     with open(folder / 'joints.csv') as file:
         times = [float(row['time_s']) for row in csv.DictReader(file)]
@@ -374,6 +375,92 @@ def test_a_video_of_varying_rate_keeps_its_times(run, tmp_path):
     movie = cv2.VideoCapture(str(folder / 'overlay.mp4'))
     assert movie.get(cv2.CAP_PROP_FRAME_COUNT) == 16  # half a second at 30 frames/s, and the last one
     assert outcome(tmp_path)['warnings'] == []
+
+
+@pytest.fixture
+def blob_clip(tmp_path, monkeypatch):
+    """clip.mp4, in which bright hands move, vanish and return, and a network that sees bright pixels."""
+    monkeypatch.setattr('inference.reconstruct.Reconstructor.from_crops', BlobReconstructor().from_crops)
+    monkeypatch.setattr(job, 'draw_overlay', lambda shown, hands, models: shown.image)
+    writer = cv2.VideoWriter(
+        str(tmp_path / 'clip.mp4'), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*'mp4v'), 25, (320, 240)
+    )
+    for step in range(12):
+        writer.write(blob(None if step in (5, 6) else (20 + 10 * step, 80, 80, 60)))
+    writer.release()
+    return tmp_path / 'clip.mp4'
+
+
+def video_files(tmp_path, name: str = 'clip') -> tuple[list[dict], list[dict], dict]:
+    """Rows of joints.csv, lines of hands.jsonl, and video.json."""
+    folder = tmp_path / 'out' / name
+    with open(folder / 'joints.csv') as file:
+        rows = list(csv.DictReader(file))
+    lines = [json.loads(line) for line in (folder / 'hands.jsonl').read_text().splitlines()]
+    return rows, lines, json.loads((folder / 'video.json').read_text())
+
+
+@pytest.mark.parametrize('smooth', ['off', 'online', 'offline'])
+def test_where_hands_vanish_the_files_have_a_gap(run, blob_clip, tmp_path, smooth):
+    assert run(blob_clip, '--box', 20, 80, 80, 60, '--smooth', smooth) == 0
+    rows, lines, record = video_files(tmp_path)
+    assert [line['state'] for line in lines] == ['seen'] * 5 + ['lost'] * 2 + ['seen'] * 5
+    assert [row['left_wrist_x_m'] == '' for row in rows] == [line['state'] == 'lost' for line in lines]
+    assert 'left' not in lines[5] and lines[5]['box'] is None
+    assert [line['frame'] for line in lines] == list(range(12)) and [row['time_s'] for row in rows][-1] == '0.4400'
+    centres = [line['box'][0] + line['box'][2] / 2 for line in lines if line['box']]
+    assert np.diff(centres[1:5]) == pytest.approx([10] * 3, abs=2)  # the box of a frame is that of the frame before
+    assert (record['frames'], record['frames_without_hands'], record['frames_filled']) == (12, 2, 0)
+    assert 'No hands were found in 2 of 12 frames, first at 0.20 s' in outcome(tmp_path)['warnings'][0]['warning']
+    assert cv2.VideoCapture(str(tmp_path / 'out/clip/overlay.mp4')).get(cv2.CAP_PROP_FRAME_COUNT) == 12
+
+
+def test_gaps_are_filled_and_marked_on_request(run, blob_clip, tmp_path):
+    assert run(blob_clip, '--box', 20, 80, 80, 60, '--fill', '--smooth', 'online') == 0
+    rows, lines, record = video_files(tmp_path)
+    assert [line['state'] for line in lines] == ['seen'] * 5 + ['filled'] * 2 + ['seen'] * 5
+    assert all(row['left_wrist_x_m'] for row in rows)
+    assert lines[5]['residual_px'] is lines[5]['to_crop'] is lines[5]['left']['camera'] is None
+    assert (record['frames_without_hands'], record['frames_filled']) == (0, 2)
+    assert outcome(tmp_path)['warnings'] == []
+
+
+def test_a_video_without_hands_is_one_gap_and_one_warning(run, blob_clip, tmp_path):
+    write_frames(tmp_path / 'dark.mp4', 3, size=(320, 240))
+    for options in (['--smooth', 'offline', '--fill'], ['--smooth', 'online'], []):
+        assert run(tmp_path / 'dark.mp4', *options) == 0
+        _, lines, record = video_files(tmp_path, 'dark')
+        assert [line['state'] for line in lines] == ['lost'] * 3 and record['frames_without_hands'] == 3
+        assert len(outcome(tmp_path)['warnings']) == 1
+
+
+def test_a_stop_while_a_clip_is_recorded_leaves_no_video(run, blob_clip, tmp_path, monkeypatch):
+    cut, calls = tracking.cut_crop, []
+
+    def interrupt(*arguments):
+        calls.append(None)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return cut(*arguments)
+
+    monkeypatch.setattr(tracking, 'cut_crop', interrupt)
+    assert run(blob_clip, '--box', 20, 80, 80, 60, '--smooth', 'offline') == 143
+    assert not list((tmp_path / 'out' / 'clip').iterdir())
+    assert run(blob_clip, '--box', 20, 80, 80, 60, '--smooth', 'offline') == 0
+    assert video_files(tmp_path)[2]['frames'] == 12
+
+
+def test_a_second_look_records_its_own_box_and_crop(run, blob_clip, tmp_path, monkeypatch):
+    for name in ('draw_overlay', 'view'):
+        monkeypatch.setattr(f'inference.files.{name}', lambda shown, *_: np.zeros((9, 9, 3), np.uint8))
+    monkeypatch.setattr('inference.files.write_meshes', lambda *_: None)
+    cv2.imwrite(str(tmp_path / 'one.png'), blob((120, 80, 80, 50)))
+    assert run(tmp_path / 'one.png', '--box', 110, 85, 90, 60, '--refine-box') == 0
+    assert hands(tmp_path, 'one')['box'] == pytest.approx([120, 80, 80, 50], abs=2)
+    bright = np.nonzero(cv2.imread(str(tmp_path / 'out/one/crop.jpg'))[..., 0] > 128)[1]
+    assert bright.min() == pytest.approx(0.1 * 256, abs=4) and bright.max() == pytest.approx(0.9 * 256, abs=4)
+    assert run(tmp_path / 'one.png', '--box', 110, 85, 90, 60) == 0  # other options: done again
+    assert hands(tmp_path, 'one')['box'] == [110, 85, 90, 60]
 
 
 def test_a_truncated_video_causes_a_warning(run, tmp_path):
@@ -398,7 +485,7 @@ def test_a_stop_ends_a_video_at_the_next_frame_and_a_rerun_completes_it(run, tmp
         return draw(*arguments)
 
     monkeypatch.setattr(job, 'draw_overlay', interrupt)
-    assert run(tmp_path / 'clip.mp4', '--batch', 4) == 128 + number
+    assert run(tmp_path / 'clip.mp4', '--batch', 4, '--track', 'off') == 128 + number
     record = json.loads((tmp_path / 'out' / 'clip' / 'video.json').read_text())
     assert record['frames'] == 3 and not record['complete']
     assert cv2.VideoCapture(str(tmp_path / 'out' / 'clip' / 'overlay.mp4')).get(cv2.CAP_PROP_FRAME_COUNT) == 3
@@ -406,14 +493,14 @@ def test_a_stop_ends_a_video_at_the_next_frame_and_a_rerun_completes_it(run, tmp
     assert (
         error == f'Stopped by {signal.Signals(number).name}. Finished work is kept; rerun the same command to continue.'
     )
-    assert run(tmp_path / 'clip.mp4', '--batch', 4) == 0
+    assert run(tmp_path / 'clip.mp4', '--batch', 4, '--track', 'off') == 0
     assert json.loads((tmp_path / 'out' / 'clip' / 'video.json').read_text())['frames'] == 8
 
 
 def test_a_stop_before_the_first_frame_leaves_no_video(run, tmp_path, monkeypatch):
     write_frames(tmp_path / 'clip.mp4', 3)
-    cut = job.cut_crop
-    monkeypatch.setattr(job, 'cut_crop', lambda *some: (os.kill(os.getpid(), signal.SIGTERM), cut(*some))[1])
+    cut = tracking.cut_crop
+    monkeypatch.setattr(tracking, 'cut_crop', lambda *some: (os.kill(os.getpid(), signal.SIGTERM), cut(*some))[1])
     assert run(tmp_path / 'clip.mp4') == 143
     assert not list((tmp_path / 'out' / 'clip').iterdir()) and outcome(tmp_path)['done'] == []
 
@@ -458,6 +545,8 @@ def test_one_command_at_a_time_writes_a_folder(run, images, tmp_path, capsys):
         (['tests', '--focal', '-1'], '--focal is -1'),
         (['tests', '--batch', '0'], '--batch is 0'),
         (['tests'], 'contains no image or video'),
+        (['--camera', '0', '--smooth', 'offline'], 'A camera cannot be read twice'),
+        (['--camera', '0', '--fill'], 'A camera cannot be read twice'),
     ],
 )
 def test_a_mistake_is_reported_in_one_sentence(run, capsys, arguments, words):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from manopth import HandModel, HandPair, TwoHandLayer
@@ -465,6 +466,7 @@ def sample_placement_name(rng: np.random.Generator, *, varied: bool = True) -> s
 # Paths
 # ---------------------------------------------------------------------------------------------------------------------
 
+STEADY = 0.1  # s: how slowly the distance of the hands changes in a path of more than RATE time steps per second
 HAND_TILT, PAIR_TURN = 8.0, (22.0, 30.0, 18.0)  # degrees, standard deviations: each hand; the pair about x, y, z
 
 
@@ -548,22 +550,46 @@ def _rotation(degrees: np.ndarray) -> np.ndarray:
     return axis_angle_to_matrix(torch.from_numpy(np.radians(degrees))).numpy()
 
 
+RATE = 5.0  # time steps per second of the real data set
+LATEST_START = 0.3  # of the way from the first key pose to the second
+
+
+def ease(share: np.ndarray) -> np.ndarray:
+    """Share of the way in [0, 1] -> the same with zero velocity at both ends."""
+    return share * share * (3 - 2 * share)
+
+
+def steadied(values: Tensor, radius: int) -> Tensor:
+    """A smooth curve (T,) that is nowhere below ``values`` (T,): running maximum, then two moving averages."""
+    padded = F.pad(values[None, None], (2 * radius, 2 * radius), mode='replicate')
+    highest = F.max_pool1d(padded, 4 * radius + 1, stride=1, padding=2 * radius)
+    for _ in range(2):
+        highest = F.avg_pool1d(highest, 2 * radius + 1, stride=1)
+    return highest[0, 0]
+
+
 def sample_path(
-    steps: int, name: str, rng: np.random.Generator, models: HandPair, betas: Tensor, *, varied: bool = True
+    steps: int,
+    name: str,
+    rng: np.random.Generator,
+    models: HandPair,
+    betas: Tensor,
+    *,
+    varied: bool = True,
+    rate: float = RATE,
 ) -> HandPath:
     """Sample a smooth path of ``steps`` time steps through random instances of one placement, hands pushed apart.
 
-    ``betas`` (2, 10) is the shape of both hands; ``varied`` adds continuously sampled fingers to the named poses.
+    ``betas`` (2, 10) is the shape of both hands; ``varied`` adds continuously sampled fingers to the named poses;
+    ``rate`` is in time steps per second. Above RATE the distance of the hands is smooth over time too, except in GRIPS.
     """
     anatomical, mirrored = models.left.name != 'mano', bool(rng.random() < 0.5)
-    every = rng.uniform(1.3, 2.3)  # time steps from key pose to key pose: a third of a second or so at 5 fps
-    keys = [
-        easy_key_pose(name, mirrored, rng, anatomical=anatomical, varied=varied) for _ in range(int(steps / every) + 2)
-    ]
-    at = np.arange(steps) / every + rng.uniform(0, 0.3)
+    every = rng.uniform(1.3, 2.3) * rate / RATE  # time steps from key pose to key pose: about a third of a second
+    count = int(max(steps / every, (steps - 1) / every + LATEST_START)) + 2
+    keys = [easy_key_pose(name, mirrored, rng, anatomical=anatomical, varied=varied) for _ in range(count)]
+    at = np.arange(steps) / every + rng.uniform(0, LATEST_START)
     first = at.astype(int)
-    share = at - first
-    share = share * share * (3 - 2 * share)
+    share = ease(at - first)
 
     def along(values) -> np.ndarray:
         values = np.array(values)
@@ -590,6 +616,8 @@ def sample_path(
         shift = (target[rows] - (weights[rows, ..., None] * hands.joints).sum(2))[:, :, None]
         vertices, joints = hands.vertices + shift, hands.joints + shift
         away, penetration = push_apart(vertices, layer.faces, retreat[rows], most=most)
+        if rate > RATE and name not in GRIPS:
+            away = steadied(away, round(rate * STEADY))
         apart = torch.stack([-retreat[rows], retreat[rows]], 1) * ((away + gap[rows]) / 2)[:, None, None]
         return HandPath(turn, pose, vertices + apart[:, :, None], joints + apart[:, :, None], penetration)
 

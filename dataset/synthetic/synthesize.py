@@ -40,7 +40,7 @@ from dataset.synthetic.appearance import (
     with_forearms,
     wrist_loop,
 )
-from dataset.synthetic.poses import ELBOWS, HandPath, sample_path, sample_placement_name
+from dataset.synthetic.poses import ELBOWS, GRIPS, RATE, HandPath, ease, sample_path, sample_placement_name
 from manopth import HandPair, TwoHandLayer
 from models.hands import load_hands
 from utils.config import add_config_arguments, add_flag, load_config, split_off_pairs
@@ -61,6 +61,8 @@ GROUPS = ('persons', 'poses', 'views', 'light', 'clutter')
 PLAIN = 0.25  # share of the images without camera faults and objects
 VIEWS = 3  # cameras that see one time step
 STEPS = 6  # time steps of a sequence
+CLIP_RATE = 30  # time steps per second of a clip; sequences have RATE
+CLIP_WANDER = 0.04, 0.7  # m, standard deviation of the places that the hands of a clip move to; s from one to the next
 CAMERAS, GREY_CAMERAS = 14, 0.12  # of a capture; share of those without colour
 EDGE_CASE_SHARES = {'single': 0.03, 'invalid': 0.01, 'black': 0.01}  # of the images of a split
 FEWEST_WITH_EDGE_CASES = 8  # a smaller split has no edge cases; from here on at least one of each kind
@@ -79,6 +81,12 @@ class Settings(NamedTuple):
     source: str
     path: str
     without: tuple[str, ...] = ()  # groups that are switched off, in the order of GROUPS
+    clip: int = 0  # time steps of a sequence that one camera sees at CLIP_RATE; 0: STEPS at RATE, seen by VIEWS cameras
+
+    @property
+    def interval(self) -> int:
+        """From time step to time step, in numbers of the frames: of 30 a second, the real data set has every sixth."""
+        return 1 if self.clip else round(CLIP_RATE / RATE)
 
     def has(self, group: str) -> bool:
         assert group in GROUPS
@@ -111,7 +119,7 @@ def plan(settings: Settings) -> list[Sequence]:
             continue
         rng = np.random.default_rng([settings.seed, SPLITS.index(split)])
         edge_cases = {
-            kind: max(1, round(share * images)) if images >= FEWEST_WITH_EDGE_CASES else 0
+            kind: max(1, round(share * images)) if images >= FEWEST_WITH_EDGE_CASES and not settings.clip else 0
             for kind, share in EDGE_CASE_SHARES.items()
         }
         runs = []  # (kind, views of each step)
@@ -120,8 +128,9 @@ def plan(settings: Settings) -> list[Sequence]:
             ('single', edge_cases['single']),
             ('invalid', edge_cases['invalid']),
         ):
-            steps = [min(VIEWS, count - begin) for begin in range(0, count, VIEWS)]
-            runs += [(kind, tuple(steps[begin : begin + STEPS])) for begin in range(0, len(steps), STEPS)]
+            cameras, length = (1, settings.clip) if settings.clip else (VIEWS, STEPS)
+            steps = [min(cameras, count - begin) for begin in range(0, count, cameras)]
+            runs += [(kind, tuple(steps[begin : begin + length])) for begin in range(0, len(steps), length)]
         per_capture, most = IMAGES_PER_CAPTURE[split], MOST_CAPTURES[split]
         if settings.has('persons'):
             per_capture, most = min(per_capture, IMAGES_PER_VARIED_CAPTURE), images
@@ -136,7 +145,7 @@ def plan(settings: Settings) -> list[Sequence]:
             sequences.append(
                 Sequence(split, number, next_capture + capture, kind, frames[capture], first_id, views, dark)
             )
-            frames[capture] += 6 * len(views)  # every sixth of 30 frames a second
+            frames[capture] += settings.interval * len(views)
             first_id += sum(views)
         next_capture += captures
     return sequences
@@ -304,12 +313,18 @@ def set_scene(settings: Settings, sequence: Sequence, rng: np.random.Generator) 
     placement = (
         sample_placement_name(rng, varied=settings.has('poses')) if sequence.kind == 'interacting' else 'gesture'
     )
+    while settings.clip and placement in GRIPS:  # in which fingers open and close at once
+        placement = sample_placement_name(rng, varied=settings.has('poses'))
     shown = (int(rng.integers(2)),) if single else (LEFT, RIGHT)
     hand_type = SIDES[shown[0]] if single else 'interacting'
-    path = sample_path(steps, placement, rng, actors.models, betas, varied=settings.has('poses'))
+    rate = CLIP_RATE if settings.clip else RATE
+    path = sample_path(steps, placement, rng, actors.models, betas, varied=settings.has('poses'), rate=rate)
 
     # The middle of the hands wanders a little about one place of the world.
-    wander = np.cumsum(rng.normal(0, 0.004, (steps, 3)), 0) + rng.normal(0, 0.006, 3)
+    if settings.clip:
+        wander = _smooth_wander(steps, rng)
+    else:
+        wander = np.cumsum(rng.normal(0, 0.004, (steps, 3)), 0) + rng.normal(0, 0.006, 3)
     points = path.vertices[:, list(shown)].flatten(1, 2)
     middle = (points.amin(1) + points.amax(1)) / 2
     shift = (torch.from_numpy(HANDS_AT + wander).float() - middle)[:, None, None]
@@ -334,6 +349,15 @@ def set_scene(settings: Settings, sequence: Sequence, rng: np.random.Generator) 
         both[:, :, -1].double().numpy(),
         bool(rng.random() < TORSO_SHOWN),
     )
+
+
+def _smooth_wander(steps: int, rng: np.random.Generator) -> np.ndarray:
+    """(steps, 3) m: from one random place to the next."""
+    deviation, seconds = CLIP_WANDER
+    at = np.arange(steps) / (seconds * CLIP_RATE)
+    before = at.astype(int)
+    places, share = rng.normal(0, deviation, (before[-1] + 2, 3)), ease(at - before)[:, None]
+    return (1 - share) * places[before] + share * places[before + 1]
 
 
 def paint_backdrop(
@@ -366,6 +390,9 @@ def make_sequence(settings: Settings, sequence: Sequence, root: Path) -> dict:
     layer, (person, betas) = _actors(settings.source, settings.path).layer, _person(settings, sequence.capture)
     cameras, backdrops = capture_cameras(settings, sequence.capture), {}
     type_valid = sequence.kind != 'invalid'
+    # Objects and camera faults are drawn anew for each image: in a clip they would flicker.
+    plain_share = 1.0 if settings.clip else PLAIN
+    clip_cameras = None
     record: dict[str, Any] = {
         'capture': sequence.capture,
         'images': [],
@@ -375,7 +402,7 @@ def make_sequence(settings: Settings, sequence: Sequence, root: Path) -> dict:
         'penetration_mm': [round(1000 * float(depth), 3) for depth in scene.path.penetration],
     }
     for step, views in enumerate(sequence.views):
-        frame = sequence.first_frame + 6 * step
+        frame = sequence.first_frame + settings.interval * step
         joints, joint_valid = world_joints(scene.path, step, scene.shown)
         record['joint_3d'][str(frame)] = {
             'world_coord': joints.tolist(),
@@ -388,11 +415,13 @@ def make_sequence(settings: Settings, sequence: Sequence, root: Path) -> dict:
             for side in (RIGHT, LEFT)
         }
         points = scene.path.vertices[step, list(scene.shown)].flatten(0, 1).numpy()
-        for index in choose_cameras(cameras, points, views, rng):
+        if settings.clip and clip_cameras is None:
+            clip_cameras = choose_cameras(cameras, points, views, rng)
+        for index in clip_cameras or choose_cameras(cameras, points, views, rng):
             camera, number = cameras[index], len(record['images'])
             if index not in backdrops:
                 backdrops[index] = paint_backdrop(scene, step, camera, person, rng, cluttered=settings.has('clutter'))
-            backdrop, plain = backdrops[index], rng.random() < PLAIN
+            backdrop, plain = backdrops[index], rng.random() < plain_share
             objects = not plain and settings.has('clutter')
             if objects and rng.random() < clutter.HELD:
                 backdrop = backdrop.copy()
@@ -532,6 +561,8 @@ def synthesize(save_path: Path, settings: Settings, *, workers: int) -> list[dic
     models = load_hands(settings.source, settings.path)
     about = json.loads(json.dumps(settings._asdict() | {'hand_model': models.identity}))  # as files hold it
     about.pop('path')
+    if not about['clip']:
+        about.pop('clip')  # data sets of earlier versions do not record it
     with growing(save_path):
         if save_path.is_dir() and not any(save_path.iterdir()):
             save_path.rmdir()
@@ -636,6 +667,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar='GROUP',
         help=f'switch groups of variation off, for ablations: {", ".join(GROUPS)} (default: none)',
     )
+    parser.add_argument(
+        '--clip',
+        type=int,
+        default=0,
+        metavar='STEPS',
+        help=f'generate videos instead: STEPS consecutive frames of each sequence at {CLIP_RATE} frames/s, seen by one '
+        'camera; every image shows two hands',
+    )
     parser.add_argument('--workers', type=int, default=usable_cores(), help='processes (default: one per core)')
     add_config_arguments(parser)
     args = parser.parse_intermixed_args(arguments)
@@ -675,10 +714,14 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f'--seed is {args.seed}; it must be 0 or more.')
     if not 0 <= args.camera_spread <= 180:
         raise UserError(f'--camera_spread is {args.camera_spread:g}; it must be between 0 and 180 degrees.')
+    if args.clip < 0:
+        raise UserError(f'--clip is {args.clip}; it must be a number of time steps, or 0 for none.')
     if args.workers < 1:
         raise UserError(f'--workers is {args.workers}; it must be at least 1.')
     cfg = load_config(args.cfg, args.opts, base={'MANO': {'SOURCE': 'standin'}})  # synthetic data need no licensed file
-    settings = Settings(args.frames, args.seed, args.camera_spread, cfg.MANO.SOURCE, cfg.MANO.PATH, args.without)
+    settings = Settings(
+        args.frames, args.seed, args.camera_spread, cfg.MANO.SOURCE, cfg.MANO.PATH, args.without, args.clip
+    )
     with obey_stop_signals():
         records = synthesize(args.save_path, settings, workers=args.workers)
     if depths := [depth for record in records for depth in record['penetration_mm']]:
