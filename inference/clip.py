@@ -1,22 +1,35 @@
 """The hands of a whole video, frame by frame: online or offline smoothing, one shape, and gaps filled on request."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from inference.media import Frame
 from inference.reconstruct import Box, Reconstruction, Reconstructor
-from inference.smoothing import Motion, OneEuroFilter, interpolated, joined, motion_of, posed_again, smooth_offline
+from inference.smoothing import Motion, OneEuroFilter, interpolated, motion_of, posed_again, smooth_offline
 from utils.geometry import project
 
 SEEN, LOST, FILLED = 'seen', 'lost', 'filled'
 LONGEST_FILL = 1.0  # s: longer gaps are never filled
-# Of a recorded frame; vertices and joints are posed again.
-RECORDED = ('roots', 'joints_px', 'root_rotation', 'pose', 'shape', 'camera', 'offset', 'intrinsics', 'to_crop')
-RECORDED_NUMBERS = ('residual_px', 'size_in_crop')
+# What is recorded of a frame's Reconstruction; vertices and joints are posed again.
+SHAPES: dict[str, tuple[int, ...]] = {
+    'roots': (2, 3),
+    'joints_px': (2, 21, 2),
+    'root_rotation': (2, 3, 3),
+    'pose': (2, 45),
+    'shape': (2, 10),
+    'camera': (2, 3),
+    'offset': (3,),
+    'intrinsics': (3, 3),
+    'to_crop': (3, 3),
+    'residual_px': (),
+    'size_in_crop': (),
+}
+
+Smoothing = Callable[[Motion, list[float]], Motion]
 
 
 class FrameHands(NamedTuple):
@@ -43,7 +56,7 @@ def smoothed_online(frames: Iterable[FrameHands], reconstruct: Reconstructor) ->
         if frame.hands is None:
             yield frame
         else:
-            motion = smooth(motion_of([frame.hands]), frame.time_s)
+            motion = smooth(motion_of(frame.hands.with_leading_axis()), frame.time_s)
             yield frame._replace(hands=posed_again(frame.hands, motion, reconstruct.pose_hands))
 
 
@@ -56,30 +69,32 @@ class _Recorded(NamedTuple):
     cut: bool
 
 
+def _numbers(hands: Reconstruction | None) -> np.ndarray | None:
+    if hands is None:
+        return None
+    return torch.cat([getattr(hands, name).flatten() for name in SHAPES]).numpy().copy()
+
+
 class Recording:
     """The hands of a clip, kept as parameters until its last frame is known, 1 kB a frame: 20 MB for 10 minutes."""
 
     def __init__(self, frames: Iterable[FrameHands]):
-        self.frames: list[_Recorded] = []
-        self.shapes: dict[str, torch.Size] = {}
-        for frame in frames:
-            self.frames.append(_Recorded(frame.time_s, frame.box, self._numbers(frame.hands), frame.cut))
+        self.frames = [_Recorded(each.time_s, each.box, _numbers(each.hands), each.cut) for each in frames]
 
-    def _numbers(self, hands: Reconstruction | None) -> np.ndarray | None:
-        if hands is None:
-            return None
-        values = {name: getattr(hands, name) for name in (*RECORDED, *RECORDED_NUMBERS)}
-        self.shapes = {name: value.shape for name, value in values.items()}
-        return torch.cat([value.flatten() for value in values.values()]).numpy().copy()
+    def hands(self, number: int) -> Reconstruction:
+        """The recorded values of a frame with hands; vertices and joints are empty until ``posed_again``."""
+        return self._stacked([number]).one(0)
 
-    def hands(self, number: int) -> Reconstruction | None:
-        """The recorded values of a frame; vertices and joints are empty until ``posed_again``."""
-        numbers = self.frames[number].numbers
-        if numbers is None:
-            return None
-        parts = torch.from_numpy(numbers).split([shape.numel() for shape in self.shapes.values()])
-        values: dict[str, Tensor] = {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts)}
-        return Reconstruction(vertices=torch.empty(0), joints=torch.empty(0), **values)
+    def _stacked(self, numbers: list[int]) -> Reconstruction:
+        rows = [row for number in numbers if (row := self.frames[number].numbers) is not None]
+        recorded = torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, sum(map(math.prod, SHAPES.values())))
+        parts = recorded.split([math.prod(shape) for shape in SHAPES.values()], 1)
+        values = {
+            name: part.unflatten(1, shape) if shape else part[:, 0]
+            for (name, shape), part in zip(SHAPES.items(), parts)
+        }
+        empty = torch.empty(len(recorded), 0)
+        return Reconstruction(vertices=empty, joints=empty, **values)
 
     def segments(self) -> list[range]:
         """Runs of successive frames with hands, within one scene."""
@@ -91,18 +106,23 @@ class Recording:
             runs[-1:] = [range(runs[-1].start, number + 1)] if follows else [*runs[-1:], range(number, number + 1)]
         return runs
 
-    def motions(self, *, smooth: Callable[[Motion, list[float]], Motion] | None) -> dict[int, Motion]:
-        """Frame -> its motion, each segment smoothed on its own. If so, all have the median shape of the clip."""
-        found: dict[int, Motion] = {}
-        for run in self.segments():
-            motion = motion_of([hands for number in run if (hands := self.hands(number)) is not None])
-            if smooth is not None:
-                motion = smooth(motion, [self.frames[number].time_s for number in run])
-            found |= {number: motion.one(row) for row, number in enumerate(run)}
-        if smooth is not None and found:
-            shape = joined(list(found.values())).shape.median(0, keepdim=True).values
-            found = {number: motion._replace(shape=shape) for number, motion in found.items()}
-        return found
+    def motion(self, *, smooth: Smoothing | None) -> tuple[Motion, dict[int, int]]:
+        """The motion of all frames with hands, and frame -> row of it.
+
+        Each segment is smoothed on its own, and all get the median shape of the clip.
+        """
+        seen = [number for run in self.segments() for number in run]
+        motion = motion_of(self._stacked(seen))
+        rows = {number: row for row, number in enumerate(seen)}
+        if smooth is not None and seen:
+            parts = []
+            for run in self.segments():
+                part = Motion(*(values[rows[run.start] : rows[run.start] + len(run)] for values in motion))
+                parts.append(smooth(part, [self.frames[number].time_s for number in run]))
+            motion = Motion(*(torch.cat(values) for values in zip(*parts)))
+            shape = motion.shape.median(0, keepdim=True).values
+            motion = motion._replace(shape=shape.expand_as(motion.shape))
+        return motion, rows
 
     def gaps(self) -> list[range]:
         """Frames without hands between two with hands, of one scene and at most LONGEST_FILL s apart."""
@@ -121,18 +141,19 @@ def smoothed_offline(
     recording: Recording, frames: Iterable[Frame], reconstruct: Reconstructor, *, smooth: bool, fill: bool
 ) -> Iterator[FrameHands]:
     """Smooth a recording with zero phase, fill its short gaps, and join it with the images of the same ``frames``."""
-    motions = recording.motions(smooth=smooth_offline if smooth else None)
-    filled: dict[int, int] = {}  # frame -> the last one before it that was seen
-    for gap in recording.gaps() if fill else ():
-        start, end = (recording.frames[number].time_s for number in (gap.start - 1, gap.stop))
-        for number in gap:
-            share = (recording.frames[number].time_s - start) / (end - start)
-            motions[number] = interpolated(motions[gap.start - 1], motions[gap.stop], share)
-            filled[number] = gap.start - 1
+    motion, rows = recording.motion(smooth=smooth_offline if smooth else None)
+    gaps = recording.gaps() if fill else []
+    around = {number: gap for gap in gaps for number in gap}
     for number, (frame, recorded) in enumerate(zip(frames, recording.frames)):
-        hands = recording.hands(filled.get(number, number))
-        if hands is not None:
-            hands = posed_again(hands, motions[number], reconstruct.pose_hands)
-            if number in filled:
-                hands = hands._replace(joints_px=project(hands.joints, hands.intrinsics))
-        yield FrameHands(frame.image, recorded.time_s, recorded.box, hands, cut=recorded.cut, filled=number in filled)
+        hands, gap = None, around.get(number)
+        if number in rows:
+            hands = posed_again(recording.hands(number), motion.one(rows[number]), reconstruct.pose_hands)
+        elif gap is not None:
+            before, after = gap.start - 1, gap.stop
+            start, end = (recording.frames[at].time_s for at in (before, after))
+            share = (recorded.time_s - start) / (end - start)
+            between = interpolated(motion.one(rows[before]), motion.one(rows[after]), share)
+            hands = posed_again(recording.hands(before), between, reconstruct.pose_hands)
+            hands = hands._replace(joints_px=project(hands.joints, hands.intrinsics))
+        filled = gap is not None
+        yield FrameHands(frame.image, recorded.time_s, recorded.box, hands, cut=recorded.cut, filled=filled)

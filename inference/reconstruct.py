@@ -59,6 +59,10 @@ class Reconstruction(NamedTuple):
         """The result of one crop, without the leading axis."""
         return Reconstruction(*(values[number] for values in self))
 
+    def with_leading_axis(self) -> 'Reconstruction':
+        """Inverse of ``one``."""
+        return Reconstruction(*(values[None] for values in self))
+
     def cpu(self) -> 'Reconstruction':
         return Reconstruction(*(values.cpu() for values in self))
 

@@ -51,13 +51,13 @@ class Motion(NamedTuple):
         return Motion(*(values.flip(0) for values in self))
 
 
-def motion_of(hands: Sequence[Reconstruction]) -> Motion:
-    """The parameters of successive reconstructions (no leading axes)."""
-    roots = torch.stack([each.roots for each in hands]).double()
+def motion_of(hands: Reconstruction) -> Motion:
+    """The parameters of T successive reconstructions."""
+    roots = hands.roots.double()
     return Motion(
-        nearest_rotation(torch.stack([each.root_rotation for each in hands]).double()),
-        torch.stack([each.pose for each in hands]).double(),
-        torch.stack([each.shape for each in hands]).double(),
+        nearest_rotation(hands.root_rotation.double()),
+        hands.pose.double(),
+        hands.shape.double(),
         roots.mean(1),
         roots[:, 1] - roots[:, 0],
     )
@@ -154,7 +154,11 @@ def interpolated(start: Motion, end: Motion, share: float) -> Motion:
 def smooth_online(motion: Motion, times_s: Sequence[float], response: Response = ONLINE) -> Motion:
     """Filter successive frames causally; see ``OneEuroFilter``."""
     smooth = OneEuroFilter(response)
-    return joined([smooth(motion.one(number), time) for number, time in enumerate(times_s)])
+    smoothed = Motion(*(torch.empty_like(values) for values in motion))
+    for number, time_s in enumerate(times_s):
+        for values, value in zip(smoothed, smooth(motion.one(number), time_s)):
+            values[number] = value[0]
+    return smoothed
 
 
 def smooth_offline(motion: Motion, times_s: Sequence[float], response: Response = OFFLINE) -> Motion:
@@ -166,7 +170,3 @@ def smooth_offline(motion: Motion, times_s: Sequence[float], response: Response 
     forth = smooth_online(motion, times_s, response).reversed()
     back = smooth_online(forth, [times_s[-1] - time for time in reversed(times_s)], response)
     return back.reversed()._replace(shape=motion.shape)
-
-
-def joined(motions: Sequence[Motion]) -> Motion:
-    return Motion(*(torch.cat(values) for values in zip(*motions)))
