@@ -35,7 +35,7 @@ from utils.hand import WRIST
 from utils.images import read_image
 
 AVERAGED = 0.05  # s: standard deviation of the average that jitter is measured against
-SHORTEST = 12  # frames of a clip: the first and last AVERAGED * 4 s of it are left out of the jitter
+SHORTEST = 10 * AVERAGED  # s of a clip: its first and last 4 * AVERAGED are left out of the jitter
 
 
 class Clip(NamedTuple):
@@ -64,14 +64,14 @@ def read_clips(data: str, split: str, every: int) -> Iterator[Clip]:
         names.setdefault((frame.capture, frame.seq_name), []).append(frame)
     for (capture, name), shots in names.items():
         shots = shots[::every]
-        if len({shot.camera for shot in shots}) > 1 or len(shots) < SHORTEST:
+        start, end = shots[0].frame_idx, shots[-1].frame_idx
+        if len({shot.camera for shot in shots}) > 1 or end - start < SHORTEST * CLIP_RATE:
             raise UserError(
-                f'{name} of {data}/{split} is not a clip: it needs {SHORTEST} frames or more, of one camera. Generate '
+                f'{name} of {data}/{split} is not a clip: it needs {SHORTEST} s or more of one camera. Generate '
                 'clips with dataset/synthesize.py --clip 60.'
             )
         camera = raw.camera(capture, shots[0].camera)
         world = np.stack([raw.joints(capture, shot.frame_idx)[0] for shot in shots])
-        start = shots[0].frame_idx
         yield Clip(
             name,
             [Frame(read_image(raw.image_path(shot)), (shot.frame_idx - start) / CLIP_RATE) for shot in shots],
@@ -101,7 +101,7 @@ def predict(reconstruct: Reconstructor, clip: Clip, *, track: bool) -> list[Fram
 def measure(clip: Clip, hands: list[FrameHands]) -> Figures:
     """The figures of the frames in which hands were found."""
     found = [number for number, each in enumerate(hands) if each.hands is not None]
-    if len(found) < SHORTEST:
+    if len(found) < 3 or hands[found[-1]].time_s - hands[found[0]].time_s < SHORTEST:
         raise UserError(f'The hands of {clip.name} were found in {len(found)} of {len(hands)} frames only.')
     times = torch.tensor([hands[number].time_s for number in found], dtype=torch.float64)
     joints = torch.stack([each.hands.joints for each in hands if each.hands is not None]).double()

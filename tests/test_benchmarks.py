@@ -2,10 +2,18 @@
 
 import json
 
+import numpy as np
 import pytest
-from tiny import TINY
+import torch
+from tiny import TINY, tiny_config, tiny_model
 
-from benchmarks import run, scaling
+from benchmarks import boxes, run, scaling, video
+from dataset.synthetic.synthesize import Settings, synthesize
+from inference import Reconstructor, tracking
+from manopth import TwoHandLayer
+from models.checkpoint import save_checkpoint
+from utils.errors import UserError
+from utils.geometry import project
 
 SMALL = [*TINY, 'MODEL.STAGES', '1', 'TRAIN.BATCH_SIZE', '4', 'DEVICE', 'cpu']
 
@@ -74,3 +82,86 @@ def test_scaling_table(capsys):
     assert scaling.main(['--samples_per_second', '1000', '--devices', '1', '8', '--batch', '512']) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and lines[2].startswith('| 1 | 512 | 512 | 1,000 | 100% | 5.14 |')
+
+
+# Boxes
+
+
+@pytest.fixture(scope='module')
+def checkpoint(standin, tmp_path_factory):
+    path = tmp_path_factory.mktemp('model') / 'best.pth'
+    save_checkpoint(path, model=tiny_model(standin), cfg=tiny_config(), hand_model=standin.identity)
+    return path
+
+
+def test_boxes_are_displaced_by_a_share_of_their_longer_side_and_scaled_about_their_centre():
+    before = np.array([[10.0, 20, 40, 80], [0, 0, 30, 10]])
+    after = np.array(boxes.changed(before, displacement=0.25, size=0.5, seed=1))
+    assert after[:, 2:] == pytest.approx(before[:, 2:] / 2)
+    moved = after[:, :2] + after[:, 2:] / 2 - before[:, :2] - before[:, 2:] / 2
+    assert np.linalg.norm(moved, axis=1) == pytest.approx([20, 7.5])
+    assert np.array(boxes.changed(before, displacement=0, size=1, seed=1)) == pytest.approx(before)
+
+
+def test_true_hands_have_no_error_whatever_the_box(standin, tiny_prepared):
+    truth = boxes.read_truth(str(tiny_prepared), 'test', 3, TwoHandLayer(standin))
+    one, two = boxes.two_looks(
+        Reconstructor(tiny_model(standin).eval()), truth, [tuple(b) for b in truth.boxes.tolist()]
+    )
+    for hands in (one, two):
+        assert all(error.shape == (3,) and (error > 1).all() for error in boxes.errors(hands, truth))
+        perfect = hands._replace(joints=truth.joints + 0.1, joints_px=truth.joints_px)  # elsewhere, but the same hands
+        assert all(error.abs().max() < 1e-3 for error in boxes.errors(perfect, truth))
+
+
+def test_the_table_of_boxes_has_a_row_for_each_displacement_and_size(tiny_prepared, checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(boxes, 'DISPLACEMENTS', (0.0,))
+    monkeypatch.setattr(boxes, 'SIZES', (0.7, 1.0))
+    arguments = ['--data', str(tiny_prepared), '--model', str(checkpoint), '--device', 'cpu', '--samples']
+    assert boxes.main([*arguments, '2']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 2 and len({line.count('|') for line in lines}) == 1
+    assert boxes.main([*arguments, '9']) == 2 and 'has 5 samples; pass --samples 5' in capsys.readouterr().err
+    assert boxes.main([*arguments, '0']) == 2 and '--samples is 0' in capsys.readouterr().err
+
+
+# Video
+
+
+def test_steady_motion_has_no_jitter_and_noise_has_its_own_size():
+    times = torch.arange(60, dtype=torch.float64) / 30
+    line = times[:, None, None] * torch.ones(60, 21, 3)
+    assert video.jitter(line, times) < 1e-6
+    noise = 0.01 * torch.randn(60, 21, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert float(video.jitter(line + noise, times)) == pytest.approx(0.01 * 3**0.5, rel=0.15)
+
+
+def test_acceleration_is_that_of_a_parabola_at_uneven_times():
+    times = torch.tensor([0, 0.03, 0.1, 0.12, 0.2], dtype=torch.float64)
+    found = video.acceleration((times.square() * 4 + times)[:, None], times)
+    assert torch.allclose(found, torch.full((3, 1), 8.0, dtype=torch.float64))
+
+
+@pytest.mark.slow  # renders a clip and runs a network over it several times
+def test_a_clip_is_read_predicted_and_measured(tmp_path, standin, monkeypatch, capsys, checkpoint):
+    settings = Settings((0, 0, 17), 3, 60.0, 'standin', 'misc/mano', clip=17)
+    synthesize(tmp_path / 'clips', settings, workers=1)
+    (clip,) = video.read_clips(str(tmp_path / 'clips'), 'test', 1)
+    assert len(clip.frames) == 17 and clip.frames[3].time_s == pytest.approx(0.1)
+    pixels = project(clip.joints, torch.from_numpy(clip.intrinsics))
+    assert (pixels > -200).all() and (pixels < 700).all()
+    hands = video.predict(Reconstructor(tiny_model(standin).eval()), clip, track=False)
+    true = [each._replace(hands=each.hands._replace(joints=clip.joints[number])) for number, each in enumerate(hands)]
+    figures = video.measure(clip, true)
+    assert figures.joint_mm == (0, 0) and figures.acceleration == (0, 0) and figures.frames_without_hands == 0
+    assert video.measure(clip, hands).joint_mm[0] > 1
+    with pytest.raises(UserError, match='found in 0 of 17 frames only'):
+        video.measure(clip, [each._replace(hands=None) for each in hands])
+    monkeypatch.setattr(tracking, 'KEPT', 0.0)  # an untrained network's boxes agree with nothing
+    monkeypatch.setattr(tracking, 'NEAR', 0.0)
+    arguments = ['--data', str(tmp_path / 'clips'), '--model', str(checkpoint), '--device', 'cpu']
+    assert video.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 5 and len({line.count('|') for line in lines}) == 1
+    assert video.main([*arguments, '--every', '9']) == 2 and 'is not a clip' in capsys.readouterr().err
+    assert video.main([*arguments, '--every', '0']) == 2 and '--every is 0' in capsys.readouterr().err

@@ -23,6 +23,7 @@ from dataset.synthetic.poses import (
     sample_finger_angles,
     sample_path,
     sample_placement_name,
+    steadied,
 )
 from dataset.synthetic.synthesize import SPLITS, Settings, capture_cameras, main, make_sequence, plan, synthesize
 from manopth import HandPair, TwoHandLayer
@@ -458,3 +459,47 @@ def test_rotations_of_the_annotation_turn_about_the_wrist(layer):
     assert torch.allclose(wrist.float(), path.joints[0, RIGHT, 0], atol=1e-6)
     turn = axis_angle_to_matrix(torch.tensor(fit['pose'][:3]))
     assert torch.allclose(turn, axis_angle_to_matrix(path.root[0, RIGHT]), atol=1e-5)
+
+
+# Clips
+
+
+def test_a_clip_is_smooth_motion_seen_by_one_camera(tmp_path):
+    settings = Settings((0, 0, 26), SEED, 60.0, 'standin', 'misc/mano', clip=12)
+    sequences = plan(settings)
+    assert [len(sequence.views) for sequence in sequences] == [12, 12, 2]
+    assert {sequence.kind for sequence in sequences} == {'interacting'} and not any(s.black for s in sequences)
+    record = make_sequence(settings, sequences[0], tmp_path)
+    assert len({image['camera'] for image in record['images']}) == 1
+    frames = [image['frame_idx'] for image in record['images']]
+    assert frames == list(range(frames[0], frames[0] + 12))
+    joints = np.array([each['world_coord'] for each in record['joint_3d'].values()])  # mm
+    speed = np.linalg.norm(np.diff(joints, axis=0), axis=-1)
+    change = np.linalg.norm(np.diff(joints, 2, axis=0), axis=-1)
+    assert 1 < speed.mean() < 60 and change.mean() < 0.35 * speed.mean()
+    again = make_sequence(settings, sequences[0], tmp_path / 'again')
+    assert again == record
+
+
+def test_data_sets_of_images_do_not_record_that_they_are_no_clips(tree):
+    assert 'clip' not in json.loads((tree / 'synthesized.json').read_text())
+
+
+def test_paths_of_any_rate_and_length_have_enough_key_poses():
+    models, flat = load_hands('standin'), torch.zeros(2, 10)
+    for seed in range(3):
+        path = sample_path(11 + seed, 'gesture', np.random.default_rng(seed), models, flat, rate=30)
+        assert path.vertices.isfinite().all() and len(path.vertices) == 11 + seed
+
+
+def test_steadied_values_are_smooth_and_never_below():
+    values = torch.zeros(60)
+    values[20], values[40:43] = 0.01, 0.004
+    smooth = steadied(values, 3)
+    assert (smooth >= values - 1e-9).all() and smooth.diff().abs().max() < 0.01 / 3
+    assert torch.allclose(steadied(torch.full((5,), 0.3), 3), torch.full((5,), 0.3))
+
+
+def test_a_negative_length_of_clips_is_refused(tmp_path, capsys):
+    assert main(['--save_path', str(tmp_path / 'x'), '--clip', '-1']) == 2
+    assert '--clip is -1' in capsys.readouterr().err
