@@ -4,7 +4,8 @@ The data's boxes are those of both hands' projected vertices, and so are these. 
 shows in the agreement of its box with the box that it was made from. In clips of synthetic hands, the overlap
 (intersection over union) of the two is above 0.72 in 99 % of the frames; in images without hands, where the predicted
 hands shrink from look to look, it is usually 0.2 to 0.5. ``residual_px`` does not separate the two: its medians are 6
-and 12 pixels, but their ranges are equal.
+and 12 pixels, but their ranges are equal. Moving the box on by its velocity raises the error relative to the wrist by
+1 %, at 30 frames/s and at 5.
 """
 
 from collections.abc import Callable, Sequence

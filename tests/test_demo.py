@@ -434,6 +434,30 @@ def test_a_video_without_hands_is_one_gap_and_one_warning(run, blob_clip, tmp_pa
         assert len(outcome(tmp_path)['warnings']) == 1
 
 
+def test_a_detector_is_asked_for_the_first_frame_and_where_the_hands_are_lost(run, blob_clip, tmp_path, monkeypatch):
+    found = []
+
+    def detect(self, image):
+        rows, columns = np.nonzero(image[..., 0] > 128)
+        box = (float(columns.min()), float(rows.min()), 80.0, 60.0) if len(rows) else None
+        found.append(box is not None)
+        return box
+
+    monkeypatch.setattr(HandDetector, '__init__', lambda self, model: None)
+    monkeypatch.setattr(HandDetector, '__call__', detect)
+    monkeypatch.setattr(HandDetector, 'close', lambda self: None)
+    assert run(blob_clip, '--detect') == 0
+    assert found == [True, False, False, True]
+    assert [line['state'] for line in video_files(tmp_path)[1]] == ['seen'] * 5 + ['lost'] * 2 + ['seen'] * 5
+
+
+@pytest.mark.parametrize('options', [['--smooth', 'online'], ['--smooth', 'offline', '--fill'], ['--track', 'off']])
+def test_a_clip_of_one_frame_is_a_clip(run, blob_clip, tmp_path, options):
+    assert run(blob_clip, '--frames', 1, '--box', 20, 80, 80, 60, *options) == 0
+    rows, lines, record = video_files(tmp_path)
+    assert len(rows) == len(lines) == record['frames'] == 1 and lines[0]['state'] == 'seen'
+
+
 def test_a_stop_while_a_clip_is_recorded_leaves_no_video(run, blob_clip, tmp_path, monkeypatch):
     cut, calls = tracking.cut_crop, []
 
