@@ -39,7 +39,7 @@ class FrameHands(NamedTuple):
     time_s: float
     box: Box | None  # None: the whole image, or no hands
     hands: Reconstruction | None  # without the leading axis, on the CPU; None where no hands are in sight
-    cut: bool = False  # whether another scene begins
+    cut: bool = False  # whether another scene begins, or the hands jump
     filled: bool = False  # whether the hands are interpolated between other frames
 
     @property

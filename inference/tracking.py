@@ -117,7 +117,7 @@ class Sight(NamedTuple):
     """What a tracker finds in one frame."""
 
     look: Look | None  # None: no hands
-    cut: bool  # whether another scene begins
+    cut: bool  # whether another scene begins, or the hands jump: they are not those of the frame before, moved
 
 
 class Tracker:
@@ -143,8 +143,9 @@ class Tracker:
             found = self._look(image, self.box, intrinsics, least=1 + self.refine, agreement=KEPT)
         if found is None:
             found = self._search(image, intrinsics)
-        self.box = None if found is None else hands_box(found.hands)
-        return Sight(found, cut)
+        before, self.box = self.box, None if found is None else hands_box(found.hands)
+        jump = before is not None and self.box is not None and overlap(before, self.box) < NEAR
+        return Sight(found, cut or jump)
 
     def _search(self, image: np.ndarray, intrinsics: np.ndarray) -> Look | None:
         for box in self.start(image):

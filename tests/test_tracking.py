@@ -95,6 +95,13 @@ def test_hands_that_vanish_are_a_gap_and_are_found_again_elsewhere():
     assert start.calls == 1 + 4 + 1
 
 
+def test_hands_that_jump_are_not_those_of_the_frame_before():
+    tracker = Tracker(BlobReconstructor(), Starts(None))
+    sights = [tracker(blob((x, 80, 80, 60)), INTRINSICS) for x in (10, 12, 200, 202)]
+    assert all(sight.look is not None for sight in sights)
+    assert [sight.cut for sight in sights] == [False, False, True, False]
+
+
 def test_hands_that_leave_the_image_are_lost():
     tracker = Tracker(BlobReconstructor(), Starts((10, 80, 80, 60)))
     found = [tracker(blob((10 - step, 80, 80, 60)), INTRINSICS).look is not None for step in range(0, 130, 5)]
