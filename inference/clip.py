@@ -133,7 +133,7 @@ class Recording:
             for gap in between
             if gap
             and not any(self.frames[number].cut for number in range(gap.start, gap.stop + 1))
-            and self.frames[gap.stop].time_s - self.frames[gap.start - 1].time_s <= LONGEST_FILL
+            and 0 < self.frames[gap.stop].time_s - self.frames[gap.start - 1].time_s <= LONGEST_FILL
         ]
 
 
