@@ -1,6 +1,6 @@
 """Measure how boxes that follow the hands, and smoothing, change errors and jitter in synthetic clips.
 
-    python dataset/synthesize.py --save_path RAW --frames 0 0 480 --clip 60 --seed 12 MANO.SOURCE standin
+    python dataset/synthesize.py --save_path RAW --frames 0 0 480 --clip 60 --seed 13 MANO.SOURCE standin
     python benchmarks/video.py --data RAW --model CHECKPOINT [--split test] [--every 1] [KEY VALUE ...]
 
 The first box is the true one. Jitter is the RMS of joints minus their average over time (Gaussian, 0.05 s: what is
@@ -17,6 +17,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import utils  # noqa: F401  # before PyTorch, see there
+
+# isort: split
 import numpy as np
 import torch
 from torch import Tensor

@@ -148,7 +148,7 @@ def test_unreadable_files_are_listed_and_the_rest_is_done(run, images, tmp_path,
 @pytest.mark.slow  # runs the demo three times, on an image and a video
 def test_further_files_of_images_and_videos(run, images, standin, tmp_path):
     write_frames(tmp_path / 'clip.mp4', 6)
-    given = (images / 'a.jpg', tmp_path / 'clip.mp4', '--box', 20, 10, 40, 30)
+    given = (images / 'a.jpg', tmp_path / 'clip.mp4', '--box', 20, 10, 40, 30, '--track', 'off')
     assert run(*given, '--export', 'bvh', 'npz', 'glb') == 0
     image, clip = tmp_path / 'out' / 'a', tmp_path / 'out' / 'clip'
     motion = {'hands.npz', 'hands.glb', 'left.bvh', 'right.bvh'}
@@ -209,10 +209,10 @@ def test_a_stop_writes_the_files_of_a_shorter_video(run, tmp_path, monkeypatch):
         return draw(*arguments)
 
     monkeypatch.setattr(job, 'draw_overlay', interrupt)
-    assert run(tmp_path / 'clip.mp4', '--export', 'npz', 'bvh') == 143
+    assert run(tmp_path / 'clip.mp4', '--track', 'off', '--export', 'npz', 'bvh') == 143
     clip = tmp_path / 'out' / 'clip'
     assert len(np.load(clip / 'hands.npz')['frame']) == 3 and 'Frames: 3\n' in (clip / 'right.bvh').read_text()
-    assert run(tmp_path / 'clip.mp4', '--export', 'npz', 'bvh') == 0
+    assert run(tmp_path / 'clip.mp4', '--track', 'off', '--export', 'npz', 'bvh') == 0
     assert len(np.load(clip / 'hands.npz')['frame']) == 8
 
 
@@ -223,7 +223,7 @@ def test_a_format_that_cannot_be_written_leaves_no_file_of_the_video(run, tmp_pa
         raise OSError(28, 'No space left on device', 'left.bvh')
 
     monkeypatch.setattr('inference.motion.write_bvh', full)
-    assert run(tmp_path / 'clip.mp4', '--export', 'bvh') == 2
+    assert run(tmp_path / 'clip.mp4', '--track', 'off', '--export', 'bvh') == 2
     assert 'No space left on device (left.bvh)' in capsys.readouterr().err
     assert list((tmp_path / 'out' / 'clip').iterdir()) == []
 

@@ -51,7 +51,8 @@ def random_hands(layer, count: int, *, seed: int, spread: float = 0.03) -> torch
 def scenes(standin) -> torch.Tensor:
     """Natural placements, the right hand moved into the left one by INTO (4, 2, 778, 3) float64, as from a camera."""
     rng = np.random.default_rng(3)
-    hands = torch.cat([sample_path(1, name, rng, standin, torch.zeros(2, 10)).vertices for name in INTO]).double()
+    paths = [sample_path(1, name, rng, standin, torch.zeros(2, 10), varied=False) for name in INTO]
+    hands = torch.cat([path.vertices for path in paths]).double()
     way = (hands[:, LEFT] - hands[:, RIGHT]).mean(1)
     way = way / way.norm(dim=1, keepdim=True) * torch.tensor(list(INTO.values())).double()[:, None]
     hands[:, RIGHT] += way[:, None]
