@@ -1,16 +1,17 @@
 """Reconstruct both hands in your own images and videos: meshes, positions and overlays.
 
-    python apps/demo.py --model CHECKPOINT INPUT [INPUT ...] [--box X Y W H | --boxes FILE.json | --detect]
+    python apps/demo.py INPUT [INPUT ...] [--model CHECKPOINT] [--box X Y W H | --boxes FILE.json | --detect]
         [--refine-box] [--track on|off] [--smooth off|online|offline] [--fill] [--focal PX] [--principal CX CY]
         [--export npz glb bvh] [--out DIR] [--batch N] [--frames N] [KEY VALUE ...]
-    python apps/demo.py --model CHECKPOINT --camera 0 --serve 8000        # watch at http://localhost:8000
+    python apps/demo.py --camera 0 --serve 8000        # watch at http://localhost:8000
 
-INPUT: images, folders, patterns ('shots/*.png') or videos. The network expects both hands in the centre of its crop, so
-pass a box around both hands in pixels (x and y of the upper left corner, width, height): one for all inputs (--box),
-one for each (--boxes, {"name.jpg": [x, y, w, h], ...}; several boxes yield several pairs of hands), or let a detector
-find them (--detect). Without any of these, the whole image is used. --refine-box crops again around the predicted
-hands and predicts a second time, which corrects boxes that are off. In a video, the box follows the hands; where they
-are lost, they are looked for as in the first frame, and frames without hands are gaps in the files.
+INPUT: images, folders, patterns ('shots/*.png') or videos. CHECKPOINT: a file or a run folder; by default the network
+that is shipped with the code, trained on synthetic hands (docs/model_card.md). The network expects both hands in the
+centre of its crop, so pass a box around both hands in pixels (x and y of the upper left corner, width, height): one for
+all inputs (--box), one for each (--boxes, {"name.jpg": [x, y, w, h], ...}; several boxes yield several pairs of hands),
+or let a detector find them (--detect). Without any of these, the whole image is used. --refine-box crops again around
+the predicted hands and predicts a second time, which corrects boxes that are off. In a video, the box follows the
+hands; where they are lost, they are looked for as in the first frame, and frames without hands are gaps in the files.
 
 Each image gets a folder DIR/NAME with overlay.jpg, side.jpg, above.jpg, crop.jpg, left.obj, right.obj, hands.glb
 (camera axes, metres) and hands.json (MANO parameters, camera, offset, joints); a video gets overlay.mp4, joints.csv,
@@ -41,6 +42,7 @@ from inference.job import Job, Outcome, Settings
 from inference.live_view import LiveView
 from inference.media import find_inputs
 from inference.motion import FORMATS
+from models.checkpoint import SHIPPED
 from utils.config import add_flag, default_config, flatten
 from utils.distributed import keep_freed_memory
 from utils.errors import UserError, printable, user_facing
@@ -56,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     settings = Settings(**{name: getattr(args, name) for name in Settings._fields})
     with owned(settings.out), ExitStack() as at_end:
         boxes = choose_boxes(args, at_end)
+        if args.model == SHIPPED:
+            print(f'network: {SHIPPED.name}, trained on synthetic images of stand-in hands (docs/model_card.md)')
         reconstruct = load_reconstructor(args.model, device=args.device, overrides=args.keys)
         reconstruct.batch_size = args.batch
         if reconstruct.device.type == 'cpu':
@@ -98,7 +102,8 @@ def open_view(args: argparse.Namespace, at_end: ExitStack) -> LiveView | None:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('inputs', nargs='*', metavar='INPUT', help='image, folder, pattern or video; KEY VALUE last')
-    parser.add_argument('--model', required=True, metavar='CHECKPOINT', help='file, or a run folder (its best.pth)')
+    help_model = 'file, or a run folder (its best.pth); default: the network that is shipped with the code'
+    parser.add_argument('--model', metavar='CHECKPOINT', default=SHIPPED, help=help_model)
     parser.add_argument('--camera', type=int, metavar='N', help='a camera, until Ctrl-C or --frames')
     where = parser.add_mutually_exclusive_group()
     where.add_argument('--box', type=float, nargs=4, metavar=('X', 'Y', 'W', 'H'), help='both hands, in every input')

@@ -2,20 +2,23 @@
 
     python apps/run_demo.py [--out output/demo] [--frames TRAIN VAL TEST] [KEY VALUE ...]
 
-Every step is the command for real data, printed before it runs. Rerun it to continue where it stopped.
+Every step is the command for real data, printed before it runs. It ends with the errors of three predictions on the
+same test images: the best constant, the network that it has trained, and the one that is shipped with the code, which
+was trained for far longer. Rerun it to continue where it stopped.
 """
 
 import argparse
 import shlex
-import subprocess
 import sys
 import time
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils.stopping import STOP_SIGNALS, Stopped, check_stop, end_at_stop_signals, obey_stop_signals, requested_stop
+from utils.stopping import STOP_SIGNALS, Stopped, check_stop, end_at_stop_signals, obey_stop_signals, run_passing_stops
 
 if __name__ == '__main__':
     end_at_stop_signals()  # now: the imports below take seconds
@@ -23,8 +26,8 @@ if __name__ == '__main__':
 from dataset.batch import build_batch_maker
 from dataset.loader import evaluation_split
 from evaluation.pictures import draw_samples, spread_over
-from evaluation.registry import headline
-from models.checkpoint import load_model
+from evaluation.registry import METRICS
+from models.checkpoint import SHIPPED, load_model
 from utils.errors import UserError, user_facing
 from utils.files import read_json, write_json
 from utils.ownership import owned
@@ -32,7 +35,8 @@ from utils.ownership import owned
 CONFIG = 'configs/demo.yaml'
 FRAMES = (2400, 60, 200)
 PICTURES = 8
-POLL_S = 0.2
+# Folder of each evaluation -> what it is called in the table.
+ROWS = {'shipped': 'shipped network', 'trained': 'trained here, from scratch', 'baseline': 'best constant'}
 
 
 @user_facing
@@ -73,15 +77,18 @@ def run_demo(out: Path, args: argparse.Namespace) -> int:
     step(
         'evaluate', 'apps/eval_interhand.py', '--data_path', data, '--model', run, '--out', out / 'trained', *args.opts
     )
+    shipped: list[str | Path] = ['--model', SHIPPED.relative_to(ROOT), '--out', out / 'shipped']
+    shipped += evaluation_keys(args.opts)
+    step('evaluate the shipped network', 'apps/eval_interhand.py', '--data_path', data, *shipped)
     step('baseline', 'apps/eval_baseline.py', '--data_path', data, *config, '--out', out / 'baseline', *args.opts)
-    step('report', 'apps/report.py', out / 'trained', out / 'baseline', '--out', out / 'report.html')
+    step('report', 'apps/report.py', *(out / name for name in ROWS), '--out', out / 'report.html')
 
-    trained, baseline = (read_json(out / name / 'metrics.json') for name in ('trained', 'baseline'))
-    sheet = draw_test_samples(run, data, args.opts, out / 'pictures.jpg')
-    write_json(out / 'summary.json', {'trained': trained, 'baseline': baseline, 'seconds': seconds})
+    results = {name: read_json(out / name / 'metrics.json') for name in ROWS}
+    sheet = draw_test_samples(SHIPPED, data, evaluation_keys(args.opts), out / 'pictures.jpg')
+    write_json(out / 'summary.json', results | {'seconds': seconds})
     print(
-        f'\n{comparison_table(trained, baseline)}\n\npictures: {sheet}\nsummary:  {out / "summary.json"}\n'
-        f'report:   {out / "report.html"} (open it in a browser)'
+        f'\n{comparison_table(results)}\n\npictures: {sheet} (the shipped network)\n'
+        f'summary:  {out / "summary.json"}\nreport:   {out / "report.html"} (open it in a browser)'
     )
     return 0
 
@@ -93,18 +100,8 @@ def run_command(name: str, command: list[str]) -> None:
     """
     print(f'\n== {name}\n$ python {shlex.join(command)}', flush=True)
     check_stop()
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
-    passed_on = False
-    while process.poll() is None:
-        try:
-            process.wait(POLL_S)
-        except subprocess.TimeoutExpired:
-            number = requested_stop()
-            if number is not None and not passed_on:  # once: a group's signal has reached it already
-                process.send_signal(number)
-                passed_on = True
+    code = run_passing_stops([sys.executable, *command], cwd=ROOT)
     check_stop()
-    code = process.returncode
     if code > 128 and code - 128 in STOP_SIGNALS:
         raise Stopped(code - 128)
     if code:
@@ -114,28 +111,32 @@ def run_command(name: str, command: list[str]) -> None:
         )
 
 
-def draw_test_samples(run: Path, data: Path, opts: list[str], path: Path) -> Path:
+def evaluation_keys(opts: list[str]) -> list[str]:
+    """Of KEY VALUE ..., those that concern a network which is trained already."""
+    pairs = zip(opts[::2], opts[1::2])
+    return [word for key, value in pairs if key == 'DEVICE' or key.startswith('EVAL.') for word in (key, value)]
+
+
+def draw_test_samples(checkpoint: Path, data: Path, opts: list[str], path: Path) -> Path:
     """Write a sheet of test samples spread over the split."""
-    model, cfg, _ = load_model(run, [*opts, 'DATASET.PATH', str(data)])
+    model, cfg, _ = load_model(checkpoint, [*opts, 'DATASET.PATH', str(data)])
     batch_maker = build_batch_maker(cfg, model.hands)
     dataset = evaluation_split(cfg, 'test')
     draw_samples(model, dataset, spread_over(len(dataset), PICTURES), batch_maker, path=path)
     return path
 
 
-def comparison_table(trained: dict, baseline: dict) -> str:
-    """The headline figures of both evaluations side by side, with their ratio."""
+def comparison_table(results: dict[str, dict]) -> str:
+    """A row for each of ``ROWS``: the headline figures and the Procrustes-aligned joint error."""
+    columns = [each.table for each in METRICS if each.table and (each.headline or each.key == 'pa_joint_mm')]
+    first = results['trained']
     lines = [
-        f'{trained["frames"]} test frames; {trained["protocol"]["description"]}',
-        f'{"":24}{"trained":>12}{"constant":>12}{"ratio":>8}',
+        f'{first["frames"]} test frames; {first["protocol"]["description"]}',
+        f'{"":28}' + ''.join(f'{column.title:>13}' for column in columns),
     ]
-    for metric in headline():
-        ours, constant = (
-            summary[metric.key]['all'] if metric.per_hand else summary[metric.key] for summary in (trained, baseline)
-        )
-        lines.append(
-            f'{metric.title:24}{ours:>9.2f} {metric.unit}{constant:>9.2f} {metric.unit}{ours / constant:>8.2f}'
-        )
+    for name, title in reversed(ROWS.items()):
+        values = (reduce(getitem, column.keys, results[name]) for column in columns)
+        lines.append(f'{title:28}' + ''.join(f'{value:>13.2f}' for value in values))
     return '\n'.join(lines)
 
 

@@ -14,7 +14,7 @@ from inference.winograd import use_winograd
 from manopth import HandPair, Hands
 from manopth.rotations import symmetric_6d_to_matrix
 from models import DIR
-from models.checkpoint import load_model, to_device
+from models.checkpoint import SHIPPED, load_model, to_device
 from models.placement import place_hands
 from models.predictions import CAMERA, POSE, ROOT_ROTATION, SHAPE, HandPrediction
 from utils.distributed import choose_device
@@ -233,11 +233,14 @@ def placed_in_image(hands: HandPrediction, crops: Sequence[Crop]) -> Reconstruct
     )
 
 
-def load_reconstructor(checkpoint: str | Path, *, device: str = 'auto', overrides: Sequence[str] = ()) -> Reconstructor:
+def load_reconstructor(
+    checkpoint: str | Path = SHIPPED, *, device: str = 'auto', overrides: Sequence[str] = ()
+) -> Reconstructor:
     """Load a checkpoint (ours or the published one, a file or a run folder) as a ``Reconstructor``.
 
-    device: 'auto' (CUDA if there is one), 'cpu', 'cuda' or 'cuda:N'. overrides: KEY VALUE ..., for instance MANO.PATH
-    and the folder of the hand model's files. Raises UserError if checkpoint, hand model or device cannot be used.
+    The default is the network that is shipped with the code (docs/model_card.md). device: 'auto' (CUDA if there is
+    one), 'cpu', 'cuda' or 'cuda:N'. overrides: KEY VALUE ..., for instance MANO.PATH and the folder of the hand model's
+    files. Raises UserError if checkpoint, hand model or device cannot be used.
     """
     model, cfg, _ = load_model(checkpoint, [*overrides, 'DEVICE', device])
     return Reconstructor(model, precision=cfg.EVAL.PRECISION, device=choose_device(cfg.DEVICE))

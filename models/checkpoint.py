@@ -26,6 +26,7 @@ from utils.tensor_files import check_archive, read_tensors, write_tensors
 
 Network = TypeVar('Network', bound=torch.nn.Module)
 FORMAT = 'dir-checkpoint-1'
+SHIPPED = Path(__file__).resolve().parents[1] / 'checkpoint' / 'dir_synthetic.safetensors'  # docs/model_card.md
 BEST, LATEST, PREVIOUS = 'best.pth', 'latest.pth', 'previous.pth'  # of a run folder
 REST = 'published_rest'  # entries of a published checkpoint that have no counterpart in the network
 _REST = f'{REST}.'  # prefix of their names in safetensors files, beside the network's own

@@ -46,9 +46,9 @@ def demo(tmp_path_factory) -> Path:
     return out
 
 
-def test_demo_ends_with_both_tables(demo):
+def test_demo_ends_with_a_table_of_three_predictions(demo):
     summary = json.loads((demo / 'summary.json').read_text())
-    for name in ('trained', 'baseline'):
+    for name in ('shipped', 'trained', 'baseline'):
         assert summary[name] == json.loads((demo / name / 'metrics.json').read_text())
         for figure in FIGURES:
             value = summary[name][figure]
@@ -57,11 +57,17 @@ def test_demo_ends_with_both_tables(demo):
         assert summary[name]['root_mm'] > 0
         assert summary[name]['protocol']['root_joint'] == 0 and summary[name]['protocol']['scale'] is True
     samples = len(list((demo / 'data' / 'test' / 'img').iterdir()))
-    assert summary['trained']['frames'] == summary['baseline']['frames'] == samples
+    assert summary['shipped']['frames'] == summary['trained']['frames'] == summary['baseline']['frames'] == samples
+    assert summary['shipped']['joint_mm']['all'] < 0.6 * summary['baseline']['joint_mm']['all']
+    assert summary['shipped']['pa_joint_mm']['all'] < summary['baseline']['pa_joint_mm']['all']
     printed = (demo / 'printed.txt').read_text()
     for command in ('dataset/synthesize.py', 'dataset/interhand.py', 'train.py', 'apps/eval_interhand.py'):
         assert f'$ python {command}' in printed
-    assert 'constant' in printed.splitlines()[-10] and 'pictures' in printed
+    table = printed.splitlines()[-8:-4]
+    assert ' '.join(table[0].split()) == 'joint mm vert mm joint px vert px root mm PA joint mm'
+    for row, name in zip(table[1:], ('baseline', 'trained', 'shipped')):
+        assert row.split()[-6] == f'{summary[name]["joint_mm"]["all"]:.2f}'
+        assert row.split()[-1] == f'{summary[name]["pa_joint_mm"]["all"]:.2f}'
     assert str(demo / 'report.html') in printed.splitlines()[-1]
 
 
@@ -76,10 +82,10 @@ def test_figures_record_their_origin(demo):
 
 def test_demo_draws_pictures(demo):
     page = (demo / 'report.html').read_text()
-    for name in ('trained', 'baseline'):
+    for name in run_demo.ROWS:
         assert f'{json.loads((demo / name / "metrics.json").read_text())["joint_mm"]["all"]:.2f}' in page
     assert page.count('class="open-viewer"') == sum(
-        len(np.load(demo / name / 'samples.npz')['index']) for name in ('trained', 'baseline')
+        len(np.load(demo / name / 'samples.npz')['index']) for name in run_demo.ROWS
     )
     sheet = cv2.imread(str(demo / 'pictures.jpg'))
     assert sheet.shape[0] > 256 and sheet.shape[1] > 7 * 256
