@@ -346,10 +346,9 @@ class Job(NamedTuple):
                 if hands is None:
                     first_lost = first_lost if lost else last
                     lost += 1
-                else:
-                    motion.add(hands, frame=written, time_s=last)
-                    if written == lost:
-                        self.warn_of_small_hands(name, frame.box, hands)
+                elif written == lost:
+                    self.warn_of_small_hands(name, frame.box, hands)
+                motion.add(hands, frame=written, time_s=last)
                 filled += frame.filled
                 written += 1
                 bar.update()

@@ -222,6 +222,14 @@ def test_joints_of_a_bvh_file_are_those_of_the_hands(standin, tmp_path, hands):
         assert np.abs(np.diff(read_bvh(tmp_path / f'{side}.bvh').values[:, 3:], axis=0)).max() < 180
 
 
+def test_frames_without_hands_at_either_end_are_gaps(standin, tmp_path, hands):
+    with motion_recorder(tmp_path, ('npz',), standin, rate=30.0) as recorder:
+        for frame in range(4):
+            recorder.add(hands.one(0) if frame == 1 else None, frame=frame, time_s=frame / 30)
+    assert recorder.summary['motion']['gaps'] == {side: [(0, 0), (2, 3)] for side in SIDES}
+    assert np.load(tmp_path / 'hands.npz')['frame'].tolist() == [1]
+
+
 def test_euler_angles_restore_rotations_where_two_axes_coincide():
     rng = np.random.default_rng(0)
     triples = np.concatenate(

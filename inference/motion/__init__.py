@@ -32,11 +32,14 @@ class MotionRecorder:
 
     def __init__(self, file: BinaryIO | None, models: HandPair):
         self.file, self.models, self.count = file, models, 0
+        self.frames = 0  # of the video so far
         self.summary: dict[str, Any] = {}  # what video.json records, after the files are written
 
-    def add(self, hands: Reconstruction, *, frame: int, time_s: float) -> None:
-        """hands: one reconstruction, without the leading axis and on the CPU; frame and time_s increase."""
-        if self.file is not None:
+    def add(self, hands: Reconstruction | None, *, frame: int, time_s: float) -> None:
+        """hands: one reconstruction, without the leading axis and on the CPU, None where the frame shows none; frame
+        and time_s increase."""
+        self.frames = frame + 1
+        if self.file is not None and hands is not None:
             self.file.write(row(hands, self.models, frame=frame, time_s=time_s).tobytes())
             self.count += 1
 
@@ -59,18 +62,19 @@ def motion_recorder(
         if recorder.count:
             file.flush()
             rows = np.memmap(file, ROW, 'r', shape=(recorder.count,))
-            recorder.summary = {'motion': write_motion(folder, formats, rows, models, rate=rate)}
+            motion = write_motion(folder, formats, rows, models, rate=rate, frames=recorder.frames)
+            recorder.summary = {'motion': motion}
 
 
 def write_motion(
-    folder: Path, formats: tuple[str, ...], rows: np.ndarray, models: HandPair, *, rate: float
+    folder: Path, formats: tuple[str, ...], rows: np.ndarray, models: HandPair, *, rate: float, frames: int
 ) -> dict[str, Any]:
     """Write a recording in each of ``formats`` -> how far the files are from the hands, and where hands are missing."""
     tracks = [each for hand in range(2) if (each := track(rows, models, hand)) is not None]
     present = {each.model.side: each for each in tracks}
     summary: dict[str, Any] = {
         'formats': list(formats),
-        'gaps': {side: present[side].gaps() if side in present else None for side in SIDES},
+        'gaps': {side: present[side].gaps(frames) if side in present else None for side in SIDES},
     }
     if 'npz' in formats:
         write_npz(folder / NPZ, rows, models)

@@ -68,9 +68,9 @@ class Track(NamedTuple):
         together = np.concatenate([root, fingers], -1).astype(np.float64)
         return axis_angle_to_matrix(torch.from_numpy(together).unflatten(-1, (NUM_CHAIN_JOINTS, 3)))
 
-    def gaps(self) -> list[tuple[int, int]]:
-        """First and last frame number of every stretch without this hand, from frame 0 to the recording's last."""
-        ends = np.concatenate([[-1], self.frames, [int(self.rows['frame'][-1]) + 1]])
+    def gaps(self, frames: int) -> list[tuple[int, int]]:
+        """First and last number of every stretch without this hand, of a video's ``frames`` frames."""
+        ends = np.concatenate([[-1], self.frames, [frames]])
         return [(int(a) + 1, int(b) - 1) for a, b in zip(ends, ends[1:]) if b - a > 1]
 
 
