@@ -19,7 +19,6 @@ every hand without a fit (docs/formats.md). MANO.SOURCE standin fits the stand-i
 """
 
 import argparse
-import glob
 import sys
 from pathlib import Path
 
@@ -42,6 +41,7 @@ from models.hands import load_hands
 from utils.config import add_config_arguments, load_config
 from utils.distributed import choose_device
 from utils.errors import UserError, printable, user_facing
+from utils.files import remove_stale_partials
 from utils.hand import SIDES
 from utils.ownership import owned
 from utils.stopping import check_stop, obey_stop_signals
@@ -79,8 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
                 f'joints, {MIN_VALID_PALM_JOINTS} of them wrist or knuckles, that do not coincide.'
             )
         with owned(out):
-            for stale in out.parent.glob(f'.{glob.escape(out.name)}.*.partial'):  # of killed processes
-                stale.unlink()
+            remove_stale_partials(out.parent, of=out.name)
             fit = fit_track(track, note, models, device)
             rows = as_rows(track, fit, models)
             write_npz(out, rows, models, without=('time_s', 'intrinsics'), more=columns(track, fit, note))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from manopth import HandPair
 from utils.errors import UserError
-from utils.files import read_json, write_json
+from utils.files import read_json, remove_stale_partials, write_json
 from utils.ownership import owned
 
 HAND_MODEL_RECORD = 'hand_model.json'
@@ -30,8 +30,7 @@ def claim_hand_model_record(root: str | Path, identity: str, *, replace: bool = 
             )
         if recorded != identity:
             write_json(path, {'hand_model': identity})
-        for stale in path.parent.glob(f'.{path.name}.*.partial'):  # of killed processes
-            stale.unlink()
+        remove_stale_partials(path.parent, of=path.name)
 
 
 def recorded_hand_model(root: str | Path) -> str | None:

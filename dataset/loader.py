@@ -151,7 +151,8 @@ class Loader(DataLoader):
             yield
         except (RuntimeError, OSError, EOFError) as error:
             message = str(error)
-            if isinstance(error, (ConnectionError, EOFError)):  # a worker ended while it passed a batch on
+            # A worker ended while it passed a batch on, or PyTorch noticed its end but not the reason.
+            if isinstance(error, (ConnectionError, EOFError)) or 'exited unexpectedly' in message:
                 message = self._ended_worker(patience_s=1.0) or message
             if not self.num_workers or (sentence := self._explained(message)) is None:
                 raise

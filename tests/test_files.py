@@ -74,6 +74,14 @@ def test_subfolders_are_cleaned_on_request(tmp_path):
     assert remove_stale_partials(tmp_path, recursive=True) == [stale]
 
 
+def test_temporary_files_of_one_file_can_be_removed_alone(tmp_path):
+    mine, other = partial_path(tmp_path / 'a'), partial_path(tmp_path / 'a.b', keep_suffix=True)
+    for path in (mine, other):
+        path.touch()
+    assert remove_stale_partials(tmp_path, of='a') == [mine] and other.exists()
+    assert remove_stale_partials(tmp_path, of='a.b') == [other]
+
+
 def test_a_killed_write_leaves_a_file_that_is_recognised(tmp_path):
     child = os.fork()
     if child == 0:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from manopth import ManoError, safe_pickle
 from utils.errors import UserError
 
-PARTIAL_NAME = re.compile(r'\..+\.[0-9a-f]{16}\.partial(\.[^.]+)?', re.DOTALL)  # of ``partial_path``
+PARTIAL_NAME = re.compile(r'\.(.+)\.[0-9a-f]{16}\.partial(\.[^.]+)?', re.DOTALL)  # of ``partial_path``
 
 
 @contextmanager
@@ -48,14 +48,19 @@ def partial_path(path: Path, *, keep_suffix: bool = False) -> Path:
     return path.with_name(f'.{path.name}.{secrets.token_hex(8)}.partial{path.suffix if keep_suffix else ""}')
 
 
-def remove_stale_partials(folder: str | Path, *, recursive: bool = False) -> list[Path]:
+def remove_stale_partials(folder: str | Path, *, of: str | None = None, recursive: bool = False) -> list[Path]:
     """Remove the temporary files that killed processes left in ``folder`` -> their paths, sorted.
 
-    Only for a folder that this process owns (``utils.ownership.owned``): they may belong to a process that is writing.
+    of: a file's name, to remove only those of that file. Only for a folder or file that this process owns
+    (``utils.ownership.owned``): they may belong to a process that is writing.
     """
     folder = Path(folder)
     found = folder.rglob('.*') if recursive else folder.glob('.*')
-    stale = sorted(path for path in found if PARTIAL_NAME.fullmatch(path.name) and path.is_file())
+    stale = sorted(
+        path
+        for path in found
+        if (match := PARTIAL_NAME.fullmatch(path.name)) and of in (None, match[1]) and path.is_file()
+    )
     for path in stale:
         path.unlink(missing_ok=True)
     return stale
