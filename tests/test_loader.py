@@ -130,7 +130,7 @@ def test_a_loader_process_starts_after_its_parent_has_used_opencv_threads():
         time.sleep(0.2)  # until they sleep
         process = get_context('fork').Process(target=use_one_thread)
         process.start()
-        process.join(20)
+        process.join(60)
         process.kill()
         assert process.exitcode == 0
     finally:

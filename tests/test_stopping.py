@@ -40,7 +40,7 @@ def script(code: str, **environment: str) -> subprocess.Popen:
     return process
 
 
-def gone(pid: int, within_s: float = 5.0) -> bool:
+def gone(pid: int, within_s: float = 25.0) -> bool:
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         try:
@@ -63,7 +63,7 @@ def test_a_signal_before_the_work_ends_the_process_with_its_exit_code(number):
         'time.sleep(30)'
     )
     process.send_signal(number)
-    output, errors = process.communicate(timeout=10)
+    output, errors = process.communicate(timeout=25)
     assert process.returncode == 128 + number
     assert errors == f'Stopped by {number.name} before the work began.\n' and output == ''
 
@@ -177,7 +177,7 @@ def start(unshielded_s: float = 0.0):
 
 def test_a_shielded_worker_survives_every_stop_signal_but_its_parents():
     process, ready = start()
-    assert ready.wait(5)
+    assert ready.wait(25)
     for number in STOP_SIGNALS:
         send(process.pid, number)
     time.sleep(0.1)
@@ -192,7 +192,7 @@ def test_a_worker_survives_a_signal_that_comes_before_its_shield():
         process, ready = start(unshielded_s=0.3)
     for number in STOP_SIGNALS:
         send(process.pid, number)
-    assert ready.wait(5)
+    assert ready.wait(25)
     assert process.is_alive()
     process.kill()
     process.join()
