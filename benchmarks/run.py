@@ -288,7 +288,7 @@ def synthetic_target(setting: Setting, batch: int):
     cfg = synthetic_config(setting, 'packed', 'TRAIN.BATCH_SIZE', '4', 'TRAIN.WORKERS', '0')
     loader, _ = training_loader(cfg)
     target = build_batch_maker(cfg, load_hands('standin')).to(setting.device)(next(iter(loader))).target
-    return type(target)(*(values.repeat(-(-batch // 4), *[1] * (values.ndim - 1))[:batch] for values in target))
+    return target.map(lambda values: values.repeat(-(-batch // 4), *[1] * (values.ndim - 1))[:batch])
 
 
 def step(setting: Setting) -> Table:

@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 
 from dataset.damage import BAD_IMAGE, UNREADABLE, DamageError, read_quarantine
-from dataset.prepared import LABEL_SHAPES, PreparedSplit, check_finite, checked_crop, partial_folder
+from dataset.prepared import (
+    LABEL_SHAPES,
+    PreparedSplit,
+    check_finite,
+    checked_crop,
+    hands_without_numbers,
+    partial_folder,
+)
 from utils.errors import UserError
 from utils.files import read_json, sha256_of_file
 from utils.geometry import CROP_SIZE
@@ -84,7 +91,8 @@ class PackedDataset(PreparedSplit):
     def labels(self, index: int) -> tuple[np.ndarray, ...]:
         record = self.record(index)
         arrays = tuple(record[name] for name in LABEL_SHAPES)
-        check_finite(arrays, f'The label of {self.name(index)}', advice=PACK_AGAIN)
+        absent = hands_without_numbers(arrays) if self.manifest.get('hands') == 'all' else None
+        check_finite(arrays, f'The label of {self.name(index)}', advice=PACK_AGAIN, absent=absent)
         return arrays
 
     def entries(self, index: int) -> dict[str, dict]:

@@ -61,6 +61,7 @@ class Sample(NamedTuple):
     pose: Tensor  # (2, 45) PCA coefficients
     shape: Tensor  # (2, 10)
     translation: Tensor  # (2, 3) m, world
+    present: Tensor  # (2,) bool: the image shows the hand; the labels of another are those of ``with_placeholders``
     camera_rotation: Tensor  # (3, 3) world -> camera
     camera_translation: Tensor  # (3,) m
     intrinsics: Tensor  # (3, 3) of the crop, pixels
@@ -90,6 +91,8 @@ LABEL_SHAPES = {
     'intrinsics': (3, 3),
 }
 
+
+HAND_LABELS = ('root', 'pose', 'shape', 'translation')
 
 # What a split does when a batch asks it for a damaged sample.
 OnDamage = Literal['raise', 'replace', 'leave out']
@@ -141,7 +144,10 @@ class PreparedSplit(Dataset):
         raise NotImplementedError
 
     def labels(self, index: int) -> tuple[np.ndarray, ...]:
-        """The float32 arrays of ``LABEL_SHAPES``. Raises DamageError, and OSError if a file cannot be read."""
+        """The float32 arrays of ``LABEL_SHAPES``; every number of an absent hand is NaN.
+
+        Raises DamageError, and OSError if a file cannot be read.
+        """
         raise NotImplementedError
 
     def entries(self, index: int) -> dict[str, dict]:
@@ -236,7 +242,10 @@ class PreparedSplit(Dataset):
             yield 'mask', self.mask(index)
         if self.with_dense:
             yield 'dense', self.image('dense', index)
-        yield from zip(LABEL_SHAPES, self.labels(index), strict=True)
+        labels = dict(zip(LABEL_SHAPES, self.labels(index), strict=True))
+        present = ~np.isnan(labels['pose'][:, 0])
+        yield 'present', present
+        yield from (labels if present.all() else with_placeholders(labels, present)).items()
 
     def _empty_batch(self, size: int) -> dict[str, Tensor]:
         """Uninitialised tensors of every array of a batch."""
@@ -247,12 +256,31 @@ class PreparedSplit(Dataset):
         if get_worker_info():
             for tensor in images.values():
                 tensor.share_memory_()  # while it is empty: otherwise the loader copies it there when it is full
-        return images | {name: torch.empty(size, *shape) for name, shape in LABEL_SHAPES.items()}
+        labels = {name: torch.empty(size, *shape) for name, shape in LABEL_SHAPES.items()}
+        return images | {'present': torch.empty(size, 2, dtype=torch.bool)} | labels
 
 
-def check_finite(arrays: Sequence[np.ndarray], name: str, *, advice: str) -> None:
-    """Raises DamageError if a label is NaN or infinite."""
-    if not all(np.isfinite(array).all() for array in arrays):
+def with_placeholders(labels: dict[str, np.ndarray], present: np.ndarray) -> dict[str, np.ndarray]:
+    """Labels in which an absent hand is the mean hand one metre in front of the camera, so that all is finite."""
+    labels = {name: values.copy() for name, values in labels.items()}
+    ahead = labels['camera_rotation'].T @ (np.array([0, 0, 1], np.float32) - labels['camera_translation'])
+    for name, value in (('root', np.eye(3)), ('pose', 0), ('shape', 0), ('translation', ahead)):
+        labels[name][~present] = value
+    return labels
+
+
+def hands_without_numbers(labels: Sequence[np.ndarray]) -> np.ndarray:
+    """(2,) bool: every number of the hand is NaN, in labels in the order of LABEL_SHAPES."""
+    return np.isnan(np.concatenate([array.reshape(2, -1) for array in labels[: len(HAND_LABELS)]], 1)).all(1)
+
+
+def check_finite(labels: Sequence[np.ndarray], name: str, *, advice: str, absent: np.ndarray | None = None) -> None:
+    """Raises DamageError if a label, in the order of LABEL_SHAPES, is NaN or infinite. absent: (2,) bool, hands without
+    labels."""
+    checked = list(labels)
+    if absent is not None:
+        checked[: len(HAND_LABELS)] = [array[~absent] for array in labels[: len(HAND_LABELS)]]
+    if not all(np.isfinite(array).all() for array in checked):
         raise DamageError(f'{name} holds NaN or infinity; {advice}.', BAD_LABELS)
 
 
@@ -277,11 +305,11 @@ class InterHandDataset(PreparedSplit):
     def labels(self, index: int) -> tuple[np.ndarray, ...]:
         path, content = self._read_annotation(index)
         try:
-            hands = [content['mano_params'][side] for side in SIDES]
+            hands = [content['mano_params'][side] for side in SIDES]  # None for an absent one
             camera = content['camera']
             arrays = [
-                np.stack([safe_pickle.numbers(hand[key], np.float32).reshape(shape) for hand in hands])
-                for key, shape in (('R', (3, 3)), ('pose', 45), ('shape', 10), ('trans', 3))
+                np.stack([_numbers_of_hand(hand, key, shape) for hand in hands])
+                for key, shape in (('R', (3, 3)), ('pose', (45,)), ('shape', (10,)), ('trans', (3,)))
             ]
             arrays += [
                 safe_pickle.numbers(camera[key], np.float32).reshape(shape)
@@ -291,7 +319,7 @@ class InterHandDataset(PreparedSplit):
             raise DamageError(
                 f'{path} is not a prepared annotation ({type(error).__name__}: {error}); {PREPARE_AGAIN}.'
             ) from None
-        check_finite(arrays, str(path), advice=PREPARE_AGAIN)
+        check_finite(arrays, str(path), advice=PREPARE_AGAIN, absent=np.array([hand is None for hand in hands]))
         return tuple(arrays)
 
     def entries(self, index: int) -> dict[str, dict]:
@@ -313,6 +341,13 @@ class InterHandDataset(PreparedSplit):
     def image(self, kind: str, index: int) -> np.ndarray:
         path = self.path(kind, index)
         return checked_crop(lambda: read_image(path), str(path), advice=PREPARE_AGAIN)
+
+
+def _numbers_of_hand(hand: dict[str, Any] | None, key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """An array of a hand's annotation; NaN for an absent hand."""
+    if hand is None:
+        return np.full(shape, np.nan, np.float32)
+    return safe_pickle.numbers(hand[key], np.float32).reshape(shape)
 
 
 def checked_crop(read: Callable[[], np.ndarray], name: str, *, advice: str) -> np.ndarray:

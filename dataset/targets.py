@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dataset.prepared import Sample
-from manopth import HandPair, Hands, TwoHandLayer
+from manopth import HandModel, HandPair, Hands, TwoHandLayer
 from models.predictions import Target
 from utils.geometry import CROP_SIZE, project, rotation_z, to_uv, world_to_camera
-from utils.hand import MASK_THRESHOLD, NUM_FACES
+from utils.hand import CHAIN_PARENTS, MANO_TO_JOINTS, MASK_THRESHOLD, NUM_CHAIN_JOINTS, NUM_FACES, NUM_JOINTS, WRIST
 from utils.rasterizer import interpolate, rasterize
 
 
@@ -47,8 +47,16 @@ def augmented_intrinsics(intrinsics: Tensor, *, image_map: Tensor, flip: Tensor,
     return image_map @ intrinsics @ mirror @ rotation_z(angle).transpose(-1, -2)
 
 
-def make_target(hands: Hands, intrinsics: Tensor, *, segmentation: Tensor, dense: Tensor | None) -> Target:
-    """Augmented hands and intrinsics (B, 3, 3), with their pixel classes and dense map -> Target."""
+def make_target(
+    hands: Hands,
+    intrinsics: Tensor,
+    *,
+    segmentation: Tensor,
+    dense: Tensor | None,
+    present: Tensor | None = None,
+    visible: Tensor | None = None,
+) -> Target:
+    """Augmented hands and intrinsics (B, 3, 3), with what else a Target holds -> Target."""
     return Target(
         vertices=hands.vertices,
         joints=hands.joints,
@@ -56,6 +64,8 @@ def make_target(hands: Hands, intrinsics: Tensor, *, segmentation: Tensor, dense
         joints_uv=to_uv(project(hands.joints, intrinsics[:, None])),
         segmentation=segmentation,
         dense=dense,
+        present=present,
+        visible=visible,
     )
 
 
@@ -63,6 +73,63 @@ def classify_mask(mask: Tensor) -> Tensor:
     """(B, 2, H, W) left, right in [0, 255] -> classes (B, H, W) int64: 0 where neither exceeds 50, 1 left, 2 right."""
     strongest, hand = mask.max(1)
     return torch.where(strongest > MASK_THRESHOLD, hand + 1, 0)
+
+
+def only_present(vertices: Tensor, present: Tensor | None) -> Tensor:
+    """Vertices (B, 2, 778, 3) with absent hands behind the camera, where nothing is rendered. present: (B, 2) bool."""
+    return vertices if present is None else torch.where(present[:, :, None, None], vertices, -1.0)
+
+
+VISIBILITY_SIDE = 128  # pixels of the depth map
+THICKEST = 0.03  # m: a surface that lies further in front of a joint is not the joint's own
+
+
+class JointVisibility(nn.Module):
+    """Find the visible joints: those whose own flesh is the nearest surface in their pixel.
+
+    A joint's flesh are the faces of the two rigid parts that meet in it, up to ``THICKEST`` in front of it.
+    """
+
+    faces: Tensor
+    flesh: Tensor
+
+    def __init__(self, hands: HandPair):
+        super().__init__()
+        self.register_buffer('faces', torch.from_numpy(hands.mesh_faces), persistent=False)
+        self.register_buffer('flesh', torch.block_diag(*map(_flesh, hands)).bool(), persistent=False)
+
+    def forward(self, hands: Hands, intrinsics: Tensor, present: Tensor | None = None) -> Tensor:
+        """Augmented hands, m, and intrinsics (B, 3, 3) of the 256 crop -> (B, 2, 21) bool; False outside the crop.
+
+        present: (B, 2) bool. Whatever augmentation draws in front of the hands is not considered.
+        """
+        side = VISIBILITY_SIDE
+        shrink = torch.diag(intrinsics.new_tensor([side / CROP_SIZE, side / CROP_SIZE, 1.0]))
+        meshes = only_present(hands.vertices, present).flatten(1, 2)
+        surface = rasterize(meshes, self.faces, shrink @ intrinsics, (side, side))
+        joints = hands.joints.flatten(1, 2)
+        cell = (project(joints, intrinsics) * side / CROP_SIZE).floor()
+        inside = ((cell >= 0) & (cell < side)).all(-1) & (joints[..., 2] > 0)
+        pixel = torch.where(inside[..., None], cell, 0.0).long()
+        pixel = pixel[..., 1] * side + pixel[..., 0]
+        face, depth = (values.flatten(1).gather(1, pixel) for values in (surface.face, surface.depth))
+        own = self.flesh[torch.arange(len(self.flesh), device=face.device), face.clamp_min(0)]
+        own &= joints[..., 2] - depth < THICKEST
+        visible = (inside & ((face < 0) | own)).unflatten(1, (2, NUM_JOINTS))
+        return visible if present is None else visible & present[:, :, None]
+
+
+def _flesh(hand: HandModel) -> Tensor:
+    """(21, 1538): which faces belong to the parts that meet in each joint."""
+    part = hand.skinning_weights[hand.faces].sum(1).argmax(1)  # of each face
+    rows = []
+    for joint, chain in enumerate(MANO_TO_JOINTS):
+        if chain >= NUM_CHAIN_JOINTS:  # a tip, on the part of the joint before it
+            meeting = [MANO_TO_JOINTS[joint - 1]]
+        else:
+            meeting = [chain] if joint == WRIST else [chain, CHAIN_PARENTS[chain]]
+        rows.append(np.isin(part, meeting))
+    return torch.from_numpy(np.stack(rows))
 
 
 class TargetRenderer(nn.Module):

@@ -1,10 +1,14 @@
 """The network. ``build_model`` is the one place where configuration becomes arguments."""
 
+import utils  # noqa: F401  # before PyTorch, see there
+
+# isort: split
+import torch
 from yacs.config import CfgNode
 
-import utils  # noqa: F401  # before PyTorch, see there
 from manopth import HandPair, TwoHandLayer
 from models.backbone import Backbone, load_imagenet
+from models.confidence import ConfidenceHead, PresenceHead
 from models.criterion import DIRCriterion
 from models.dir import DIR, DenseHeads
 from models.hand_head import HandHead
@@ -52,6 +56,9 @@ def build_model(cfg: CfgNode, hand_models: HandPair, *, pretrained: bool | None 
         for index, (previous, skip) in enumerate(list(zip(coarser, skips))[before : before + m.STAGES])
     ]
     last_channels = m.MAP_CHANNELS if stages or neck else c4
+    with torch.random.fork_rng(devices=[]):  # with and without these heads, all else starts from the same weights
+        presence_head = PresenceHead(last_channels) if m.PRESENCE else None
+        confidence_head = ConfidenceHead(last_channels, m.TOKEN_CHANNELS) if m.CONFIDENCE else None
     model = DIR(
         hands=hand_models,
         preprocess=Preprocessing(m.IMAGE_SIZE),
@@ -61,6 +68,8 @@ def build_model(cfg: CfgNode, hand_models: HandPair, *, pretrained: bool | None 
         neck=neck,
         stages=stages,
         dense_heads=DenseHeads(last_channels, m.DENSE_CHANNELS or m.MAP_CHANNELS) if m.DENSE_HEADS else None,
+        presence_head=presence_head,
+        confidence_head=confidence_head,
         detach=m.DETACH,
     )
     initialise(model, m.INIT)

@@ -21,7 +21,8 @@ class DIRCriterion(nn.Module):
     """Losses on every stage's hands and on the dense maps (Ren et al., ICCV 2023).
 
     weights: joint_uv, vertex_uv, joint_xyz, vertex_xyz, edge, normal, offset (every stage), segmentation, lovasz,
-    dense. stage_weights: further factor of the terms of each estimate, the initial one first; None for 1.
+    dense, presence, visibility, deviation. An absent hand enters presence and the dense maps only.
+    stage_weights: further factor of the terms of each estimate, the initial one first; None for 1.
     root_joint: the joint on which prediction and target are both centred. scale_to_truth: before the 3D terms, each
     predicted hand is scaled by true / predicted length of bone 0-9, with gradient through the scale.
     """
@@ -49,14 +50,11 @@ class DIRCriterion(nn.Module):
         """-> {'joint_uv_left_0': value, ...}: every term already weighted; their sum is the objective."""
         terms = self._dense_terms(output.segmentation, output.dense, target)
         truth = self._centred_truth(target)
+        terms |= self._confidence_terms(output, target, truth)
         for stage, hands in enumerate(output.stages):
             factor = 1.0 if self.stage_weights is None else self.stage_weights[stage]
-            for name, value in self._hand_terms(hands, target, truth).items():
-                value = value if factor == 1 else factor * value
-                if value.ndim:  # one value per hand
-                    terms |= {f'{name}_{side}_{stage}': value[index] for index, side in enumerate(SIDES)}
-                else:
-                    terms[f'{name}_{stage}'] = value
+            values = self._by_hand(self._hand_terms(hands, target, truth))
+            terms |= {f'{name}_{stage}': value if factor == 1 else factor * value for name, value in values.items()}
         return terms
 
     def _dense_terms(self, logits: Tensor | None, dense: Tensor | None, target: Target) -> dict[str, Tensor]:
@@ -77,6 +75,22 @@ class DIRCriterion(nn.Module):
             terms['dense'] = losses.huber(dense, colour)
         return self._weighted(terms)
 
+    def _confidence_terms(self, output: DIROutput, target: Target, truth: '_CentredTruth') -> dict[str, Tensor]:
+        terms = {}
+        if output.presence is not None:
+            present = torch.ones_like(output.presence) if target.present is None else target.present.float()
+            terms['presence'] = F.binary_cross_entropy_with_logits(output.presence, present)
+        if output.confidence is not None:
+            if target.visible is None:
+                raise ValueError('MODEL.CONFIDENCE needs visible joints: build the batch maker with visibility=True.')
+            visible, deviation = output.confidence
+            each = F.binary_cross_entropy_with_logits(visible, target.visible.to(visible.dtype), reduction='none')
+            terms['visibility'] = losses.mean_per_hand(each, target.present)
+            errors = losses.deviation_loss(deviation / HAND_SCALE, output.stages[-1].joints / HAND_SCALE - truth.joints)
+            known = torch.arange(errors.shape[-1], device=errors.device) != self.root_joint  # its error is 0
+            terms['deviation'] = losses.mean_per_hand(errors * known, target.present)
+        return self._by_hand(self._weighted(terms))
+
     def _centred_truth(self, target: Target) -> '_CentredTruth':
         roots = target.joints[:, :, self.root_joint : self.root_joint + 1]
         joints, vertices = ((points - roots) / HAND_SCALE for points in (target.joints, target.vertices))
@@ -92,21 +106,30 @@ class DIRCriterion(nn.Module):
         if self.scale_to_truth:
             scale = scale_to_truth(joints, truth.joints)
             joints, vertices = joints * scale, vertices * scale
-        edges = losses.face_edges(vertices, self.faces)
+        edges, present = losses.face_edges(vertices, self.faces), target.present
+        both = None if present is None else present.all(1)
         return self._weighted(
             {
-                'joint_uv': losses.huber_per_hand(hands.joints_uv, target.joints_uv),
-                'vertex_uv': losses.huber_per_hand(hands.vertices_uv, target.vertices_uv),
-                'joint_xyz': losses.huber_per_hand(joints, truth.joints),
-                'vertex_xyz': losses.huber_per_hand(vertices, truth.vertices),
-                'edge': losses.edge_length_loss(edges, truth.edges),
-                'normal': losses.normal_loss(edges, truth.edges),
-                'offset': losses.huber(hands.offset, truth.offset),
+                'joint_uv': losses.huber_per_hand(hands.joints_uv, target.joints_uv, present),
+                'vertex_uv': losses.huber_per_hand(hands.vertices_uv, target.vertices_uv, present),
+                'joint_xyz': losses.huber_per_hand(joints, truth.joints, present),
+                'vertex_xyz': losses.huber_per_hand(vertices, truth.vertices, present),
+                'edge': losses.edge_length_loss(edges, truth.edges, present),
+                'normal': losses.normal_loss(edges, truth.edges, present),
+                'offset': losses.huber(hands.offset, truth.offset, both),
             }
         )
 
     def _weighted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: self.weights[name] * value for name, value in terms.items() if self.weights[name]}
+
+    @staticmethod
+    def _by_hand(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Split every term that has one value per hand."""
+        split: dict[str, Tensor] = {}
+        for name, value in terms.items():
+            split |= {f'{name}_{side}': value[hand] for hand, side in enumerate(SIDES)} if value.ndim else {name: value}
+        return split
 
 
 class _CentredTruth(NamedTuple):

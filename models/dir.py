@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from manopth import HandPair
 from models.backbone import Backbone
+from models.confidence import ConfidenceHead, PresenceHead
 from models.hand_head import HandHead
 from models.initial_regressor import InitialRegressor
 from models.layers import conv_head
@@ -41,7 +42,8 @@ class DIR(nn.Module):
 
     preprocess: stored crops -> such images. hands: the pair that the network predicts. neck: fuses the coarsest map
     with finer ones, one level after the other, before the first stage.
-    dense_heads: None trains the hands alone (ablation). detach: no gradient flows from a stage into the previous
+    dense_heads: None trains the hands alone (ablation). presence_head, confidence_head: None, as published, assumes
+    that both hands are in the image and judges no joint. detach: no gradient flows from a stage into the previous
     estimate.
     """
 
@@ -59,6 +61,8 @@ class DIR(nn.Module):
         stages: Sequence[RefinementStage],
         neck: Sequence[MapFusion] = (),
         dense_heads: DenseHeads | None,
+        presence_head: PresenceHead | None = None,
+        confidence_head: ConfidenceHead | None = None,
         detach: bool = True,
     ):
         super().__init__()
@@ -67,6 +71,7 @@ class DIR(nn.Module):
         self.neck = cast(Sequence[MapFusion], nn.ModuleList(neck))
         self.stages = cast(Sequence[RefinementStage], nn.ModuleList(stages))
         self.dense_heads, self.detach = dense_heads, detach
+        self.presence_head, self.confidence_head = presence_head, confidence_head
 
     def forward(self, image: Tensor) -> DIROutput:
         *skips, x = self.backbone(image)
@@ -79,7 +84,9 @@ class DIR(nn.Module):
             x, hands = stage(x, skip, previous, self.hand_head)
             estimates.append(hands)
         segmentation, dense = (None, None) if self.dense_heads is None else self.dense_heads(x)
-        return DIROutput(estimates, segmentation=segmentation, dense=dense)
+        presence = None if self.presence_head is None else self.presence_head(x)
+        confidence = None if self.confidence_head is None else self.confidence_head(x, estimates[-1])
+        return DIROutput(estimates, segmentation=segmentation, dense=dense, presence=presence, confidence=confidence)
 
     def recompute_activations(self) -> None:
         """Keep little for the backward pass and recompute the rest there: less memory, a third more time."""
@@ -88,7 +95,7 @@ class DIR(nn.Module):
                 block.recomputes = True
 
     def drop_auxiliary(self) -> None:
-        """Remove everything that the last estimate does not depend on: dense heads, the last stage's output map."""
+        """Remove everything that the last estimate, presence and confidence do not depend on."""
         self.dense_heads = None
-        if self.stages:
+        if self.stages and self.presence_head is None and self.confidence_head is None:
             self.stages[-1].drop_projection()

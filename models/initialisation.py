@@ -15,7 +15,7 @@ _CAMERA_SCALE = 5.0  # uv per metre
 
 
 def initialise(model: DIR, scheme: str) -> None:
-    """Initialise every layer outside the backbone.
+    """Initialise every layer outside the backbone and the optional heads of models/confidence.py.
 
     'published': 2D convolutions N(0, sqrt(2 / (k^2 out))), all linear weights N(0, 0.001), the transformer's too.
     'identity': the same convolutions, but the regressors start at an upright mean hand and each stage at the previous

@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -39,6 +40,16 @@ def conv_head(a: int, hidden: int, b: int, *, bias: bool = True) -> nn.Sequentia
         nn.ReLU(inplace=True),
         nn.Conv2d(hidden, b, 1),
     )
+
+
+def sample_map(x: Tensor, uv: Tensor) -> Tensor:
+    """Bilinear samples of a map (B, C, S, S) at uv (B, 2, J, 2) in [-1, 1] -> (B, 2, J, C); zeros outside.
+
+    In the precision of uv: bfloat16 cannot resolve a tenth of a cell.
+    """
+    where = uv.flatten(1, 2)[:, :, None]  # (B, 2 * J, 1, 2)
+    seen = F.grid_sample(x.to(where.dtype), where, mode='bilinear', padding_mode='zeros', align_corners=False)
+    return seen.squeeze(-1).transpose(1, 2).unflatten(1, uv.shape[1:3])
 
 
 class PerHandLinear(nn.Module):

@@ -9,15 +9,38 @@ from manopth.rotations import unit_vectors
 HUBER_DELTA = 0.01
 
 
-def huber_per_hand(prediction: Tensor, target: Tensor) -> Tensor:
+def mean_per_hand(values: Tensor, present: Tensor | None = None) -> Tensor:
+    """Mean over batch and coordinates, (B, H, ...) -> (H,).
+
+    present: (B, H) bool. An absent hand counts as zero and gets no gradient; the others weigh as much as in a batch
+    without absent ones, so that the mean over a batch is that over its parts.
+    """
+    if present is not None:
+        values = torch.where(present.view(*present.shape, *[1] * (values.ndim - 2)), values, 0.0)
+    return values.transpose(0, 1).flatten(1).mean(1)
+
+
+def huber_per_hand(prediction: Tensor, target: Tensor, present: Tensor | None = None) -> Tensor:
     """Huber loss per hand, (B, H, ...) twice -> (H,): mean of 0.5 z^2 if |z| < d else d (|z| - d / 2) with d = 0.01."""
-    loss = F.huber_loss(prediction, target, reduction='none', delta=HUBER_DELTA)
-    return loss.transpose(0, 1).flatten(1).mean(1)
+    return mean_per_hand(F.huber_loss(prediction, target, reduction='none', delta=HUBER_DELTA), present)
 
 
-def huber(prediction: Tensor, target: Tensor) -> Tensor:
-    """Huber loss over all elements -> ()."""
-    return F.huber_loss(prediction, target, delta=HUBER_DELTA)
+def huber(prediction: Tensor, target: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Huber loss over all elements -> (). counted: (B,) bool; other samples count as zero."""
+    if counted is None:
+        return F.huber_loss(prediction, target, delta=HUBER_DELTA)
+    values = F.huber_loss(prediction, target, reduction='none', delta=HUBER_DELTA)
+    return torch.where(counted.view(-1, *[1] * (values.ndim - 1)), values, 0.0).mean()
+
+
+def deviation_loss(deviation: Tensor, errors: Tensor) -> Tensor:
+    """Negative log-likelihood of errors (..., 3) under N(0, deviation^2) per coordinate, deviation (...) -> (...).
+
+    The constant is left out. No gradient flows into the errors: the deviations learn from the estimate, not the other
+    way round.
+    """
+    squared = (errors.detach() ** 2).sum(-1)
+    return 3 * deviation.log() + squared / (2 * deviation**2)
 
 
 def face_edges(vertices: Tensor, faces: Tensor) -> Tensor:
@@ -26,17 +49,17 @@ def face_edges(vertices: Tensor, faces: Tensor) -> Tensor:
     return corners.roll(-1, dims=3) - corners
 
 
-def edge_length_loss(edges: Tensor, true_edges: Tensor) -> Tensor:
+def edge_length_loss(edges: Tensor, true_edges: Tensor, present: Tensor | None = None) -> Tensor:
     """Mean absolute difference of edge lengths per hand: (B, H, F, 3, 3) twice -> (H,)."""
     difference = torch.linalg.vector_norm(edges, dim=-1) - torch.linalg.vector_norm(true_edges, dim=-1)
-    return difference.abs().transpose(0, 1).flatten(1).mean(1)
+    return mean_per_hand(difference.abs(), present)
 
 
-def normal_loss(edges: Tensor, true_edges: Tensor) -> Tensor:
+def normal_loss(edges: Tensor, true_edges: Tensor, present: Tensor | None = None) -> Tensor:
     """Mean |cosine| of predicted edges and the true normal of their face, per hand: (B, H, F, 3, 3) twice -> (H,)."""
     normals = F.normalize(torch.linalg.cross(true_edges[..., 0, :], true_edges[..., 1, :]), dim=-1)
     cosine = (unit_vectors(edges) * normals[..., None, :]).sum(-1)
-    return cosine.abs().transpose(0, 1).flatten(1).mean(1)
+    return mean_per_hand(cosine.abs(), present)
 
 
 def lovasz_softmax(scores: Tensor, labels: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Named predictions and targets of the network."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -31,12 +32,21 @@ class HandPrediction(NamedTuple):
         return HandPrediction(*(tensor.detach() for tensor in self))
 
 
+class JointConfidence(NamedTuple):
+    """What the network thinks of the joints of its last estimate."""
+
+    visible: Tensor  # (B, 2, 21) logits: the joint is neither hidden nor outside the crop
+    deviation: Tensor  # (B, 2, 21) m: standard deviation of each coordinate, root-relative; meaningless for the root
+
+
 class DIROutput(NamedTuple):
     """The network's output, as the criterion and the metrics read it."""
 
     stages: list[HandPrediction]  # the initial estimate, then one per refinement stage
     segmentation: Tensor | None  # (B, 3, S, S) logits: background, left, right; None without dense heads
     dense: Tensor | None  # (B, 3, S, S) vertex colour of the visible surface, in [0, 1], channels as in the files (BGR)
+    presence: Tensor | None = None  # (B, 2) logits: the hand is in the image; None without MODEL.PRESENCE
+    confidence: JointConfidence | None = None  # of the last estimate; None without MODEL.CONFIDENCE
 
 
 class Target(NamedTuple):
@@ -48,3 +58,9 @@ class Target(NamedTuple):
     joints_uv: Tensor  # (B, 2, 21, 2)
     segmentation: Tensor  # (B, H, W) int64: 0 background, 1 left, 2 right
     dense: Tensor | None  # (B, 3, H, W) in [0, 1], channels as in the files (BGR); None where it is not learned
+    present: Tensor | None = None  # (B, 2) bool: the hand is in the image, its labels mean something; None: all are
+    visible: Tensor | None = None  # (B, 2, 21) bool: joints neither hidden nor outside the crop; None: not rendered
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> 'Target':
+        """Apply ``function`` to every tensor."""
+        return Target(*(None if values is None else function(values) for values in self))  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from models.bone_projection import ProjectedConvolution, drawn_norm
 from models.hand_head import full_precision
 from models.joint_interaction import JointInteraction
-from models.layers import PerHandLinear, PerHandMLP, Residual, SharedMLP
+from models.layers import PerHandLinear, PerHandMLP, Residual, SharedMLP, sample_map
 from models.predictions import NUM_PARAMETERS, HandPrediction
 from models.recomputation import recomputable
 from utils.hand import HAND_SCALE, NUM_JOINTS
@@ -102,10 +102,7 @@ class RefinementStage(SkipConnection):
     def tokens(self, x: Tensor, hands: HandPrediction) -> Tensor:
         """Image features sampled at the estimated joints, plus an embedding of the joints' 3D positions."""
         # The paper stops the gradient through the sampling positions: it is noisy.
-        where = hands.joints_uv.detach().flatten(1, 2)[:, :, None]  # (B, 42, 1, 2)
-        # In the precision of the estimate: bfloat16 cannot resolve a tenth of a cell.
-        seen = F.grid_sample(x.to(where.dtype), where, mode='bilinear', padding_mode='zeros', align_corners=False)
-        seen = seen.squeeze(-1).transpose(1, 2).unflatten(1, (2, NUM_JOINTS))
+        seen = sample_map(x, hands.joints_uv.detach())
         return self.sampled(seen) + self.position(hands.joints / HAND_SCALE)
 
     def regress(self, tokens: Tensor, previous: HandPrediction) -> tuple[Tensor, Tensor]:

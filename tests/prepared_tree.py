@@ -62,8 +62,13 @@ def hand_outlines(annotations: list[dict]) -> np.ndarray:
     return np.array(pixels)
 
 
-def write_prepared(root: Path, split: str, count: int, *, seed: int = 0) -> Path:
-    """Write ``root``/``split`` with samples 0 .. ``count`` - 1 and return it. Pictures: each hand's convex hull."""
+def write_prepared(
+    root: Path, split: str, count: int, *, seed: int = 0, absent: dict[int, tuple[str, ...]] | None = None
+) -> Path:
+    """Write ``root``/``split`` with samples 0 .. ``count`` - 1 and return it. Pictures: each hand's convex hull.
+
+    absent: hands that a sample lacks.
+    """
     annotations = make_annotations(count, seed=seed)
     folder = Path(root) / split
     for kind in ('img', 'mask', 'dense', 'anno'):
@@ -74,6 +79,9 @@ def write_prepared(root: Path, split: str, count: int, *, seed: int = 0) -> Path
         image[..., 0], image[..., 1] = ramp, ramp[:, None]
         mask, dense = np.zeros_like(image), np.zeros_like(image)
         for side, outline in zip(SIDES, outlines):
+            if side in (absent or {}).get(index, ()):
+                annotation['mano_params'][side] = None
+                continue
             hull = cv2.convexHull(outline.round().astype(np.int32))
             cv2.fillConvexPoly(image, hull, COLOURS[side])
             cv2.fillConvexPoly(mask, hull, MASK_COLOURS[side])

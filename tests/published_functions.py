@@ -196,7 +196,7 @@ def losses_and_gradients_in_training_mode(network, image, objective):
     """
     criterion, target = objective
     model = deepcopy(network).double().train()
-    target = Target(*(x.double() if x.is_floating_point() else x for x in target))
+    target = target.map(lambda x: x.double() if x.is_floating_point() else x)
     return model, *losses_and_gradients(model, image.double(), (deepcopy(criterion).double(), target))
 
 

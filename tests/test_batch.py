@@ -428,7 +428,7 @@ def test_no_augmentation_and_zero_ranges_are_the_identity(samples, maker, ranges
 def test_drawn_augmentations_are_applied_deterministically(tiny_prepared, maker):
     dataset = InterHandDataset(tiny_prepared, 'train', ranges=WIDE, seed=1)
     batches = [maker(default_collate([dataset[i, 3] for i in range(8)])) for _ in range(2)]
-    for tensors in zip(*(batch.target for batch in batches)):
+    for tensors in zip(*(batch.target[:6] for batch in batches)):
         assert torch.equal(*tensors) and tensors[0].isfinite().all()
     assert torch.equal(batches[0].image, batches[1].image) and batches[0].image.dtype == torch.float32
     # The image map is that of the drawn numbers.
@@ -489,7 +489,7 @@ def test_rendering_needs_no_masks_or_dense_maps(tiny_prepared, samples, standin,
     few = bare.__getitems__(range(8))
     assert few.mask is None and few.dense is None
     maker = BatchMaker(standin, renderer=rendered)
-    for a, b in zip(maker(few).target, maker(samples).target):
+    for a, b in zip(maker(few).target[:6], maker(samples).target[:6]):
         assert torch.equal(a, b)
     no_colour = BatchMaker(standin, renderer=TargetRenderer(standin))(few).target
     assert no_colour.dense is None

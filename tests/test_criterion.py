@@ -381,6 +381,9 @@ def test_build_criterion_reads_every_weight_and_switch(standin):
         'segmentation': 0.1,
         'lovasz': 0.1,
         'dense': 1,
+        'presence': 0.1,
+        'visibility': 0.1,
+        'deviation': 0.02,
     }
     assert criterion.root_joint == 9 and criterion.lovasz_on_probabilities and criterion.scale_to_truth
     assert not criterion.state_dict()

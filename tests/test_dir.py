@@ -11,7 +11,7 @@ from models import build_criterion, build_model, hand_head, refinement
 from models.bone_projection import ProjectedConvolution
 from models.joint_interaction import CrossHandTransformer, SkeletonGraphLayer
 from models.layers import PerHandLinear
-from models.predictions import CAMERA, POSE, ROOT_ROTATION, SHAPE, Target
+from models.predictions import CAMERA, POSE, ROOT_ROTATION, SHAPE
 from utils.config import load_config
 from utils.errors import UserError
 from utils.hand import NUM_FACES, NUM_JOINTS, NUM_VERTICES
@@ -354,7 +354,7 @@ def test_forward_and_losses_never_wait_for_the_device(standin, monkeypatch, chan
         monkeypatch.setattr(module, 'full_precision', lambda device: nullcontext())  # that device has no autocast
     model = tiny_model(standin, **changes).to('meta')
     criterion = build_criterion(tiny_config(), standin).to('meta')
-    target = Target(*(values.to('meta') for values in made_target(2)))
+    target = made_target(2).map(lambda values: values.to('meta'))
     image = images(2).to('meta')
     mode = NothingFromTheHost([*model.buffers(), *criterion.buffers()])
     with mode:

@@ -9,7 +9,7 @@ from prepared_tree import make_annotations
 from torch.utils.data import default_collate
 
 from dataset.augmentation import AugmentationParameters, AugmentationRanges
-from dataset.prepared import InterHandDataset, Sample
+from dataset.prepared import LABEL_SHAPES, InterHandDataset, Sample
 from utils.errors import UserError
 from utils.hand import LEFT, RIGHT, SIDES
 
@@ -38,7 +38,8 @@ def test_a_sample_holds_the_written_values(tiny_prepared):
             np.testing.assert_array_equal(getattr(sample, name), expected)
         for name, key in (('camera_rotation', 'R'), ('camera_translation', 't'), ('intrinsics', 'camera')):
             np.testing.assert_array_equal(getattr(sample, name), written['camera'][key].astype(np.float32))
-        assert all(x.dtype == torch.float32 for x in sample[3:10])
+        assert all(getattr(sample, name).dtype == torch.float32 for name in LABEL_SHAPES)
+        assert sample.present.tolist() == [True, True]
         for image, kind in ((sample.image, 'img'), (sample.dense, 'dense')):
             assert image.dtype == torch.uint8
             np.testing.assert_array_equal(image, cv2.imread(str(tiny_prepared / f'train/{kind}/{index}.jpg')))
