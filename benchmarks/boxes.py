@@ -26,7 +26,7 @@ from tqdm import tqdm
 from dataset import open_split
 from dataset.targets import camera_hands
 from inference import Reconstruction, Reconstructor, load_reconstructor
-from inference.reconstruct import Box, cut_crop
+from inference.reconstruct import Box, cut_crop, joined
 from inference.tracking import look, look_again
 from manopth import TwoHandLayer
 from utils.errors import UserError, user_facing
@@ -84,7 +84,7 @@ def two_looks(reconstruct: Reconstructor, truth: Truth, boxes: list[Box]) -> tup
         first = look(reconstruct, images, crops, given)
         for looks, results in zip((first, look_again(reconstruct, first)), seen):
             results += [each.hands for each in looks]
-    one, two = (Reconstruction(*map(torch.stack, zip(*results))) for results in seen)
+    one, two = (joined([hands.with_leading_axis() for hands in results]) for results in seen)
     return one, two
 
 

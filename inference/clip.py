@@ -27,7 +27,9 @@ SHAPES: dict[str, tuple[int, ...]] = {
     'to_crop': (3, 3),
     'residual_px': (),
     'size_in_crop': (),
+    'present': (2,),
 }
+OPTIONAL_SHAPES = {'presence': (2,), 'visible': (2, 21), 'deviation': (2, 21)}  # of networks that predict them
 
 Smoothing = Callable[[Motion, list[float]], Motion]
 
@@ -48,15 +50,18 @@ class FrameHands(NamedTuple):
 
 
 def smoothed_online(frames: Iterable[FrameHands], reconstruct: Reconstructor) -> Iterator[FrameHands]:
-    """Smooth the hands by those of earlier frames; anew after a gap or a cut. Shapes are means of all frames so far."""
-    smooth = OneEuroFilter()
+    """Smooth the hands by those of earlier frames; anew after a gap or a cut, and where a hand comes or goes. Shapes
+    are means of all frames so far."""
+    smooth, before = OneEuroFilter(), None
     for frame in frames:
-        if frame.hands is None or frame.cut:
+        present = _present(frame.hands)
+        if frame.hands is None or frame.cut or present != before:
             smooth.reset()
+        before = present
         if frame.hands is None:
             yield frame
         else:
-            motion = smooth(motion_of(frame.hands.with_leading_axis()), frame.time_s)
+            motion = smooth(motion_of(frame.hands.with_leading_axis()), frame.time_s, counted=frame.hands.present)
             yield frame._replace(hands=posed_again(frame.hands, motion, reconstruct.pose_hands))
 
 
@@ -66,20 +71,36 @@ class _Recorded(NamedTuple):
     time_s: float
     box: Box | None
     numbers: np.ndarray | None  # float32; None where no hands are in sight
+    present: tuple[bool, ...] | None  # left, right
     cut: bool
 
 
-def _numbers(hands: Reconstruction | None) -> np.ndarray | None:
-    if hands is None:
-        return None
-    return torch.cat([getattr(hands, name).flatten() for name in SHAPES]).numpy().copy()
+def _recorded_shapes(hands: Reconstruction) -> dict[str, tuple[int, ...]]:
+    """What is recorded of these hands."""
+    return SHAPES | {name: shape for name, shape in OPTIONAL_SHAPES.items() if getattr(hands, name) is not None}
+
+
+def _recorded(frame: FrameHands) -> _Recorded:
+    hands, numbers = frame.hands, None
+    if hands is not None:
+        numbers = torch.cat([getattr(hands, name).flatten().float() for name in _recorded_shapes(hands)]).numpy().copy()
+    return _Recorded(frame.time_s, frame.box, numbers, _present(hands), frame.cut)
+
+
+def _present(hands: Reconstruction | None) -> tuple[bool, ...] | None:
+    return None if hands is None else tuple(hands.present.tolist())
 
 
 class Recording:
     """The hands of a clip, kept as parameters until its last frame is known, 1 kB a frame: 20 MB for 10 minutes."""
 
     def __init__(self, frames: Iterable[FrameHands]):
-        self.frames = [_Recorded(each.time_s, each.box, _numbers(each.hands), each.cut) for each in frames]
+        self.frames: list[_Recorded] = []
+        self.shapes = SHAPES
+        for each in frames:
+            if each.hands is not None:
+                self.shapes = _recorded_shapes(each.hands)
+            self.frames.append(_recorded(each))
 
     def hands(self, number: int) -> Reconstruction:
         """The recorded values of a frame with hands; vertices and joints are empty until ``posed_again``."""
@@ -87,22 +108,25 @@ class Recording:
 
     def _stacked(self, numbers: list[int]) -> Reconstruction:
         rows = [row for number in numbers if (row := self.frames[number].numbers) is not None]
-        recorded = torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, sum(map(math.prod, SHAPES.values())))
-        parts = recorded.split([math.prod(shape) for shape in SHAPES.values()], 1)
+        sizes = [math.prod(shape) for shape in self.shapes.values()]
+        recorded = torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, sum(sizes))
+        parts = recorded.split(sizes, 1)
         values = {
             name: part.unflatten(1, shape) if shape else part[:, 0]
-            for (name, shape), part in zip(SHAPES.items(), parts)
+            for (name, shape), part in zip(self.shapes.items(), parts)
         }
+        values['present'] = values['present'].bool()
         empty = torch.empty(len(recorded), 0)
         return Reconstruction(vertices=empty, joints=empty, **values)
 
     def segments(self) -> list[range]:
-        """Runs of successive frames with hands, within one scene."""
+        """Runs of successive frames with the same hands, within one scene."""
         runs: list[range] = []
         for number, frame in enumerate(self.frames):
             if frame.numbers is None:
                 continue
             follows = bool(runs) and runs[-1].stop == number and not frame.cut
+            follows = follows and frame.present == self.frames[number - 1].present
             runs[-1:] = [range(runs[-1].start, number + 1)] if follows else [*runs[-1:], range(number, number + 1)]
         return runs
 
@@ -112,7 +136,8 @@ class Recording:
         Each segment is smoothed on its own, and all get the median shape of the clip.
         """
         seen = [number for run in self.segments() for number in run]
-        motion = motion_of(self._stacked(seen))
+        hands = self._stacked(seen)
+        motion = motion_of(hands)
         rows = {number: row for row, number in enumerate(seen)}
         if smooth is not None and seen:
             parts = []
@@ -120,18 +145,20 @@ class Recording:
                 part = Motion(*(values[rows[run.start] : rows[run.start] + len(run)] for values in motion))
                 parts.append(smooth(part, [self.frames[number].time_s for number in run]))
             motion = Motion(*(torch.cat(values) for values in zip(*parts)))
-            shape = motion.shape.median(0, keepdim=True).values
+            known = torch.where(hands.present[..., None], motion.shape, torch.nan)
+            shape = known.nanmedian(0, keepdim=True).values.nan_to_num(0)
             motion = motion._replace(shape=shape.expand_as(motion.shape))
         return motion, rows
 
     def gaps(self) -> list[range]:
-        """Frames without hands between two with hands, of one scene and at most LONGEST_FILL s apart."""
+        """Frames without hands between two with the same hands, of one scene and at most LONGEST_FILL s apart."""
         runs = self.segments()
         between = [range(one.stop, other.start) for one, other in zip(runs, runs[1:])]
         return [
             gap
             for gap in between
             if gap
+            and self.frames[gap.start - 1].present == self.frames[gap.stop].present
             and not any(self.frames[number].cut for number in range(gap.start, gap.stop + 1))
             and 0 < self.frames[gap.stop].time_s - self.frames[gap.start - 1].time_s <= LONGEST_FILL
         ]

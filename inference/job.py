@@ -201,7 +201,10 @@ class Job(NamedTuple):
             write_image_motion(item.folder, self.settings.export, hands, models)
             write_image_files(item.folder, item.shown, item.crop.image, hands, models, **item.about)
             self.outcome.finished(item.source, item.results, pair=item.pair)
-            self.warn_of_small_hands(item.source, item.about['box'], hands)
+            if hands.present.any():
+                self.warn_of_small_hands(item.source, item.about['box'], hands)
+            else:
+                self.outcome.warn(item.source, f'The network finds no hands in it ({presence_text(hands)}).')
 
     def reconstructed(self, items: Iterator[Item]) -> Iterator[tuple[Item, Reconstruction]]:
         """Items with their hands (no leading axis, on the CPU), a batch at a time, until a stop is requested."""
@@ -391,7 +394,8 @@ class Job(NamedTuple):
         """Frames with the hands that the network predicts, until a stop is requested."""
         if self.settings.track == 'off':
             for item, predicted in self.reconstructed(self.video_items(frames, name, folder)):
-                yield FrameHands(item.image, item.about['time_s'], item.about['box'], predicted)
+                hands = predicted if predicted.present.any() else None
+                yield FrameHands(item.image, item.about['time_s'], item.about['box'], hands)
             return
         tracker = Tracker(
             self.reconstruct, lambda image: self.first_boxes(name, image), refine=self.settings.refine_box
@@ -440,8 +444,15 @@ def frame_record(frame: FrameHands, number: int) -> dict[str, Any]:
     if frame.state == FILLED:
         numbers |= dict.fromkeys(('to_crop', 'residual_px', 'size_in_crop'))
         for side in SIDES:
-            numbers[side]['camera'] = None
+            if numbers[side]:
+                numbers[side] |= dict.fromkeys({'camera', 'visible', 'deviation_m'} & numbers[side].keys())
     return about | numbers
+
+
+def presence_text(hands: Reconstruction) -> str:
+    """The presence of both hands of one reconstruction, for messages."""
+    values = [] if hands.presence is None else hands.presence.tolist()
+    return 'presence: ' + ', '.join(f'{side} {value:.2f}' for side, value in zip(SIDES, values))
 
 
 def already_done(record: Path, asked: dict[str, Any]) -> bool:

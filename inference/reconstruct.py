@@ -1,6 +1,6 @@
 """Reconstruct hands in camera coordinates, in metres, from images, for apps/demo.py and other programs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from manopth.rotations import symmetric_6d_to_matrix
 from models import DIR
 from models.checkpoint import SHIPPED, load_model, to_device
 from models.placement import place_hands
-from models.predictions import CAMERA, POSE, ROOT_ROTATION, SHAPE, HandPrediction
+from models.predictions import CAMERA, POSE, ROOT_ROTATION, SHAPE, DIROutput
 from utils.distributed import choose_device
 from utils.errors import UserError
 from utils.geometry import CROP_SIZE, crop_matrix, from_uv
@@ -38,7 +38,7 @@ class Crop(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """Both hands in each of N crops. Hand axis: left, right. Camera axes of the whole image: x right, y down, z
+    """The hands in each of N crops. Hand axis: left, right. Camera axes of the whole image: x right, y down, z
     forward. Tensors float32, on the network's device."""
 
     vertices: Tensor  # (N, 2, 778, 3) m
@@ -53,18 +53,31 @@ class Reconstruction(NamedTuple):
     intrinsics: Tensor  # (N, 3, 3) of the image, pixels: as passed, or assumed
     to_crop: Tensor  # (N, 3, 3) image pixels -> pixels of the 256 crop
     residual_px: Tensor  # (N,) crop pixels, RMS: projected joints against joints_px; large if 3D and 2D contradict
-    size_in_crop: Tensor  # (N,) extent of both hands, as a share of the crop's side; see SMALL_HANDS
+    size_in_crop: Tensor  # (N,) extent of the hands, as a share of the crop's side; see SMALL_HANDS
+    present: Tensor  # (N, 2) bool: taken to be in the image; the values of another hand mean nothing
+    presence: Tensor | None = None  # (N, 2) probability that the hand is in the image; None without MODEL.PRESENCE
+    visible: Tensor | None = None  # (N, 2, 21) probability that the joint is neither hidden nor outside the crop
+    deviation: Tensor | None = None  # (N, 2, 21) m: standard deviation of each coordinate, relative to the root joint
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> 'Reconstruction':
+        """Apply ``function`` to every tensor."""
+        return Reconstruction(*(None if values is None else function(values) for values in self))  # type: ignore[arg-type]
 
     def one(self, number: int) -> 'Reconstruction':
         """The result of one crop, without the leading axis."""
-        return Reconstruction(*(values[number] for values in self))
+        return self.map(lambda values: values[number])
 
     def with_leading_axis(self) -> 'Reconstruction':
         """Inverse of ``one``."""
-        return Reconstruction(*(values[None] for values in self))
+        return self.map(lambda values: values[None])
 
     def cpu(self) -> 'Reconstruction':
-        return Reconstruction(*(values.cpu() for values in self))
+        return self.map(Tensor.cpu)
+
+    @property
+    def counted(self) -> Tensor:
+        """(N, 2) bool: the hands that boxes and sizes are taken of: those present, or both where none is."""
+        return self.present | ~self.present.any(-1, keepdim=True)
 
 
 def assumed_intrinsics(width: int, height: int, focal: float | None = None) -> np.ndarray:
@@ -186,7 +199,7 @@ class Reconstructor:
             raise UserError('There are no images to reconstruct hands from.')
         set_float32_precision(self.precision)
         parts = [self._part(crops[begin : begin + self.batch_size]) for begin in range(0, len(crops), self.batch_size)]
-        return Reconstruction(*map(torch.cat, zip(*parts)))
+        return joined(parts)
 
     @torch.inference_mode()
     def pose_hands(self, rotation: Tensor, pose: Tensor, shape: Tensor) -> Hands:
@@ -198,24 +211,33 @@ class Reconstructor:
     def _part(self, crops: Sequence[Crop]) -> Reconstruction:
         images = torch.from_numpy(np.stack([crop.image for crop in crops]))
         with autocast(self.precision, self.device):
-            hands = self.network(self.network.preprocess(images)).stages[-1]
-        if not bool(hands.finite.all()):
+            output = self.network(self.network.preprocess(images))
+        if not bool(output.stages[-1].finite.all()):
             raise UserError(
                 'The network predicts NaN or infinity: the checkpoint is damaged, or its training diverged.'
             )
-        return placed_in_image(hands, crops)
+        return placed_in_image(output, crops)
 
 
-def placed_in_image(hands: HandPrediction, crops: Sequence[Crop]) -> Reconstruction:
+def joined(parts: Sequence[Reconstruction]) -> Reconstruction:
+    """Concatenate reconstructions along their leading axis."""
+    fields = (None if each[0] is None else torch.cat(each) for each in zip(*parts))
+    return Reconstruction(*fields)  # type: ignore[arg-type]  # None only where the first is
+
+
+def placed_in_image(output: DIROutput, crops: Sequence[Crop]) -> Reconstruction:
     """The network's last estimate for each crop -> hands in the camera coordinates of the whole image."""
+    hands, presence, confidence = output.stages[-1], output.presence, output.confidence
+    present = torch.ones_like(hands.joints[:, :, 0, 0], dtype=torch.bool) if presence is None else presence > 0
+    counted = present | ~present.any(1, keepdim=True)
     to_crop, intrinsics = (
         torch.from_numpy(np.stack(matrices)).to(hands.joints.device)
         for matrices in zip(*((crop.matrix, crop.intrinsics) for crop in crops))
     )
     parameters = hands.parameters
-    placement = place_hands(hands.joints, parameters[..., CAMERA], hands.offset, to_crop @ intrinsics)
+    placement = place_hands(hands.joints, parameters[..., CAMERA], hands.offset, to_crop @ intrinsics, counted=counted)
     scale, corner = to_crop[:, None, None, :1, 0], to_crop[:, None, None, :2, 2]
-    extent = hands.joints_uv.flatten(1, 2).amax(1) - hands.joints_uv.flatten(1, 2).amin(1)
+    low, high = extent_of(hands.joints_uv, counted)
     return Reconstruction(
         vertices=hands.vertices + placement.roots[:, :, None],
         joints=hands.joints + placement.roots[:, :, None],
@@ -229,8 +251,19 @@ def placed_in_image(hands: HandPrediction, crops: Sequence[Crop]) -> Reconstruct
         intrinsics=intrinsics.float(),
         to_crop=to_crop.float(),
         residual_px=placement.residual_px,
-        size_in_crop=extent.amax(-1) / 2,
+        size_in_crop=(high - low).amax(-1) / 2,
+        present=present,
+        presence=None if presence is None else presence.float().sigmoid(),
+        visible=None if confidence is None else confidence.visible.float().sigmoid(),
+        deviation=None if confidence is None else confidence.deviation.float(),
     )
+
+
+def extent_of(points: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest and highest coordinates (N, D) of points (N, 2, P, D) of the counted hands (N, 2)."""
+    counted = counted[..., None, None]
+    low = torch.where(counted, points, torch.inf).flatten(1, 2).amin(1)
+    return low, torch.where(counted, points, -torch.inf).flatten(1, 2).amax(1)
 
 
 def load_reconstructor(

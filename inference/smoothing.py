@@ -52,8 +52,9 @@ class Motion(NamedTuple):
 
 
 def motion_of(hands: Reconstruction) -> Motion:
-    """The parameters of T successive reconstructions."""
-    roots = hands.roots.double()
+    """The parameters of T successive reconstructions; an absent hand is put where the other one is."""
+    roots = torch.where(hands.present[..., None] | ~hands.present.flip(1)[..., None], hands.roots, hands.roots.flip(1))
+    roots = roots.double()
     return Motion(
         nearest_rotation(hands.root_rotation.double()),
         hands.pose.double(),
@@ -92,7 +93,7 @@ class OneEuroFilter:
 
     def __init__(self, response: Response = ONLINE):
         self.response, self.time_s = response, 0.0
-        self.shape, self.frames = torch.zeros(1, 2, 10, dtype=torch.float64), 0
+        self.shape, self.frames = torch.zeros(1, 2, 10, dtype=torch.float64), torch.zeros(2, 1)
         self.filtered: Motion | None = None
         self.speeds: list[Tensor] = []
 
@@ -100,10 +101,14 @@ class OneEuroFilter:
         """Begin anew after a gap, with the shape that is known."""
         self.filtered = None
 
-    def __call__(self, motion: Motion, time_s: float) -> Motion:
-        """Filter the next frame, (1, ...) each; equal times repeat the frame before."""
-        self.frames += 1
-        self.shape = self.shape + (motion.shape - self.shape) / self.frames
+    def __call__(self, motion: Motion, time_s: float, *, counted: Tensor | None = None) -> Motion:
+        """Filter the next frame, (1, ...) each; equal times repeat the frame before.
+
+        counted: (2,) bool, the hands whose shape enters the mean.
+        """
+        new = torch.ones(2, 1) if counted is None else counted[:, None].float()
+        self.frames = self.frames + new
+        self.shape = self.shape + new * (motion.shape - self.shape) / self.frames.clamp_min(1)
         if self.filtered is None:
             self.filtered, self.time_s = motion, time_s
             self.speeds = [torch.zeros_like(step) for step in differences(motion, motion)]

@@ -14,12 +14,14 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
+from torch import Tensor
 
-from inference.reconstruct import Box, Crop, Reconstruction, Reconstructor, check_box, cut_crop
+from inference.reconstruct import Box, Crop, Reconstruction, Reconstructor, check_box, cut_crop, extent_of
 from utils.errors import UserError
 from utils.geometry import CROP_SIZE, from_uv
 
 KEPT, FOUND = 0.7, 0.75  # least agreement: of a box that hands are expected in, and of a whole image
+STAYS, APPEARS = 0.3, 0.7  # least presence of a hand that was present in the frame before, and of one that was not
 NEAR = 0.3  # least overlap of the predicted hands with the box that they are expected in: below it, they are others
 LOOKS = 3  # at a box, until the agreement suffices: fast hands, and whole images, need more than one
 SMALLEST_TRACKED = 16  # pixels: a box without hands shrinks until it is refused
@@ -59,15 +61,15 @@ class Look(NamedTuple):
 
 
 def hands_box(hands: Reconstruction) -> Box:
-    """Bounding box of the predicted vertices of one reconstruction (no leading axis), in pixels of its image.
+    """Bounding box of the present hands' predicted vertices, of one reconstruction (no leading axis), in image pixels.
 
     They are projected by the predicted weak-perspective cameras, as ``joints_px`` are.
     """
     relative = (hands.vertices - hands.roots[:, None])[..., :2]
     uv = hands.camera[:, None, :1] * relative + hands.camera[:, None, 1:]
-    pixels = ((from_uv(uv, CROP_SIZE) - hands.to_crop[:2, 2]) / hands.to_crop[0, 0]).flatten(0, 1)
-    low, high = pixels.amin(0), pixels.amax(0)
-    left, top, width, height = torch.cat([low, high - low]).tolist()
+    pixels = (from_uv(uv, CROP_SIZE) - hands.to_crop[:2, 2]) / hands.to_crop[0, 0]
+    low, high = extent_of(pixels[None], hands.counted[None])
+    left, top, width, height = torch.cat([low[0], (high - low)[0]]).tolist()
     return left, top, width, height
 
 
@@ -133,6 +135,7 @@ class Tracker:
     ):
         self.reconstruct, self.start, self.refine = reconstruct, start, refine
         self.box: Box | None = None  # of the hands in the frame before
+        self.present: Tensor | None = None  # (2,) bool: the hands in the frame before
         self.is_cut = SceneCuts()
 
     def __call__(self, image: np.ndarray, intrinsics: np.ndarray) -> Sight:
@@ -143,9 +146,20 @@ class Tracker:
             found = self._look(image, self.box, intrinsics, least=1 + self.refine, agreement=KEPT)
         if found is None:
             found = self._search(image, intrinsics)
+            self.present = None
+        if found is not None:
+            found = found._replace(hands=self._without_flicker(found.hands))
         before, self.box = self.box, None if found is None else hands_box(found.hands)
         jump = before is not None and self.box is not None and overlap(before, self.box) < NEAR
         return Sight(found, cut or jump)
+
+    def _without_flicker(self, hands: Reconstruction) -> Reconstruction:
+        """Let a hand come and go only where its presence is beyond doubt."""
+        if hands.presence is not None and self.present is not None:
+            present = hands.presence > torch.where(self.present, STAYS, APPEARS)
+            hands = hands._replace(present=torch.where(present.any(), present, hands.present))
+        self.present = hands.present
+        return hands
 
     def _search(self, image: np.ndarray, intrinsics: np.ndarray) -> Look | None:
         for box in self.start(image):
@@ -162,7 +176,7 @@ class Tracker:
         for number in range(1, LOOKS + 1):
             if number > 1:
                 found = look_again(self.reconstruct, found)
-            if not found[0].usable_box:
+            if not (found[0].usable_box and found[0].hands.present.any()):
                 return None
             if number >= least and found[0].agreement >= agreement:
                 near = box is None or overlap(box, hands_box(found[0].hands)) >= NEAR

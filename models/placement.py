@@ -30,11 +30,14 @@ def relative_roots(offset: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def place_hands(joints: Tensor, camera: Tensor, offset: Tensor, intrinsics: Tensor) -> Placement:
+def place_hands(
+    joints: Tensor, camera: Tensor, offset: Tensor, intrinsics: Tensor, *, counted: Tensor | None = None
+) -> Placement:
     """Find the root positions whose perspective projection fits the predicted weak-perspective cameras best.
 
     joints (B, 2, 21, 3) m, root-relative; camera (B, 2, 3) scale and shift (right, down), uv = scale * xy + shift in
-    [-1, 1] of the crop; offset (B, 3) in HAND_SCALE; intrinsics (B, 3, 3) of the crop, pixels.
+    [-1, 1] of the crop; offset (B, 3) in HAND_SCALE; intrinsics (B, 3, 3) of the crop, pixels. counted: (B, 2) bool,
+    at least one of each sample; the other hands have no influence. None: all.
 
     A trained camera approximates the weak-perspective camera nearest to the true projection. So the fit minimises only
     that part of the difference between the two projections which some weak-perspective camera could explain. For true
@@ -42,19 +45,21 @@ def place_hands(joints: Tensor, camera: Tensor, offset: Tensor, intrinsics: Tens
     three unknowns, in float64.
     """
     joints, camera, offset, intrinsics = (x.double() for x in (joints, camera, offset, intrinsics))
+    weight = joints.new_ones(joints.shape[:2]) if counted is None else counted.to(joints)
     seen = camera[..., None, :1] * joints[..., :2] + camera[..., None, 1:]  # (B, 2, 21, 2)
     explained, _ = torch.linalg.qr(_camera_space(joints))  # (B, 2, 42, 3)
     points = joints + relative_roots(offset)[:, :, None]
     rows = to_uv_rows(intrinsics)
-    place = _first_guess(camera, offset, rows)
+    place = _first_guess(camera, offset, rows, weight)
     for _ in range(STEPS):
         uv, slopes = _project_with_slopes(points + place[:, None, None], rows)
-        error = explained.transpose(-1, -2) @ (uv - seen).flatten(2)[..., None]  # (B, 2, 3, 1)
-        jacobian = explained.transpose(-1, -2) @ slopes.flatten(2, 3)  # (B, 2, 3, 3)
+        error = weight[..., None, None] * (explained.transpose(-1, -2) @ (uv - seen).flatten(2)[..., None])
+        jacobian = weight[..., None, None] * (explained.transpose(-1, -2) @ slopes.flatten(2, 3))  # (B, 2, 3, 3)
         place = place + _bounded_step(jacobian.flatten(1, 2), -error.flatten(1, 2), place[:, 2:])
     roots = relative_roots(offset) + place[:, None]
     pixels = project(_before_the_camera(points + place[:, None, None]), intrinsics[:, None])
-    apart = (to_uv(pixels) - seen).square().sum(-1).mean((1, 2)).sqrt() * CROP_SIZE / 2
+    squared = (to_uv(pixels) - seen).square().sum(-1).mean(2)  # (B, 2)
+    apart = _weighted_mean(squared, weight).sqrt() * CROP_SIZE / 2
     return Placement(roots.float(), apart.float())
 
 
@@ -78,13 +83,19 @@ def to_uv_rows(intrinsics: Tensor) -> Tensor:
     return change @ intrinsics
 
 
-def _first_guess(camera: Tensor, offset: Tensor, rows: Tensor) -> Tensor:
+def _weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
+    """Mean over the hands: (B, 2) twice -> (B,)."""
+    return (values * weight).sum(1) / weight.sum(1)
+
+
+def _first_guess(camera: Tensor, offset: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     """Left root (B, 3): each hand placed alone by its scale (depth) and shift (direction), then averaged."""
     focal = torch.linalg.det(rows[:, :2, :2]).abs().sqrt()[:, None]
     depth = (focal / camera[..., 0].clamp_min(1e-6)).clamp(NEAREST, FARTHEST)  # (B, 2)
     ray = torch.cat([camera[..., 1:], torch.ones_like(camera[..., :1])], -1)
     ray = torch.linalg.solve(rows[:, None], ray[..., None]).squeeze(-1)
-    place = (ray / ray[..., 2:] * depth[..., None] - relative_roots(offset)).mean(1)
+    each = ray / ray[..., 2:] * depth[..., None] - relative_roots(offset)
+    place = torch.stack([_weighted_mean(each[..., axis], weight) for axis in range(3)], -1)
     return torch.cat([place[:, :2], place[:, 2:].clamp(NEAREST, FARTHEST)], -1)
 
 

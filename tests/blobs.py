@@ -36,6 +36,7 @@ class BlobReconstructor:
             to_crop=torch.from_numpy(np.stack([crop.matrix for crop in crops])).float(),
             residual_px=zeros(count),
             size_in_crop=torch.full((count,), 0.8),
+            present=torch.ones(count, 2, dtype=torch.bool),
         )
 
     @staticmethod

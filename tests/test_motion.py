@@ -46,7 +46,7 @@ def smooth_hands(standin, frames: int, *, one_shape: bool = True) -> Reconstruct
     hands = TwoHandLayer(standin, dtype=torch.float64)(root, coefficients, betas, root_joint=0)
     places = torch.from_numpy(np.array([[-0.1, 0, 0.6], [0.1, 0.02, 0.7]]) + 0.1 * np.sin(phase))[:, :, None]
     zeros = torch.zeros(frames)
-    values = dict.fromkeys(Reconstruction._fields, zeros) | {
+    values = dict.fromkeys(Reconstruction._fields[: -len(Reconstruction._field_defaults)], zeros) | {
         'vertices': hands.vertices + places,
         'joints': hands.joints + places,
         'root_rotation': root,
@@ -54,7 +54,8 @@ def smooth_hands(standin, frames: int, *, one_shape: bool = True) -> Reconstruct
         'shape': betas,
         'intrinsics': torch.tensor([[500.0, 0, 320], [0, 500, 240], [0, 0, 1]]).expand(frames, -1, -1),
     }
-    return Reconstruction(**{name: value.float() for name, value in values.items()})
+    hands = Reconstruction(**{name: value.float() for name, value in values.items()})
+    return hands._replace(present=torch.ones(frames, 2, dtype=torch.bool))
 
 
 @pytest.fixture(scope='module')
@@ -245,7 +246,7 @@ def test_euler_angles_restore_rotations_where_two_axes_coincide():
 
 
 def test_a_bvh_file_has_a_constant_rate_and_holds_what_is_missing(standin, tmp_path, hands):
-    few = Reconstruction(*(values[:5].clone() for values in hands))
+    few = hands.map(lambda values: values[:5].clone())
     few.joints[3, 1] = np.nan  # one hand is missing in one frame
     few.joints[0, 0] = np.nan
     summary = record(tmp_path, few, standin, frames=[0, 1, 4, 5, 6], formats=('bvh',))
@@ -435,13 +436,24 @@ def test_quaternions_do_not_change_their_sign_from_frame_to_frame(standin, tmp_p
 
 
 def test_a_hand_that_never_appears_has_no_skeleton(standin, tmp_path, hands):
-    only_right = Reconstruction(*(values.clone() for values in hands))
+    only_right = hands.map(torch.clone)
     only_right.joints[:, 0] = np.nan
     summary = record(tmp_path, only_right, standin)['motion']
     assert {path.name for path in tmp_path.iterdir()} == {'hands.npz', 'hands.glb', 'right.bvh'}
     assert summary['gaps'] == {'left': None, 'right': []}
     assert [mesh['name'] for mesh in Glb(tmp_path / 'hands.glb').json['meshes']] == ['right']
     assert np.isnan(np.load(tmp_path / 'hands.npz')['joints'][:, 0]).all()
+
+
+def test_a_hand_that_is_taken_to_be_absent_is_missing_in_every_file(standin, tmp_path, hands):
+    present = torch.ones_like(hands.present)
+    present[7:, 0] = False
+    summary = record(tmp_path, hands._replace(present=present), standin)['motion']
+    assert summary['gaps'] == {'left': [(7, len(present) - 1)], 'right': []}
+    arrays = np.load(tmp_path / 'hands.npz')
+    for name in ('global_orient', 'hand_pose', 'betas', 'transl', 'joints'):
+        missing = np.isnan(arrays[name]).reshape(len(present), 2, -1)
+        assert (missing.all(2) == ~present.numpy()).all() and (missing.any(2) == ~present.numpy()).all()
 
 
 @pytest.mark.parametrize('error', [UserError('no'), Stopped(15), OSError(28, 'No space left on device')])

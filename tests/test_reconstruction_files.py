@@ -33,7 +33,9 @@ def test_views_are_seen_from_the_right_and_from_above_and_the_bar_is_five_centim
     for direction, expected in ((torch.tensor([0.0, 0, 0.4]), away), (torch.tensor([0.0, -0.4, 0]), up)):
         if expected is None:
             continue
-        picture = view(torch.stack([right + direction, right]) + torch.tensor([0, 0, 1.0]), VIEWS[name], standin)
+        picture = view(
+            torch.stack([right + direction, right]) + torch.tensor([0, 0, 1.0]), VIEWS[name], standin.mesh_faces
+        )
         assert picture.shape == (VIEW_SIDE, VIEW_SIDE, 3)
         bar = (np.abs(picture[VIEW_SIDE - 20].astype(int) - 60).max(-1) < 3).sum()
         moved = middle(picture, BLUE) - middle(picture, ORANGE)

@@ -86,6 +86,25 @@ def draw_skeletons(image: np.ndarray, pixels: Tensor | np.ndarray, *, scale: flo
     return drawn
 
 
+def draw_joints(
+    image: np.ndarray, pixels: Tensor | np.ndarray, *, filled: Tensor | np.ndarray, scale: float
+) -> np.ndarray:
+    """Draw joints over an image as dots, or as rings where they are not ``filled``. Returns a copy.
+
+    image (H, W, 3) uint8 BGR, pixels (2, 21, 2), filled (2, 21) bool; scale: factor of the dots' size. Joints that are
+    not finite are left out.
+    """
+    drawn, pixels, filled = np.ascontiguousarray(image).copy(), _array(pixels), _array(filled)
+    radius, line = max(2, round(2.5 * scale)), max(1, round(scale))
+    drawable = (np.isfinite(pixels) & (np.abs(pixels) < _FAR)).all(-1)
+    for hand, joint in np.argwhere(drawable).tolist():
+        colour = FINGER_COLOURS_BGR[(joint - 1) // 4] if joint else HAND_COLOURS_BGR[hand]
+        point = (pixels[hand, joint] * (1 << _SUBPIXEL_BITS)).round().astype(int).tolist()
+        for ink, width in ((BACKGROUND_BGR, line + 2), (colour, cv2.FILLED if filled[hand, joint] else line)):
+            cv2.circle(drawn, point, radius << _SUBPIXEL_BITS, ink, width, cv2.LINE_AA, _SUBPIXEL_BITS)
+    return drawn
+
+
 def mesh_overlay(
     image: np.ndarray,
     vertices: Tensor | np.ndarray,
@@ -96,16 +115,18 @@ def mesh_overlay(
     colours_bgr: Sequence[Sequence[int]] = HAND_COLOURS_BGR,
     smooth_edges: int = 2,
 ) -> np.ndarray:
-    """Draw both hands, shaded and each in its colour, over an image. Returns a new image.
+    """Draw the hands, shaded and each in its colour, over an image. Returns a new image.
 
-    image (H, W, 3) uint8 BGR, vertices (2, 778, 3) m in camera axes, intrinsics (3, 3) of this image, faces (3076, 3)
-    of both hands as one mesh (``HandPair.mesh_faces``). alpha: opacity of the meshes. smooth_edges: samples across a
-    pixel; the time grows with its square.
+    image (H, W, 3) uint8 BGR, vertices (2, 778, 3) m in camera axes, intrinsics (3, 3) of this image, faces (F, 3) of
+    both hands as one mesh (``HandPair.mesh_faces``), or those of one hand to draw it alone. alpha: opacity of the
+    meshes. smooth_edges: samples across a pixel; the time grows with its square.
     """
     mesh = torch.as_tensor(vertices).detach().float().cpu().reshape(1, -1, 3)
     faces, intrinsics = torch.as_tensor(faces).cpu(), torch.as_tensor(intrinsics).detach().float().cpu()
     drawn = image.copy()
-    left, top, right, bottom = _window(mesh[0], intrinsics, image.shape[:2])
+    if not len(faces):
+        return drawn
+    left, top, right, bottom = _window(mesh[0, faces.unique()], intrinsics, image.shape[:2])
     if right <= left or bottom <= top:
         return drawn
     window, (height, width) = drawn[top:bottom, left:right], (bottom - top, right - left)

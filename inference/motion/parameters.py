@@ -43,6 +43,9 @@ def row(hands: Reconstruction, models: HandPair, *, frame: int = 0, time_s: floa
         coefficients, betas = hands.pose[hand].double().numpy(), hands.shape[hand].double().numpy()
         out['hand_pose'][0, hand] = model.pose_mean + coefficients @ model.pose_components
         out['transl'][0, hand] = hands.joints[hand, WRIST].double().numpy() - rest_wrist(model, betas)
+        if not hands.present[hand]:
+            for name in ('global_orient', 'hand_pose', 'betas', 'transl', 'joints'):
+                out[name][0, hand] = np.nan
     return out
 
 
