@@ -18,11 +18,13 @@ from torch import Tensor
 
 from inference.reconstruct import Box, Crop, Reconstruction, Reconstructor, check_box, cut_crop, extent_of
 from utils.errors import UserError
-from utils.geometry import CROP_SIZE, from_uv
+from utils.geometry import CROP_SIZE, HANDS_IN_CROP, from_uv, to_uv
+from utils.hand import LEFT, RIGHT
 
 KEPT, FOUND = 0.7, 0.75  # least agreement: of a box that hands are expected in, and of a whole image
 STAYS, APPEARS = 0.3, 0.7  # least presence of a hand that was present in the frame before, and of one that was not
 NEAR = 0.3  # least overlap of the predicted hands with the box that they are expected in: below it, they are others
+APART = 0.3  # of the side of a common crop: two hands that are both smaller in it get a crop each
 LOOKS = 3  # at a box, until the agreement suffices: fast hands, and whole images, need more than one
 SMALLEST_TRACKED = 16  # pixels: a box without hands shrinks until it is refused
 CUT = 0.2  # histogram distance of successive frames: at most 0.10 in clips at 5 frames/s, at least 0.25 at cuts
@@ -90,15 +92,61 @@ def look(
 
 
 def look_again(reconstruct: Reconstructor, looks: Sequence[Look]) -> list[Look]:
-    """Crop again around the predicted hands and predict again; looks whose hands leave the image are kept."""
-    again = [number for number, each in enumerate(looks) if each.usable_box]
+    """Crop again around the predicted hands and predict again; looks whose hands leave the image are kept.
+
+    Hands that are far apart get a crop each, where the network tells which hands a crop shows.
+    """
     seen = list(looks)
-    if again:
-        images, boxes = [looks[n].image for n in again], [hands_box(looks[n].hands) for n in again]
-        crops = [cut_crop(looks[n].image, box, looks[n].crop.intrinsics) for n, box in zip(again, boxes)]
-        for number, second in zip(again, look(reconstruct, images, crops, boxes)):
-            seen[number] = second
+    asked = [(number, box) for number, each in enumerate(looks) if each.usable_box for box in _next_boxes(each)]
+    if not asked:
+        return seen
+    images, boxes = [looks[number].image for number, _ in asked], [box for _, box in asked]
+    crops = [cut_crop(image, box, looks[n].crop.intrinsics) for image, (n, box) in zip(images, asked)]
+    found: dict[int, list[Look]] = {}
+    for (number, _), second in zip(asked, look(reconstruct, images, crops, boxes)):
+        found.setdefault(number, []).append(second)
+    for number, each in found.items():
+        if len(each) == 1:
+            seen[number] = each[0]
+        elif all(one.hands.present[hand] for hand, one in enumerate(each)):
+            seen[number] = looks[number]._replace(hands=_from_a_crop_each(looks[number], *each))
     return seen
+
+
+def _next_boxes(found: Look) -> list[Box]:
+    """The box of both hands, or one of each if they are far apart: without overlap, and small in a common crop."""
+    hands = found.hands
+    together = hands_box(hands)
+    if hands.presence is None or not hands.present.all():
+        return [together]
+    each = [hands_box(hands._replace(present=torch.arange(2) == hand)) for hand in (LEFT, RIGHT)]
+    shown = max(together[2:]) / HANDS_IN_CROP  # side of the next crop
+    small = all(max(box[2:]) < APART * shown and min(box[2:]) >= SMALLEST_TRACKED for box in each)
+    return each if small and overlap(*each) == 0 else [together]
+
+
+def _from_a_crop_each(found: Look, left: Look, right: Look) -> Reconstruction:
+    """The left hand of one look and the right hand of another, with cameras of the crop in which both were found."""
+    hands, crop = found.hands, found.crop.matrix
+    one, other = left.hands, right.hands
+    values = {}
+    for name in ('vertices', 'joints', 'roots', 'joints_px', 'root_rotation', 'pose', 'shape', 'presence'):
+        values[name] = torch.stack([getattr(one, name)[LEFT], getattr(other, name)[RIGHT]])
+    if one.visible is not None and one.deviation is not None:
+        for name in ('visible', 'deviation'):
+            values[name] = torch.stack([getattr(one, name)[LEFT], getattr(other, name)[RIGHT]])
+    cameras = []
+    for hand, look in ((LEFT, left), (RIGHT, right)):
+        change = crop @ np.linalg.inv(look.crop.matrix)  # pixels of the one crop -> pixels of the other
+        scale, *shift = look.hands.camera[hand].double().tolist()
+        moved = to_uv(change[0, 0] * from_uv(torch.tensor(shift), CROP_SIZE) + torch.from_numpy(change[:2, 2]))
+        cameras.append(torch.tensor([change[0, 0] * scale, *moved.tolist()]))
+    return hands._replace(
+        **values,
+        camera=torch.stack(cameras),
+        offset=values['roots'][RIGHT] - values['roots'][LEFT],
+        residual_px=torch.maximum(one.residual_px, other.residual_px),
+    )
 
 
 class SceneCuts:

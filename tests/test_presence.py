@@ -23,9 +23,10 @@ from inference.files import (
     write_image_files,
 )
 from inference.reconstruct import Reconstructor, assumed_intrinsics, cut_crop, placed_in_image
-from inference.tracking import APPEARS, STAYS, Tracker, hands_box
+from inference.tracking import APPEARS, STAYS, Tracker, hands_box, look, look_again
 from models.placement import place_hands
 from models.predictions import DIROutput
+from utils.geometry import to_uv
 from utils.hand import LEFT, RIGHT, SIDES
 
 IMAGE = np.random.default_rng(0).integers(0, 255, (120, 160, 3), np.uint8)
@@ -165,8 +166,8 @@ def test_a_tracked_hand_comes_and_goes_only_beyond_doubt():
     seen = []
     for presence in course:
         reconstruct.presence = torch.tensor(presence)
-        look = tracker(frame, intrinsics).look
-        seen.append(None if look is None else look.hands.present.tolist())
+        found = tracker(frame, intrinsics).look
+        seen.append(None if found is None else found.hands.present.tolist())
     alone, both = [True, False], [True, True]
     assert seen == [alone, alone, both, both, alone, None, [False, True]]
 
@@ -206,3 +207,69 @@ def test_a_gap_is_not_filled_between_other_hands(reconstruct, several):
     assert states(offline(reconstruct, frames, smooth=False, fill=True)) == 'xxffxx'
     frames = [f._replace(hands=only(f.hands, LEFT)) if n > 3 and f.hands else f for n, f in enumerate(frames)]
     assert states(offline(reconstruct, frames, smooth=False, fill=True)) == 'xx..xx'
+
+
+# Hands that are far apart
+
+
+class Dots(BlobReconstructor):
+    """Finds a left hand in blue and a right hand in red, each up to four crop pixels off: closer looks see better."""
+
+    def from_crops(self, crops):
+        self.crops += len(crops)
+        one = BlobReconstructor().from_crops(crops)
+        present, vertices = torch.zeros(len(crops), 2, dtype=torch.bool), torch.zeros(len(crops), 2, 2, 3)
+        for number, crop in enumerate(crops):
+            for hand, channel in ((LEFT, 0), (RIGHT, 2)):
+                rows, columns = np.nonzero(crop.image[..., channel] > 128)
+                if len(rows):
+                    present[number, hand] = True
+                    corners = [[columns.min(), rows.min()], [columns.max() + 1.0, rows.max() + 1.0]]
+                    vertices[number, hand, :, :2] = to_uv(torch.tensor(corners) + 4)
+        pixels = ((vertices[..., :2] + 1) * 128 - one.to_crop[:, None, None, :2, 2]) / one.to_crop[:, None, None, :1, 0]
+        joints_px = pixels.mean(2, keepdim=True).expand(len(crops), 2, 21, 2)
+        presence = present.float()
+        return one._replace(vertices=vertices, present=present, presence=presence, joints_px=joints_px)
+
+
+def two_dots(apart: int, size: int = 40) -> tuple[np.ndarray, torch.Tensor]:
+    """Image, and the middles (2, 2) of its hands in pixels."""
+    image = np.full((240, 640, 3), 40, np.uint8)
+    image[100 : 100 + size, 60 : 60 + size, 0] = 255
+    image[100 : 100 + size, 60 + apart : 60 + apart + size, 2] = 255
+    middle = 60 + size / 2
+    return image, torch.tensor([[middle, 100 + size / 2], [middle + apart, 100 + size / 2]])
+
+
+@pytest.mark.parametrize('apart, looks', [(300, 2), (60, 1)])
+def test_hands_that_are_far_apart_get_a_crop_each(apart, looks):
+    image, middles = two_dots(apart)
+    reconstruct, intrinsics = Dots(), assumed_intrinsics(640, 240)
+    box = (50, 60, apart + 60, 120)
+    first = seen_by(reconstruct, image, box, intrinsics)
+    second = look_again(reconstruct, [first])[0]
+    assert reconstruct.crops == 1 + looks
+    errors = [(each.hands.joints_px[:, 0] - middles).norm(dim=-1).max() for each in (first, second)]
+    assert errors[1] < (0.4 if looks == 2 else 1.0) * errors[0]
+    if looks == 2:  # both are in the frame of the first look
+        assert torch.equal(second.hands.to_crop, first.hands.to_crop)
+        left, top, width, height = hands_box(second.hands)
+        assert (left, left + width) == pytest.approx((60, 60 + apart + 40), abs=3)
+        assert (top, top + height) == pytest.approx((100, 140), abs=3)
+        assert second.hands.presence.tolist() == [1.0, 1.0]
+
+
+def test_hands_share_a_crop_where_nothing_tells_which_hand_a_crop_shows():
+    class Unsure(Dots):
+        def from_crops(self, crops):
+            return super().from_crops(crops)._replace(presence=None)
+
+    image, _ = two_dots(300)
+    reconstruct = Unsure()
+    first = seen_by(reconstruct, image, (50, 60, 360, 120), assumed_intrinsics(640, 240))
+    look_again(reconstruct, [first])
+    assert reconstruct.crops == 2
+
+
+def seen_by(reconstruct, image, box, intrinsics):
+    return look(reconstruct, [image], [cut_crop(image, box, intrinsics)], [box])[0]
