@@ -23,6 +23,13 @@ z forward. 21 joints: wrist, then thumb to little finger, each from base to tip:
     vertices_uv  (B, 2, 778, 2)        (right, down) in the crop, -1 to 1 from edge to edge: pixel = (uv + 1) * S / 2
     joints_uv    (B, 2, 21, 2)         likewise
 
+and of networks with MODEL.PRESENCE and MODEL.CONFIDENCE:
+
+    presence     (B, 2)                probability that the hand is in the image; the other numbers of an absent hand
+                                       mean nothing
+    visible      (B, 2, 21)            probability that the joint is neither hidden nor outside the crop
+    deviation    (B, 2, 21)            m, standard deviation of each coordinate relative to the root joint
+
 Use:
 
     onnxruntime.InferenceSession('dir.onnx').run(['vertices', 'joints'], {'image': image})                # numpy arrays
@@ -76,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     model, cfg, _ = load_model(args.model, [*keys, *args.opts])
     hand_model = model.hands.identity
     print(f'{args.model}: tracing; this takes a minute or two ...', flush=True)
-    files = write_files(model, cfg.MODEL.IMAGE_SIZE, Path(args.out), formats)
+    files = write_files(model, cfg, Path(args.out), formats)
     write_json(
         Path(args.out) / 'export.json',
         {

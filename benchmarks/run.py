@@ -176,7 +176,7 @@ def inference_forms(model: DIR, setting: Setting) -> dict[str, Callable[[Tensor]
             if not path.exists():  # it serves any batch size
                 with export.exporter(name):
                     program = program or export.trace(for_inference(model), setting.cfg.MODEL.IMAGE_SIZE)
-                    path.write_bytes(kind.convert(program))
+                    path.write_bytes(kind.convert(program, list(export.outputs_of(setting.cfg))))
             forms[f'last estimate, {name}'] = kind.load(path)
     return forms
 

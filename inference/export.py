@@ -19,7 +19,7 @@ from yacs.config import CfgNode
 
 from inference.folding import for_inference
 from models import DIR
-from models.predictions import CAMERA, POSE, ROOT_ROTATION, SHAPE, HandPrediction
+from models.predictions import CAMERA, POSE, ROOT_ROTATION, SHAPE, DIROutput, HandPrediction
 from models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from utils.errors import UserError
 from utils.files import atomic_file
@@ -33,7 +33,7 @@ CHECKED_BATCHES = (1, 3)
 TRACED_BATCH = 2  # differs from the checked ones, so that a hard-coded batch size shows
 MOST_IMAGES = 65536  # of a batch
 
-Run = Callable[[Tensor], tuple[Tensor, ...]]  # image -> outputs in the order of OUTPUTS
+Run = Callable[[Tensor], tuple[Tensor, ...]]  # image -> outputs in the order of ``values_of``
 
 
 class Output(NamedTuple):
@@ -53,7 +53,29 @@ OUTPUTS = {
     'vertices_uv': Output(('B', 2, 778, 2), 'half a crop', '(right, down): pixel = (uv + 1) * S / 2'),
     'joints_uv': Output(('B', 2, 21, 2), 'half a crop', '(right, down): pixel = (uv + 1) * S / 2'),
 }
+# Of networks with MODEL.PRESENCE and MODEL.CONFIDENCE.
+OPTIONAL_OUTPUTS = {
+    'presence': Output(('B', 2), '1', 'probability that the hand is in the image'),
+    'visible': Output(('B', 2, 21), '1', 'probability that the joint is neither hidden nor outside the crop'),
+    'deviation': Output(('B', 2, 21), 'm', 'standard deviation of each coordinate of a joint; not of the root joint'),
+}
 assert tuple(OUTPUTS) == HandPrediction._fields
+
+
+def values_of(output: DIROutput) -> dict[str, Tensor]:
+    """The values that files yield, by name and in their order."""
+    values = output.stages[-1]._asdict()
+    if output.presence is not None:
+        values['presence'] = output.presence.sigmoid()
+    if output.confidence is not None:
+        values |= {'visible': output.confidence.visible.sigmoid(), 'deviation': output.confidence.deviation}
+    return values
+
+
+def outputs_of(cfg: CfgNode) -> dict[str, Output]:
+    """The outputs of a network with this configuration."""
+    names = [*OUTPUTS, *['presence'] * cfg.MODEL.PRESENCE, *['visible', 'deviation'] * cfg.MODEL.CONFIDENCE]
+    return {name: (OUTPUTS | OPTIONAL_OUTPUTS)[name] for name in names}
 
 
 def licence(hand_model: str) -> str:
@@ -73,7 +95,7 @@ class Format(NamedTuple):
 
     file: str
     packages: tuple[str, ...]  # beyond requirements.txt
-    convert: Callable[[ExportedProgram], bytes]
+    convert: Callable[[ExportedProgram, list[str]], bytes]  # with the names of the outputs
     load: Callable[[Path], Run]
 
 
@@ -117,7 +139,7 @@ def description(cfg: CfgNode) -> dict:
         },
         'outputs': [
             {'name': name, 'shape': output.shape, 'type': 'float32', 'unit': output.unit, 'meaning': output.meaning}
-            for name, output in OUTPUTS.items()
+            for name, output in outputs_of(cfg).items()
         ],
         'parameters': {
             name: [numbers.start, numbers.stop]
@@ -139,12 +161,13 @@ def description(cfg: CfgNode) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write_files(model: DIR, size: int, folder: Path, formats: dict[str, Format]) -> dict[str, dict]:
+def write_files(model: DIR, cfg: CfgNode, folder: Path, formats: dict[str, Format]) -> dict[str, dict]:
     """Write and check the files of ``formats`` -> their entries in export.json, by file name.
 
     The files are renamed together at the end, or not at all. Raises UserError if an exporter fails or a file's outputs
     differ from the network's.
     """
+    size, outputs = cfg.MODEL.IMAGE_SIZE, outputs_of(cfg)
     with exporter('torch.export'):
         program = trace(for_inference(model), size)
     entries = {}
@@ -152,7 +175,7 @@ def write_files(model: DIR, size: int, folder: Path, formats: dict[str, Format])
         for name, kind in formats.items():
             path = folder / kind.file
             with exporter(name):
-                content = kind.convert(program)
+                content = kind.convert(program, list(outputs))
             file = files.enter_context(atomic_file(path))
             file.write(content)
             file.flush()
@@ -169,7 +192,7 @@ def write_files(model: DIR, size: int, folder: Path, formats: dict[str, Format])
                 'format': name,
                 'batches_checked': CHECKED_BATCHES,
                 'largest_differences': {
-                    output: {'value': value, 'unit': OUTPUTS[output].measured_in}
+                    output: {'value': value, 'unit': outputs[output].measured_in}
                     for output, value in differences.items()
                 },
             }
@@ -200,14 +223,14 @@ def exporter(what: str) -> Iterator[None]:
 
 
 class LastEstimate(nn.Module):
-    """Image (B, 3, S, S) -> a plain tuple in the order of OUTPUTS, since files cannot hold our classes."""
+    """Image (B, 3, S, S) -> a plain tuple in the order of ``values_of``, since files cannot hold our classes."""
 
     def __init__(self, model: DIR):
         super().__init__()
         self.model = model
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.model(image).stages[-1])
+        return tuple(values_of(self.model(image)).values())
 
 
 def trace(model: DIR, size: int) -> ExportedProgram:
@@ -225,10 +248,10 @@ def trace(model: DIR, size: int) -> ExportedProgram:
     return program
 
 
-def to_onnx(program: ExportedProgram) -> bytes:
+def to_onnx(program: ExportedProgram, names: list[str]) -> bytes:
     """Serialise as ONNX. Raises RuntimeError if the exporter chose another opset."""
     exporting = torch.onnx.export(
-        program, (), input_names=['image'], output_names=list(OUTPUTS), opset_version=OPSET, dynamo=True, verbose=False
+        program, (), input_names=['image'], output_names=names, opset_version=OPSET, dynamo=True, verbose=False
     )
     assert exporting is not None  # None only where torch writes the file itself
     exported = exporting.model_proto
@@ -248,7 +271,7 @@ def name_batch_axis(graph) -> None:
                 dim.dim_param = re.sub(rf'\b{re.escape(axis)}\b', 'batch', dim.dim_param)
 
 
-def to_torch_export(program: ExportedProgram) -> bytes:
+def to_torch_export(program: ExportedProgram, names: list[str]) -> bytes:
     content = io.BytesIO()
     torch.export.save(program, content)
     return content.getvalue()
@@ -268,7 +291,7 @@ def load_onnx(path: Path) -> Run:
     session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
 
     def run(image: Tensor) -> tuple[Tensor, ...]:
-        return tuple(map(torch.from_numpy, session.run(list(OUTPUTS), {'image': image.numpy()})))
+        return tuple(map(torch.from_numpy, session.run(None, {'image': image.numpy()})))
 
     return run
 
@@ -285,22 +308,28 @@ def largest_differences(run: Run, model: DIR, size: int) -> dict[str, float]:
     NaN if either yields NaN, infinite if the shapes differ.
     """
     images = torch.randn(sum(CHECKED_BATCHES), 3, size, size, generator=torch.Generator().manual_seed(0))
-    largest = dict.fromkeys(OUTPUTS, torch.zeros(()))
+    largest: dict[str, Tensor] = {}
     for image in images.split(CHECKED_BATCHES):
         with torch.no_grad():
-            expected, got = model(image).stages[-1]._asdict(), dict(zip(OUTPUTS, run(image)))
-        for name, output in OUTPUTS.items():
-            same = got[name].shape == expected[name].shape
-            difference = (got[name] - expected[name]).abs().max() if same else torch.tensor(torch.inf)
-            unit = 1e-3 if output.measured_in == 'mm' else expected[name].abs().max()
-            largest[name] = torch.maximum(largest[name], difference / unit)  # NaN stays NaN
+            expected = values_of(model(image))
+            got = dict(zip(expected, run(image), strict=True))
+        for name, value in expected.items():
+            same = got[name].shape == value.shape
+            difference = (got[name] - value).abs().max() if same else torch.tensor(torch.inf)
+            unit = 1e-3 if _unit(name) == 'mm' else value.abs().max()
+            # NaN stays NaN.
+            largest[name] = torch.maximum(largest.get(name, torch.zeros(())), difference / unit)
     return {name: value.item() for name, value in largest.items()}
+
+
+def _unit(name: str) -> str:
+    return (OUTPUTS | OPTIONAL_OUTPUTS)[name].measured_in
 
 
 def check(differences: dict[str, float], path: Path) -> None:
     """Raises UserError unless every difference is below its limit."""
     for name, difference in differences.items():
-        unit = OUTPUTS[name].measured_in
+        unit = _unit(name)
         if not difference < LIMITS[unit]:
             raise UserError(
                 f"The new {path} was removed: its {name} differ from PyTorch's by {difference:.2g} {unit}, "

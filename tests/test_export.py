@@ -82,7 +82,7 @@ def exported(checkpoint, tmp_path_factory) -> Exported:
 def quick(monkeypatch, exported):
     """Give the script a format that takes no time: ``quick(run)`` with what the written file computes."""
 
-    def install(run, convert=lambda program: b'content'):
+    def install(run, convert=lambda program, names: b'content'):
         monkeypatch.setattr(export, 'trace', lambda model, size: exported.program)
         monkeypatch.setitem(export.FORMATS, 'torch_export', export.Format('dir.pt2', (), convert, lambda path: run))
 
@@ -143,7 +143,7 @@ def test_what_was_written_is_described_and_nothing_else_is_there(exported, stand
     assert said['input']['shape'] == ['B', 3, SIZE, SIZE] and said['root_joint'] == 0
     assert [output['name'] for output in said['outputs']] == list(export.OUTPUTS)
     assert said['hand_model'] == standin.identity and 'may not be passed on' in said['licence']
-    for name, output in export.OUTPUTS.items():  # the head of the script says the same
+    for name, output in (export.OUTPUTS | export.OPTIONAL_OUTPUTS).items():  # the head of the script says the same
         assert re.search(rf'^    {name} +\({", ".join(map(str, output.shape))}\) ', command.__doc__, re.M), name
     here = str(Path(export.__file__).parents[1]).encode()
     assert [name for name in names if here in (exported.folder / name).read_bytes()] == []
@@ -204,7 +204,7 @@ def test_outputs_of_another_shape_or_order_are_noticed(network, tmp_path):
 
 
 def test_a_failing_exporter_is_heard_and_leaves_no_half_file(checkpoint, quick, tmp_path, capsys):
-    def convert(program):
+    def convert(program, names):
         print('chatter')
         raise ValueError('no such operator')
 
@@ -236,3 +236,19 @@ def test_wrong_arguments_are_one_sentence(checkpoint, tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.count('\n') == 1 and part in error
     assert not (tmp_path / 'out').exists()
+
+
+def test_presence_and_confidence_are_outputs_of_networks_that_predict_them(standin, tmp_path):
+    cfg = load_config(None, [*IDENTITY, 'MODEL.PRESENCE', 'true', 'MODEL.CONFIDENCE', 'true'])
+    torch.manual_seed(0)
+    model = build_model(cfg, standin, pretrained=False).eval()
+    torch.nn.init.normal_(model.presence_head.evidence[-1].weight, std=0.1)
+    names = list(export.outputs_of(cfg))
+    assert names == [*export.OUTPUTS, *export.OPTIONAL_OUTPUTS] == list(export.values_of(model(images(2))))
+    files = export.write_files(model, cfg, tmp_path, {'torch_export': export.FORMATS['torch_export']})
+    assert list(files['dir.pt2']['largest_differences']) == names
+    got = dict(zip(names, export.load_torch_export(tmp_path / 'dir.pt2')(images(UNSEEN)), strict=True))
+    expected = model(images(UNSEEN))
+    torch.testing.assert_close(got['presence'], expected.presence.sigmoid(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got['deviation'], expected.confidence.deviation, rtol=1e-3, atol=1e-6)
+    assert [one['name'] for one in export.description(cfg)['outputs']] == names
