@@ -19,7 +19,11 @@ def summarise(samples: Samples, protocol: Protocol, metrics: tuple[Metric, ...] 
 
 def breakdown(samples: Samples, metrics: tuple[Metric, ...] = METRICS) -> dict[str, Any]:
     """Everything else in metrics.json, from all columns of the last stage."""
-    figures = {metric.key: metric.figure(samples) for metric in metrics if metric.in_json and not metric.headline}
+    figures = {
+        metric.key: metric.figure(samples)
+        for metric in metrics
+        if metric.in_json and not metric.headline and metric.applies(samples)
+    }
     return {'interval_95': intervals(samples, [metric.key for metric in headline(metrics)])} | figures
 
 
