@@ -412,7 +412,9 @@ def validate_and_keep_best(session: Session) -> bool:
                 f'    {folder}: joint {figures["joint_mm"]["all"]:.2f} mm, root {figures["root_mm"]:.2f} mm'
             )
     progress.tick()
-    if math.isnan(joint):  # no frame shows a hand: best.pth holds the last epoch, as without a validation split
+    if math.isnan(joint):  # as without a validation split
+        if log:
+            session.bar.write('No frame of the split val shows a hand: best.pth holds the last epoch.')
         save_best(session)
     elif joint < progress.best:
         progress.best = joint

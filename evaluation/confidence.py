@@ -14,7 +14,8 @@ from utils.hand import JOINT_NAMES
 
 STEPS = 20  # of a sparsification curve: the least certain 0, 5 ... 95 % are removed
 REMOVED = tuple(step / STEPS for step in range(STEPS))
-WITHIN = {'within_1': 0.6827, 'within_2': 0.9545}  # expected share of a normal distribution
+# Share of a normal distribution that is expected within 1 and 2 deviations.
+WITHIN = {f'within_{times}': math.erf(times / math.sqrt(2)) for times in (1, 2)}
 # Joint kinds -> joint numbers. A finger is joints 1 (at the palm), 2, 3 and the tip.
 JOINT_KINDS = {'all': list(range(len(JOINT_NAMES))), 'wrist': [JOINT_NAMES.index('wrist')]} | {
     kind: [number for number, name in enumerate(JOINT_NAMES) if name.endswith(ending)]

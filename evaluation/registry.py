@@ -219,7 +219,9 @@ def _presence_lines(summary: dict[str, Any]) -> list[str]:
     figures = summary['presence']
     if figures is None:
         return [f'{"presence:":24}not predicted (MODEL.PRESENCE is off), though some frames lack a hand']
-    precision = ', '.join(f'{side} {value:.4f}' for side, value in figures['average_precision'].items())
+    precision = ', '.join(
+        f'{side} {value:.4f}' for side, value in figures['average_precision'].items() if not math.isnan(value)
+    )
     shares = ', '.join(
         f'{title} {100 * figures[key]:.1f} %'
         for title, key in (
@@ -229,18 +231,20 @@ def _presence_lines(summary: dict[str, Any]) -> list[str]:
         )
         if not math.isnan(figures[key])
     )
-    return [f'{"presence, AP:":24}{precision}', f'{"presence:":24}{shares}']
+    lines = {'presence, AP:': precision, 'presence:': shares}
+    return [f'{title:24}{text}' for title, text in lines.items() if text]
 
 
 def _hidden_lines(summary: dict[str, Any]) -> list[str]:
-    return [
-        'hidden joints:',
-        *(
-            f'    {kind.replace("_", " "):20}{100 * value["share"]:5.1f} % hidden, '
-            f'AP {value["average_precision"]:.4f}, accuracy {100 * value["accuracy"]:.1f} %'
-            for kind, value in summary['hidden_joints'].items()
-        ),
-    ]
+    lines = ['hidden joints:']
+    for kind, value in summary['hidden_joints'].items():
+        precision = value['average_precision']
+        ranked = '' if math.isnan(precision) else f', AP {precision:.4f}'
+        lines.append(
+            f'    {kind.replace("_", " "):20}{100 * value["share"]:5.1f} % hidden{ranked}, '
+            f'accuracy {100 * value["accuracy"]:.1f} %'
+        )
+    return lines
 
 
 def _joint_visibility_lines(summary: dict[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """Figures of an evaluation as metrics.json holds them, and as the console prints them."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,6 +58,8 @@ def format_breakdown(summary: dict[str, Any], metrics: tuple[Metric, ...] = METR
     for metric in headline(metrics):
         interval = summary['interval_95'][metric.key]
         low, high = interval['all'] if metric.per_hand else interval
+        if math.isnan(low):
+            continue
         lines.append(f'    {metric.title + ":":24}{low:9.3f} to {high:9.3f} {metric.unit}')
     for metric in metrics:
         if not metric.headline:
