@@ -276,7 +276,7 @@ def fit(run: Training, progress: Progress) -> int:
             print(stopped)
         return stopped.exit_code
     if log:
-        figure = '' if run.validation is None else f', validation joint error {progress.best:.2f} mm'
+        figure = '' if math.isinf(progress.best) else f', validation joint error {progress.best:.2f} mm'
         print(f'done: {run.folder / BEST}{figure}')
     return 0
 
@@ -412,7 +412,11 @@ def validate_and_keep_best(session: Session) -> bool:
                 f'    {folder}: joint {figures["joint_mm"]["all"]:.2f} mm, root {figures["root_mm"]:.2f} mm'
             )
     progress.tick()
-    if joint < progress.best:
+    if math.isnan(joint):  # as without a validation split
+        if log:
+            session.bar.write('No frame of the split val shows a hand: best.pth holds the last epoch.')
+        save_best(session)
+    elif joint < progress.best:
         progress.best = joint
         save_best(session)
     return True

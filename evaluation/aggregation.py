@@ -1,9 +1,10 @@
 """Aggregate per-sample values into figures: means, curves, breakdowns, bootstrap intervals.
 
 Samples are a dictionary: column name -> (N, ...) tensor, hands in axis 1. Figures are computed from per-sample values
-alone, so they do not depend on batches or processes. NaN (not annotated) is left out.
+alone, so they do not depend on batches or processes. NaN (not annotated, or a hand that is absent) is left out.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,7 +34,9 @@ def choose_rows(samples: Samples, rows: Tensor) -> Samples:
 
 
 def sides(left: float, right: float) -> dict[str, float]:
-    """The figures of both hands; ``all`` is their plain mean."""
+    """The figures of both hands; ``all`` is their plain mean, or the figure of the only hand that has one."""
+    if math.isnan(left) or math.isnan(right):
+        return {'left': left, 'right': right, 'all': right if math.isnan(left) else left}
     return {'left': left, 'right': right, 'all': (left + right) / 2}
 
 
@@ -77,9 +80,8 @@ def intervals(samples: Samples, keys: list[str], *, resamples: int = RESAMPLES, 
         if samples[key].ndim == 1:
             result[key] = _central(part[:, 0])
         else:
-            result[key] = {
-                side: _central(column) for side, column in zip((*SIDES, 'all'), (part[:, 0], part[:, 1], part.mean(1)))
-            }
+            means_of_hands = (part[:, 0], part[:, 1], part.nanmean(1))
+            result[key] = {side: _central(column) for side, column in zip((*SIDES, 'all'), means_of_hands)}
     return result | {'resamples': resamples, 'level': 0.95}
 
 
@@ -88,12 +90,12 @@ def _central(values: Tensor) -> list[float]:
 
 
 def pck(joints_mm: Tensor) -> dict[str, Any]:
-    """PCK curve of each hand and its area over 0 to 50 mm, from joint errors (N, 2, 21) mm."""
+    """PCK curve of each hand and its area over 0 to 50 mm, from joint errors (N, 2, 21) mm; NaN without any joint."""
     thresholds = torch.tensor(PCK_THRESHOLDS, dtype=joints_mm.dtype)
     curves = []
     for hand in joints_mm.unbind(1):
         known = hand[hand.isfinite()].sort().values
-        curves.append(torch.searchsorted(known, thresholds, right=True).double() / max(len(known), 1))
+        curves.append(torch.searchsorted(known, thresholds, right=True).double() / (len(known) or math.nan))
     areas = [torch.trapezoid(curve, thresholds.double()).item() / PCK_THRESHOLDS[-1] for curve in curves]
     return {
         'thresholds_mm': list(PCK_THRESHOLDS),
@@ -135,6 +137,30 @@ def binned(samples: Samples, by: Tensor, edges: tuple[float, ...]) -> list[dict[
     return rows
 
 
+def some_absent(samples: Samples) -> bool:
+    """Whether a frame lacks a hand."""
+    return 'present' in samples and not bool(samples['present'].all())
+
+
+def by_hands(samples: Samples) -> dict[str, dict[str, Any]]:
+    """Number and mean errors of the frames that show a single hand, two hands, any hand, none.
+
+    As InterNet's: the joint error is the mean of left and right, the root error that of the frames with two hands.
+    """
+    count = samples['present'].sum(1)
+    groups = {'single': count == 1, 'interacting': count == 2, 'all': count > 0, 'empty': count == 0}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, inside in groups.items():
+        chosen = choose_rows(samples, inside)
+        rows[name] = {
+            'frames': int(inside.sum()),
+            'joint_mm': mean_joint_error(chosen)['all'],
+            'vert_mm': mean(chosen['vert_mm'])['all'],
+            'root_mm': mean(chosen['root_mm']),
+        }
+    return rows
+
+
 def by_visibility(samples: Samples, visible: Tensor) -> list[dict[str, Any]]:
     """Mean errors of the *hands* whose visible share (N, 2) is in each bin [from, to); the last bin includes 1."""
     rows = []
@@ -148,14 +174,20 @@ def by_visibility(samples: Samples, visible: Tensor) -> list[dict[str, Any]]:
 
 def placement(error_mm: Tensor, depth_mm: Tensor) -> dict[str, float]:
     """Mean error of the root joints placed in the camera, and of its depth component: (N, 2) mm each."""
-    return sides(*error_mm.double().mean(0).tolist()) | {'depth': depth_mm.double().mean().item()}
+    return sides(*error_mm.double().nanmean(0).tolist()) | {'depth': depth_mm.double().nanmean().item()}
 
 
 def penetration(depth_mm: Tensor) -> dict[str, float]:
-    """Share of frames whose hands intersect, their mean depth and the maximum: depths (N,) mm."""
-    deep = depth_mm[depth_mm > 0].double()
+    """Share of frames whose hands intersect, their mean depth and the maximum: depths (N,) mm.
+
+    Every figure is NaN without a frame of two hands.
+    """
+    known = depth_mm[depth_mm.isfinite()]
+    if not len(known):
+        return dict.fromkeys(('share', 'mean_mm', 'worst_mm'), math.nan)
+    deep = known[known > 0].double()
     return {
-        'share': len(deep) / len(depth_mm),
+        'share': len(deep) / len(known),
         'mean_mm': deep.mean().item() if len(deep) else 0.0,
         'worst_mm': deep.max().item() if len(deep) else 0.0,
     }
@@ -164,10 +196,11 @@ def penetration(depth_mm: Tensor) -> dict[str, float]:
 def segmentation_iou(intersection: Tensor, union: Tensor) -> dict[str, float] | None:
     """Intersection over union of each class over all pixels of all frames, from (N, 3) pixels each.
 
-    None if the union is empty: a model without a segmentation.
+    None if all unions are empty: a model without a segmentation. NaN for a class that is neither true nor predicted in
+    any frame.
     """
     both, either = intersection.double().sum(0), union.double().sum(0)
     if not bool(either.any()):
         return None
-    iou = dict(zip(SEGMENTATION_CLASSES, (both / either.clamp_min(1)).tolist()))
-    return iou | {'hands': (iou['left'] + iou['right']) / 2}
+    iou = dict(zip(SEGMENTATION_CLASSES, (both / either).tolist()))
+    return iou | {'hands': sides(iou['left'], iou['right'])['all']}

@@ -2,19 +2,21 @@
 
 from contextlib import closing
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from dataset.loader import Loader
-from dataset.prepared import PreparedSplit
+from dataset.prepared import LABEL_SHAPES, PreparedSplit, with_placeholders
 from manopth import TwoHandLayer
 from manopth.rotations import nearest_rotation
 from models.hand_head import HandHead
 from models.placement import nearest_camera
 from models.predictions import CAMERA, NUM_PARAMETERS, POSE, ROOT_ROTATION, SHAPE, DIROutput
 from models.preprocessing import Preprocessing
+from utils.errors import UserError
 from utils.geometry import project, to_uv, world_to_camera
 from utils.hand import HAND_SCALE, LEFT, RIGHT
 
@@ -38,7 +40,7 @@ class ConstantPrediction(nn.Module):
 
 
 class _Annotations(Dataset):
-    """The annotations of a split, without images."""
+    """The annotations of a split, without images: the present hands (2,), then the arrays of LABEL_SHAPES."""
 
     def __init__(self, dataset: PreparedSplit):
         self.dataset = dataset
@@ -47,27 +49,48 @@ class _Annotations(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> list[Tensor]:
-        return list(map(torch.from_numpy, self.dataset.labels(index)))
+        labels = dict(zip(LABEL_SHAPES, self.dataset.labels(index), strict=True))
+        present = ~np.isnan(labels['pose'][:, 0])
+        return list(map(torch.from_numpy, (present, *with_placeholders(labels, present).values())))
 
 
 @torch.no_grad()
 def mean_prediction(
     dataset: PreparedSplit, hand_layer: TwoHandLayer, *, root_joint: int, workers: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Means over ``dataset``: parameters (2, 64) and offset (3,). The mean rotation is the chordal one."""
+    """Means over ``dataset``: parameters (2, 64) and offset (3,). The mean rotation is the chordal one.
+
+    Absent hands are left out, and from the offset the frames without both hands. A hand that no frame shows is the mean
+    hand of the model, with the other one's camera. Raises UserError if no frame shows any hand.
+    """
     rotation, pose, shape, offset = torch.zeros(2, 3, 3), torch.zeros(2, 45), torch.zeros(2, 10), torch.zeros(3)
-    camera_sum = torch.zeros(2, 3)
+    camera_sum, shown, pairs = torch.zeros(2, 3), torch.zeros(2), 0
     with closing(Loader(_Annotations(dataset), batch_size=256, num_workers=workers)) as loader:
-        for root, poses, shapes, translation, *camera, intrinsics in tqdm(loader, desc='mean', leave=False):
+        for present, root, poses, shapes, translation, *camera, intrinsics in tqdm(loader, desc='mean', leave=False):
+            both = present.all(1)
+            shown, pairs = shown + present.sum(0), pairs + int(both.sum())
             joints = world_to_camera(hand_layer(root, poses, shapes).joints + translation[:, :, None], *camera)
-            offset += (joints[:, RIGHT, root_joint] - joints[:, LEFT, root_joint]).sum(0) / HAND_SCALE / len(dataset)
+            apart = joints[:, RIGHT, root_joint] - joints[:, LEFT, root_joint]
+            offset += _sum_of(apart, both) / HAND_SCALE / len(dataset)
             uv = to_uv(project(joints, intrinsics[:, None]))
-            camera_sum += nearest_camera(joints - joints[:, :, root_joint : root_joint + 1], uv).sum(0)
-            rotation += (camera[0][:, None] @ root).sum(0)
-            pose += poses.sum(0) / len(dataset)
-            shape += shapes.sum(0) / len(dataset)
+            camera_sum += _sum_of(nearest_camera(joints - joints[:, :, root_joint : root_joint + 1], uv), present)
+            rotation += _sum_of(camera[0][:, None] @ root, present)
+            pose += _sum_of(poses, present) / len(dataset)
+            shape += _sum_of(shapes, present) / len(dataset)
+    if not shown.any():
+        raise UserError(f'No frame of {dataset.folder} shows a hand, so there is no mean to predict. Prepare it again.')
+    rotation = torch.where(shown[:, None, None] > 0, rotation, torch.eye(3))
+    camera_sum, frames = torch.where(shown[:, None] > 0, camera_sum, camera_sum.flip(0)), shown[:, None]
     parameters = torch.zeros(2, NUM_PARAMETERS)
     parameters[:, ROOT_ROTATION] = nearest_rotation(rotation)[..., :2].transpose(-1, -2).flatten(1)
-    parameters[:, POSE], parameters[:, SHAPE] = pose, shape
-    parameters[:, CAMERA] = camera_sum / len(dataset)
-    return parameters, offset
+    scale = len(dataset) / frames.clamp_min(1)  # 1 if every frame shows the hand
+    parameters[:, POSE], parameters[:, SHAPE] = pose * scale, shape * scale
+    parameters[:, CAMERA] = camera_sum / torch.where(frames > 0, frames, frames.flip(0))
+    return parameters, offset * (len(dataset) / max(pairs, 1))
+
+
+def _sum_of(values: Tensor, chosen: Tensor) -> Tensor:
+    """Sum over samples of those values (B, ...) that the leading axes of ``chosen`` select."""
+    if not chosen.all():
+        values = torch.where(chosen.view(*chosen.shape, *[1] * (values.ndim - chosen.ndim)), values, 0.0)
+    return values.sum(0)

@@ -186,6 +186,8 @@ def evaluate(
 
 def _check_finite(output: DIROutput, batch: Batch, dataset: Any) -> None:
     finite = output.stages[-1].finite
+    for values in (output.presence, *(output.confidence or ())):
+        finite = finite if values is None else finite & values.flatten(1).isfinite().all(1)
     if not bool(finite.all()):
         names = [dataset.name(i) for i in batch.index[~finite].tolist()]
         raise UserError(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dataset.batch import Batch, BatchMaker
 from dataset.prepared import PreparedSplit
+from dataset.targets import only_present
 from evaluation.metrics import predicted_classes
 from evaluation.network_maps import NetworkMaps, forward_with_maps
 from models import DIR
@@ -96,17 +97,18 @@ def look(model: DIR, dataset: PreparedSplit, indices: Iterable[int], batch_maker
 
 
 def predicted_meshes(seen: Seen, stage: int) -> list[np.ndarray]:
-    """A stage's meshes over each crop, placed at the true roots as for the pixel errors."""
+    """A stage's meshes over each crop, placed at the true roots as for the pixel errors; without absent hands."""
     root = seen.batch.target.joints[:, :, seen.root_joint, None]
     return _meshes(seen, seen.output.stages[stage].vertices + root)
 
 
 def true_meshes(seen: Seen) -> list[np.ndarray]:
-    """The true meshes over each crop."""
+    """The true meshes over each crop, without absent hands."""
     return _meshes(seen, seen.batch.target.vertices)
 
 
 def _meshes(seen: Seen, vertices: Tensor) -> list[np.ndarray]:
+    vertices = only_present(vertices, seen.batch.target.present)
     return [
         mesh_overlay(crop, hands, intrinsics, seen.faces, smooth_edges=1)
         for crop, hands, intrinsics in zip(seen.crops, vertices, seen.batch.intrinsics)
@@ -117,11 +119,20 @@ def prediction_sheet(seen: Seen, predicted: list[np.ndarray], true: list[np.ndar
     """Input, skeletons, meshes and masks: the last stage's beside the true ones, from meshes already drawn."""
     output, target = seen.output, seen.batch.target
     pixels, true_pixels = (from_uv(uv, CROP_SIZE) for uv in (output.stages[-1].joints_uv, target.joints_uv))
+    if output.presence is not None:
+        pixels = _shown(pixels, output.presence > 0)
+    if target.present is not None:
+        true_pixels = _shown(true_pixels, target.present)
     # A model without dense heads has no mask to show.
     logits = output.segmentation
     labels = torch.zeros(len(predicted), 1, 1) if logits is None else logits.argmax(1)
     rows = zip(seen.crops, pixels, true_pixels, predicted, true, labels, target.segmentation)
     return picture_sheet([prediction_row(RowInputs(*row)) for row in rows], seen.titles)
+
+
+def _shown(pixels: Tensor, present: Tensor) -> Tensor:
+    """Joints (B, 2, 21, 2) with NaN, which is not drawn, for absent hands."""
+    return torch.where(present[:, :, None, None], pixels, torch.nan)
 
 
 def stage_sheet(seen: Seen, stages: list[list[np.ndarray]], true: list[np.ndarray]) -> np.ndarray:

@@ -4,6 +4,7 @@ To add a metric, add an entry to ``METRICS`` and its definition to docs/protocol
 order everywhere.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from evaluation.aggregation import (
     DISTANCE_EDGES,
     Samples,
     binned,
+    by_hands,
     by_joint,
     by_visibility,
     mean,
@@ -22,8 +24,10 @@ from evaluation.aggregation import (
     penetration,
     placement,
     segmentation_iou,
+    some_absent,
 )
 from evaluation.comparison import Comparison
+from evaluation.confidence import WITHIN, by_joint_visibility, deviations, hidden_joints, presence
 from utils.hand import SIDES
 
 
@@ -40,18 +44,24 @@ class TableColumn(NamedTuple):
         return max(values) if self.higher_is_better else min(values)
 
 
+def _always(samples: Samples) -> bool:
+    return True
+
+
 class Metric(NamedTuple):
     """How one metric is measured, aggregated and shown. Every part is optional but the key."""
 
     key: str  # in metrics.json
     title: str = ''  # on the console
     unit: str = ''
-    measure: Callable[[Comparison], Tensor] | None = None  # a batch's values: (B,), (B, 2, ...); NaN: missing
+    # A batch's values: (B,), (B, 2, ...); NaN: missing; None: the network or the data lack them altogether.
+    measure: Callable[[Comparison], Tensor | None] | None = None
     column: str = ''  # of the measured values, if it is not the key
     per_hand: bool = False  # the values are (B, 2), the figure is {'left', 'right', 'all'}
     headline: bool = False  # depends on the protocol: measured for every stage and every protocol, and printed first
     in_csv: bool = True  # per_sample.csv has the measured values
     in_json: bool = True  # metrics.json has the figure
+    applies: Callable[[Samples], bool] = _always  # only then do metrics.json, per_sample.csv and the console have it
     aggregate: Callable[[Samples], Any] | None = None  # samples -> figure; by default the mean over frames
     lines: Callable[[dict[str, Any]], list[str]] | None = None  # metrics.json -> console lines; by default the figure
     table: TableColumn | None = None  # None: not in the table of runs
@@ -62,18 +72,22 @@ class Metric(NamedTuple):
         return self.column or self.key
 
     def figure(self, samples: Samples) -> Any:
-        """The value in metrics.json."""
+        """The value in metrics.json, if the metric applies."""
         return self.aggregate(samples) if self.aggregate else mean(samples[self.name])
 
     def csv_columns(self, samples: Samples) -> dict[str, Tensor]:
         """Columns of per_sample.csv: header -> (N,)."""
+        if self.name not in samples or not self.applies(samples):
+            return {}
         values = samples[self.name]
         if not self.per_hand:
             return {self.name: values}
         return {f'{self.name}_{side}': values[:, hand] for hand, side in enumerate(SIDES)}
 
     def console_lines(self, summary: dict[str, Any]) -> list[str]:
-        """The lines below the headline that print the figure."""
+        """The lines below the headline that print the figure, if the metric applied."""
+        if self.in_json and self.key not in summary:
+            return []
         if self.lines:
             return self.lines(summary)
         value = summary[self.key]
@@ -97,14 +111,20 @@ def error(
     )
 
 
-def hidden(key: str, measure: Callable[[Comparison], Tensor], *, headline: bool = False) -> Metric:
+def hidden(key: str, measure: Callable[[Comparison], Tensor | None], *, headline: bool = False) -> Metric:
     """Measured values that only serve to aggregate other metrics."""
     return Metric(key, measure=measure, headline=headline, in_csv=False, in_json=False, lines=_no_lines)
 
 
-def covariate(key: str, measure: Callable[[Comparison], Tensor], *, per_hand: bool = False) -> Metric:
+def covariate(
+    key: str,
+    measure: Callable[[Comparison], Tensor],
+    *,
+    per_hand: bool = False,
+    applies: Callable[[Samples], bool] = _always,
+) -> Metric:
     """A property of each frame or hand that is in per_sample.csv but has no mean of its own."""
-    return Metric(key, measure=measure, per_hand=per_hand, in_json=False, lines=_no_lines)
+    return Metric(key, measure=measure, per_hand=per_hand, applies=applies, in_json=False, lines=_no_lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,6 +186,8 @@ def _placement_lines(summary: dict[str, Any]) -> list[str]:
 def _penetration_lines(title: str, key: str) -> Callable[[dict[str, Any]], list[str]]:
     def lines(summary: dict[str, Any]) -> list[str]:
         value = summary[key]
+        if math.isnan(value['share']):
+            return []
         return [
             f'{title + ":":24}{100 * value["share"]:.1f} % of frames, {value["mean_mm"]:.2f} mm deep on average, '
             f'{value["worst_mm"]:.2f} mm at worst'
@@ -179,6 +201,71 @@ def _segmentation_lines(summary: dict[str, Any]) -> list[str]:
         return []
     classes = ', '.join(f'{name} {value:.4f}' for name, value in summary['segmentation_iou'].items())
     return [f'{"segmentation IoU:":24}{classes}']
+
+
+def _hands_lines(summary: dict[str, Any]) -> list[str]:
+    lines = ['by hands in the frame:']
+    for name, row in summary['by_hands'].items():
+        errors = [f'{error} {row[f"{error}_mm"]:.3f} mm' for error in ('joint', 'vert', 'root') if _known(row, error)]
+        lines.append(f'    {name:15}{row["frames"]:>9,} frames: {", ".join(errors) or "-"}')
+    return lines
+
+
+def _known(row: dict[str, Any], error: str) -> bool:
+    return not math.isnan(row[f'{error}_mm'])
+
+
+def _presence_lines(summary: dict[str, Any]) -> list[str]:
+    figures = summary['presence']
+    if figures is None:
+        return [f'{"presence:":24}not predicted (MODEL.PRESENCE is off), though some frames lack a hand']
+    precision = ', '.join(
+        f'{side} {value:.4f}' for side, value in figures['average_precision'].items() if not math.isnan(value)
+    )
+    shares = ', '.join(
+        f'{title} {100 * figures[key]:.1f} %'
+        for title, key in (
+            ('handedness', 'handedness_accuracy'),
+            ('side of a single hand', 'side_accuracy'),
+            ('false alarms on empty frames', 'false_alarms'),
+        )
+        if not math.isnan(figures[key])
+    )
+    lines = {'presence, AP:': precision, 'presence:': shares}
+    return [f'{title:24}{text}' for title, text in lines.items() if text]
+
+
+def _hidden_lines(summary: dict[str, Any]) -> list[str]:
+    lines = ['hidden joints:']
+    for kind, value in summary['hidden_joints'].items():
+        precision = value['average_precision']
+        ranked = '' if math.isnan(precision) else f', AP {precision:.4f}'
+        lines.append(
+            f'    {kind.replace("_", " "):20}{100 * value["share"]:5.1f} % hidden{ranked}, '
+            f'accuracy {100 * value["accuracy"]:.1f} %'
+        )
+    return lines
+
+
+def _joint_visibility_lines(summary: dict[str, Any]) -> list[str]:
+    rows = summary['by_joint_visibility'].items()
+    return [
+        f'{f"{name} joints:":24}error {row["error_mm"]:.3f} mm, predicted deviation {row["deviation_mm"]:.3f} mm'
+        for name, row in rows
+    ]
+
+
+def _deviation_lines(summary: dict[str, Any]) -> list[str]:
+    figures = summary['deviation']
+    shares = ', '.join(
+        f'{100 * figures[key]:.1f} % of coordinates within {times} ({100 * expected:.1f} % expected)'
+        for times, (key, expected) in enumerate(WITHIN.items(), 1)
+    )
+    lines = [f'{"deviation:":24}{shares}; calibration factor {figures["calibration"]:.3f}']
+    for what in ('joints', 'frames'):
+        areas = ', '.join(f'{name} {area:.4f}' for name, area in figures['sparsification'][what]['ause'].items())
+        lines.append(f'{f"sparsification, {what}:":24}AUSE {areas}')
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,12 +353,43 @@ METRICS: tuple[Metric, ...] = (
     ),
     hidden('seg_intersection', lambda comparison: comparison.segmentation[0]),
     hidden('seg_union', lambda comparison: comparison.segmentation[1]),
+    Metric('by_hands', applies=some_absent, aggregate=by_hands, lines=_hands_lines),
+    covariate('present', lambda comparison: comparison.present, per_hand=True, applies=some_absent),
+    Metric(
+        'presence',
+        measure=lambda comparison: comparison.presence,
+        per_hand=True,
+        applies=lambda samples: 'presence' in samples or some_absent(samples),
+        aggregate=lambda samples: presence(samples['presence'], samples['present']) if 'presence' in samples else None,
+        lines=_presence_lines,
+    ),
+    Metric(
+        'hidden_joints',
+        applies=lambda samples: 'visible_logit' in samples,
+        aggregate=lambda samples: hidden_joints(samples['visible_logit'], samples['joint_visible']),
+        lines=_hidden_lines,
+    ),
+    Metric(
+        'by_joint_visibility',
+        applies=lambda samples: 'visible_logit' in samples,
+        aggregate=by_joint_visibility,
+        lines=_joint_visibility_lines,
+    ),
+    Metric(
+        'deviation', applies=lambda samples: 'deviation_mm' in samples, aggregate=deviations, lines=_deviation_lines
+    ),
+    hidden('deviation_mm', lambda comparison: comparison.deviation_mm),
+    hidden('coordinates_mm', lambda comparison: comparison.coordinates_mm),
+    hidden('residual_px', lambda comparison: comparison.residual_px),
+    hidden('visible_logit', lambda comparison: comparison.visible_logit),
+    hidden('joint_visible', lambda comparison: comparison.joint_visible),
 )
 
 
 def measured(metrics: tuple[Metric, ...], comparison: Comparison) -> Samples:
-    """The values of a batch: column -> (B, ...)."""
-    return {metric.name: metric.measure(comparison) for metric in metrics if metric.measure}
+    """The values of a batch: column -> (B, ...), without those that the network or the data lack."""
+    values = {metric.name: metric.measure(comparison) for metric in metrics if metric.measure}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def headline(metrics: tuple[Metric, ...] = METRICS) -> tuple[Metric, ...]:

@@ -50,16 +50,23 @@ def chosen_samples_npz(model: Any, dataset: PreparedSplit, batch_maker: BatchMak
     batch = batch_maker(samples)
     stages = model.eval()(model.preprocess.normalise(batch.image)).stages
     root = model.hand_head.root_joint
+    vertices = torch.stack([hands.vertices for hands in stages], 1)
+    truth, roots = batch.target.vertices, batch.target.joints[:, :, root]
+    if batch.target.present is not None:  # an absent hand is a point at the root of the other one
+        shown = batch.target.present[:, :, None]
+        roots = torch.where(shown, roots, roots.flip(1))
+        truth = torch.where(shown[..., None], truth, roots[:, :, None])
+        vertices = torch.where(shown[:, None, ..., None], vertices, 0.0)
     content: dict[str, Any] = {
         'version': SAMPLES_VERSION,
         'kind': np.array(kinds),
         'index': np.array(index),
         'name': np.array([dataset.name(i) for i in index]),
         'image': samples.image,
-        'vertices': torch.stack([hands.vertices for hands in stages], 1),
+        'vertices': vertices,
         'offset': torch.stack([hands.offset for hands in stages], 1) * HAND_SCALE,
-        'true_vertices': batch.target.vertices,
-        'true_roots': batch.target.joints[:, :, root],
+        'true_vertices': truth,
+        'true_roots': roots,
         'intrinsics': batch.intrinsics,
         'faces': batch_maker.hands.faces.astype(np.int32),
         'joint_mm': errors['joint_mm'][rows],
@@ -74,7 +81,7 @@ def chosen_samples_npz(model: Any, dataset: PreparedSplit, batch_maker: BatchMak
 
 
 def per_sample_csv(result: Evaluation, dataset: PreparedSplit) -> str:
-    """per_sample.csv: one row per sample, its number, file and metrics; empty where the truth is not annotated.
+    """per_sample.csv: one row per sample, its number, file and metrics; empty without a hand or an annotation.
 
     Raises ValueError if the details were not evaluated.
     """
@@ -88,5 +95,11 @@ def per_sample_csv(result: Evaluation, dataset: PreparedSplit) -> str:
     table = csv.writer(text)
     table.writerow(['index', 'file', *columns])
     for index, *values in zip(result.indices.tolist(), *(column.tolist() for column in columns.values())):
-        table.writerow([index, dataset.name(index), *('' if v != v else f'{v:.6f}' for v in values)])
+        table.writerow([index, dataset.name(index), *map(_cell, values)])
     return text.getvalue()
+
+
+def _cell(value: float | bool) -> str:
+    if isinstance(value, bool):
+        return str(int(value))
+    return '' if value != value else f'{value:.6f}'

@@ -1,5 +1,6 @@
 """Figures of an evaluation as metrics.json holds them, and as the console prints them."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,11 @@ def summarise(samples: Samples, protocol: Protocol, metrics: tuple[Metric, ...] 
 
 def breakdown(samples: Samples, metrics: tuple[Metric, ...] = METRICS) -> dict[str, Any]:
     """Everything else in metrics.json, from all columns of the last stage."""
-    figures = {metric.key: metric.figure(samples) for metric in metrics if metric.in_json and not metric.headline}
+    figures = {
+        metric.key: metric.figure(samples)
+        for metric in metrics
+        if metric.in_json and not metric.headline and metric.applies(samples)
+    }
     return {'interval_95': intervals(samples, [metric.key for metric in headline(metrics)])} | figures
 
 
@@ -53,6 +58,8 @@ def format_breakdown(summary: dict[str, Any], metrics: tuple[Metric, ...] = METR
     for metric in headline(metrics):
         interval = summary['interval_95'][metric.key]
         low, high = interval['all'] if metric.per_hand else interval
+        if math.isnan(low):
+            continue
         lines.append(f'    {metric.title + ":":24}{low:9.3f} to {high:9.3f} {metric.unit}')
     for metric in metrics:
         if not metric.headline:

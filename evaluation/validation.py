@@ -1,5 +1,6 @@
 """Validation during training: figures of every stage and pictures, written to the run's log."""
 
+import math
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -87,12 +88,15 @@ def _log_figures(log: RunLog, result: Evaluation, *, epoch: int, step: int) -> N
         log.write(f'val_stage{stage}', step, epoch=epoch, **_scalars(summary))
         for name, values in _errors_of_samples(errors).items():
             # A tag holds values of one kind only, and the scalars own the plain names.
-            log.board.add_histogram(f'val_stage{stage}/{name}_samples', values, step)
+            values = values[values.isfinite()]
+            if len(values):  # of a hand that no frame shows, there are none
+                log.board.add_histogram(f'val_stage{stage}/{name}_samples', values, step)
 
 
 def _scalars(summary: dict) -> dict[str, float]:
+    """The figures of a record; without those of hands that no frame shows."""
     sides = {f'{name}_{side}': value for name in LOGGED_FIGURES for side, value in summary[name].items()}
-    return {'root_mm': summary['root_mm']} | sides
+    return {name: value for name, value in ({'root_mm': summary['root_mm']} | sides).items() if math.isfinite(value)}
 
 
 def _errors_of_samples(errors: Samples) -> dict[str, Tensor]:

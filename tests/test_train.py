@@ -522,6 +522,16 @@ def test_without_a_validation_split_the_last_epoch_is_kept(tiny_prepared, tmp_pa
     assert_same_weights(tmp_path / 'out' / 'best.pth', tmp_path / 'out' / 'latest.pth')
 
 
+@pytest.mark.slow  # trains an epoch
+def test_a_validation_split_without_hands_keeps_the_last_epoch(tiny_prepared, tmp_path, capsys):
+    shutil.copytree(tiny_prepared / 'train', tmp_path / 'data' / 'train')
+    write_prepared(tmp_path / 'data', 'val', 2, absent=dict.fromkeys(range(2), ('left', 'right')))
+    assert run(tmp_path / 'data', tmp_path / 'out', 'TRAIN.EPOCHS', '1') == 0
+    printed = capsys.readouterr().out
+    assert 'No frame of the split val shows a hand' in printed and 'inf mm' not in printed
+    assert_same_weights(tmp_path / 'out' / 'best.pth', tmp_path / 'out' / 'latest.pth')
+
+
 def test_a_broken_validation_split_is_reported_before_training(tiny_prepared, tmp_path, capsys):
     shutil.copytree(tiny_prepared, tmp_path / 'data')
     (tmp_path / 'data' / 'val' / 'img' / '1.jpg').unlink()

@@ -43,3 +43,8 @@ FURTHER: dict[str, tuple[tuple[str, str], int, int]] = {  # title -> keys, facto
         for name in (*SIDES, 'all', 'depth')
     },
 }
+PRESENCE_SHARES = {
+    'handedness_accuracy': 'handedness accuracy, %',
+    'side_accuracy': 'side of a single hand, %',
+    'false_alarms': 'false alarms on empty frames, %',
+}

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from evaluation.confidence import JOINT_KINDS, WITHIN
 from evaluation.registry import headline
-from evaluation.report.figures import OPTIONAL_COLUMNS
+from evaluation.report.figures import ERRORS, OPTIONAL_COLUMNS, PRESENCE_SHARES
 from evaluation.runs import Run
 from evaluation.samples import KINDS, SAMPLES_VERSION
 from utils.arrays import load_npz
@@ -32,6 +33,12 @@ NUMBER, FIGURE = 'a number', 'a number, or null if it was not measured'
 SIDED = {'left': FIGURE, 'right': FIGURE, 'all': FIGURE}
 HEADLINE = {metric.key: SIDED for metric in headline() if metric.per_hand} | {'root_mm': FIGURE}
 PENETRATION = {'share': FIGURE, 'mean_mm': FIGURE, 'worst_mm': FIGURE}
+JOINTS = {'joints': int, 'error_mm': FIGURE, 'deviation_mm': FIGURE}
+SPARSIFICATION = {
+    'count': int,
+    **{name: [FIGURE] for name in ('deviation', 'residual_px', 'oracle')},
+    'ause': dict.fromkeys(('deviation', 'residual_px', 'random'), FIGURE),
+}
 REQUIRED = {**HEADLINE, 'frames': int, 'data': str, 'protocol': {'name': str, 'description': str}}
 OPTIONAL = {
     'subset': {'description': str},
@@ -53,6 +60,16 @@ OPTIONAL = {
     'penetration': PENETRATION,
     'true_penetration': PENETRATION,
     'segmentation_iou': dict.fromkeys(('background', 'left', 'right', 'hands'), FIGURE),
+    'by_hands': dict.fromkeys(
+        ('single', 'interacting', 'all', 'empty'), {'frames': int} | {keys[0]: FIGURE for keys in ERRORS.values()}
+    ),
+    'presence': {'average_precision': SIDED} | dict.fromkeys(PRESENCE_SHARES, FIGURE),
+    'hidden_joints': dict.fromkeys(JOINT_KINDS, dict.fromkeys(('share', 'average_precision', 'accuracy'), FIGURE)),
+    'by_joint_visibility': {'visible': JOINTS, 'hidden': JOINTS},
+    'deviation': {
+        **dict.fromkeys((*WITHIN, 'calibration'), FIGURE),
+        'sparsification': {'removed': [NUMBER], 'joints': SPARSIFICATION, 'frames': SPARSIFICATION},
+    },
 }
 
 

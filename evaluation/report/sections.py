@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from evaluation.confidence import JOINT_KINDS, WITHIN
 from evaluation.registry import TableColumn, compared
 from evaluation.report.charts import Axis, Chart, Series, axis_of, bar_chart, line_chart, sparkline
-from evaluation.report.figures import BINNED, ERRORS, FURTHER, OPTIONAL_COLUMNS
+from evaluation.report.figures import BINNED, ERRORS, FURTHER, OPTIONAL_COLUMNS, PRESENCE_SHARES
 from evaluation.report.hands import hand_diagram, spoken
 from evaluation.report.inputs import Evaluated, Log, PerSample, value_of
 from evaluation.report.views import Block, Card, Section, Span, Table, Text, number
@@ -27,8 +28,9 @@ Runs = Sequence[Evaluated]
 
 def all_sections(runs: Runs, images: dict[int, list[dict[str, str]]]) -> list[Section]:
     """All sections in page order. ``images``: slot -> result of ``samples.draw``."""
-    parts = (headline, distributions, pck, joints, stages, interaction, learning, further)
-    return [*(part(runs) for part in parts), samples(runs, images), worst(runs)]
+    first = [part(runs) for part in (headline, distributions, pck, joints, stages, interaction)]
+    optional = [section for part in (presence, confidence) if (section := part(runs))]
+    return [*first, *optional, learning(runs), further(runs), samples(runs, images), worst(runs)]
 
 
 def lacks(run: Evaluated, what: str, *, evaluation: bool = True) -> Text:
@@ -151,7 +153,7 @@ def distributions(runs: Runs) -> Section:
             for run, values in errors
         ]
     missing = [lacks(run, 'per_sample.csv') for run in runs if not run.per_sample]
-    note = 'Errors are means over both hands of a frame. The charts cut off at most the largest 0.5 %.'
+    note = 'Errors are means over the hands of a frame. The charts cut off at most the largest 0.5 %.'
     quantiled = tables('Quantiles over frames, mm', ['mm', 'frames', 'median', '90 %', '99 %', 'max'], rows)
     block = Block(missing=missing, notes=[note] if found else [], charts=charts, tables=quantiled)
     return Section('distribution', 'Distribution', 'Error distribution', [block])
@@ -299,6 +301,117 @@ def _error(row: dict[str, Any], title: str) -> float | None:
     return value_of(row, ERRORS[title][0])
 
 
+def presence(runs: Runs) -> Section | None:
+    """Errors by the hands in a frame, and predicted presence; None if no run has either."""
+    divided = [run for run in runs if run.metrics.get('by_hands')]
+    found = [run for run in runs if run.metrics.get('presence')]
+    if not (divided or found):
+        return None
+    missing = [
+        f'{run.label}: presence is not predicted (MODEL.PRESENCE is off).'
+        for run in divided
+        if not run.metrics.get('presence')
+    ]
+    rows = [
+        [named(name, run, runs), f'{row["frames"]:,}', *(number(_error(row, error)) for error in ERRORS)]
+        for name in ('single', 'interacting', 'all', 'empty')
+        for run in divided
+        for row in [run.metrics['by_hands'][name]]
+    ]
+    frames = tables('Frames by the hands that they show, and mean errors, mm', ['hands', 'frames', *ERRORS], rows)
+    rows = [
+        [
+            run.label,
+            *(number(run.metrics['presence']['average_precision'][side], 4) for side in (*SIDES, 'all')),
+            *(number(_scaled(run.metrics['presence'][key], 100), 1) for key in PRESENCE_SHARES),
+        ]
+        for run in found
+    ]
+    head = ['run', *(f'AP {side}' for side in (*SIDES, 'all')), *PRESENCE_SHARES.values()]
+    block = Block(missing=missing, tables=[*frames, *tables('Predicted presence', head, rows)])
+    return Section('presence', 'Presence', 'Hands in the frame', [block])
+
+
+def confidence(runs: Runs) -> Section | None:
+    """Hidden joints, and predicted deviations of joints; None if no run predicts them."""
+    found = [run for run in runs if run.metrics.get('deviation')]
+    if not found:
+        return None
+    missing = [
+        f'{run.label}: confidence is not predicted (MODEL.CONFIDENCE is off).'
+        for run in runs
+        if not run.metrics.get('deviation')
+    ]
+    note = (
+        'Sparsification: mean error of what remains after the least certain were removed. Errors and deviations are '
+        'those of the network’s own joints, relative to its root joint and without scale alignment.'
+    )
+    charts = [_sparsification_chart(run, what, runs) for run in found for what in ('joints', 'frames')]
+    rows = [
+        [named(what, run, runs), f'{part["count"]:,}', *(number(area, 4) for area in part['ause'].values())]
+        for run in found
+        for what in ('joints', 'frames')
+        for part in [run.metrics['deviation']['sparsification'][what]]
+    ]
+    head = ['ordered', 'number', 'by deviation', 'by residual_px', 'at random']
+    areas = tables('Area between the sparsification curve and the oracle’s, relative to the mean error', head, rows)
+    rows = [
+        [
+            run.label,
+            *(number(_scaled(run.metrics['deviation'][key], 100), 1) for key in WITHIN),
+            number(run.metrics['deviation']['calibration'], 3),
+        ]
+        for run in found
+    ]
+    expected = [f'{100 * share:.1f} expected' for share in WITHIN.values()]
+    head = ['run', *(f'within {times}, % ({share})' for times, share in enumerate(expected, 1)), 'calibration factor']
+    covered = tables('Coordinates within their predicted deviations', head, rows)
+    return Section(
+        'confidence',
+        'Confidence',
+        'Confidence of joints',
+        [Block(missing=missing, notes=[note], charts=charts, tables=[*areas, *covered]), _hidden_joints(found, runs)],
+    )
+
+
+def _sparsification_chart(run: Evaluated, what: str, runs: Runs) -> Chart:
+    curves = run.metrics['deviation']['sparsification']
+    removed = [100 * share for share in curves['removed']]
+    series = [
+        Series(title, run.slot + place, removed, curves[what][key])
+        for place, (title, key) in enumerate(
+            (('by deviation', 'deviation'), ('by residual_px', 'residual_px'), ('oracle', 'oracle'))
+        )
+    ]
+    title, x_axis = f'Sparsification, {what}', Axis('least certain removed, %', 0, 100)
+    return line_chart(named(title, run, runs), x_axis, axis_of('mean error, mm', series, digits=2), series)
+
+
+def _hidden_joints(found: Runs, runs: Runs) -> Block:
+    found = [run for run in found if run.metrics.get('hidden_joints') and run.metrics.get('by_joint_visibility')]
+    rows = [
+        [
+            named(spoken(kind), run, runs),
+            number(_scaled(row['share'], 100), 1),
+            number(row['average_precision'], 4),
+            number(_scaled(row['accuracy'], 100), 1),
+        ]
+        for kind in JOINT_KINDS
+        for run in found
+        for row in [run.metrics['hidden_joints'][kind]]
+    ]
+    hidden = tables('Hidden joints by kind', ['joints', 'hidden, %', 'AP of hidden', 'accuracy, %'], rows)
+    rows = [
+        [named(name, run, runs), f'{row["joints"]:,}', number(row['error_mm']), number(row['deviation_mm'])]
+        for name in ('visible', 'hidden')
+        for run in found
+        for row in [run.metrics['by_joint_visibility'][name]]
+    ]
+    head = ['joints', 'number', 'mean error', 'mean deviation']
+    errors = tables('Errors and predicted deviations of visible and hidden joints, mm', head, rows)
+    return Block(tables=[*hidden, *errors])
+
+
 def learning(runs: Runs) -> Section:
     found = [(run, run.log) for run in runs if run.log]
     missing = [
@@ -434,9 +547,10 @@ def worst(runs: Runs) -> Section:
 
 
 def _worst_table(run: Evaluated, table: PerSample) -> Table:
-    order = np.argsort(-np.nan_to_num(table.error('joint_mm'), nan=-1.0), kind='stable')[:WORST].tolist()
+    errors = table.error('joint_mm')
+    order = [i for i in np.argsort(-np.nan_to_num(errors, nan=-1.0), kind='stable')[:WORST].tolist() if errors[i] >= 0]
     columns = {
-        'joint mm': table.error('joint_mm'),
+        'joint mm': errors,
         'left': table.columns['joint_mm_left'],
         'right': table.columns['joint_mm_right'],
         'vert mm': table.error('vert_mm'),
