@@ -57,14 +57,14 @@ def main(argv: list[str] | None = None) -> int:
     inputs = find_inputs(args.inputs)
     settings = Settings(**{name: getattr(args, name) for name in Settings._fields})
     with owned(settings.out), ExitStack() as at_end:
-        boxes = choose_boxes(args, at_end)
+        boxes, detector = choose_boxes(args), open_detector(args, at_end)
         if args.model == SHIPPED:
             print(f'network: {SHIPPED.name}, trained on synthetic images of stand-in hands (docs/model_card.md)')
         reconstruct = load_reconstructor(args.model, device=args.device, overrides=args.keys)
         reconstruct.batch_size = args.batch
         if reconstruct.device.type == 'cpu':
             keep_freed_memory()
-        job = Job(reconstruct, boxes, settings, Outcome(), stop, open_view(args, at_end))
+        job = Job(reconstruct, boxes, settings, Outcome(), stop, open_view(args, at_end), detector)
         print_left_out('neither image nor video', inputs.others)
         print_left_out('hidden, or of the operating system', inputs.system)
         job.run(inputs, args.camera)
@@ -80,14 +80,18 @@ def print_left_out(reason: str, files: list[Path]) -> None:
         print(f'left out, {reason}: {", ".join(printable(path.name) for path in files[:5])}{more}')
 
 
-def choose_boxes(args: argparse.Namespace, at_end: ExitStack) -> Boxes:
+def choose_boxes(args: argparse.Namespace) -> Boxes:
     if args.boxes:
         return BoxesFile(Path(args.boxes))
-    if args.detect:
-        detector = HandDetector(args.detector)
-        at_end.callback(detector.close)
-        return lambda source, image: [detector(image)]
     return lambda source, image: [args.box]
+
+
+def open_detector(args: argparse.Namespace, at_end: ExitStack) -> HandDetector | None:
+    if not args.detect:
+        return None
+    detector = HandDetector(args.detector)
+    at_end.callback(detector.close)
+    return detector
 
 
 def open_view(args: argparse.Namespace, at_end: ExitStack) -> LiveView | None:
