@@ -39,11 +39,13 @@ class HandDetector:
         try:
             import mediapipe
             from mediapipe.tasks.python import BaseOptions, vision
-        except (ImportError, OSError):  # OSError: a shared library that MediaPipe loads is missing
+        except ModuleNotFoundError:
             raise UserError(
                 '--detect needs MediaPipe, which cannot be imported. Run pip install -r requirements-demo.txt, or '
                 'give the box of the hands with --box or --boxes.'
             ) from None
+        except (ImportError, OSError) as error:
+            raise UserError(missing_library(error)) from None
         if not Path(model).is_file():
             raise UserError(f'The hand detector {printable(model)} does not exist. {HOW_TO_GET}')
         self.mediapipe, self.found = mediapipe, Counter()
@@ -52,6 +54,8 @@ class HandDetector:
         )
         try:
             self.landmarker = vision.HandLandmarker.create_from_options(options)
+        except OSError as error:  # MediaPipe loads its libraries here
+            raise UserError(missing_library(error)) from None
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0][:120]
             raise UserError(
@@ -59,16 +63,20 @@ class HandDetector:
             ) from None
 
     def __call__(self, image: np.ndarray) -> Detection:
-        hands = self.landmarks(image)
-        if not hands:
-            in_tiles = (
-                [marks + corner for marks in self.landmarks(image[top : top + height, left : left + width])]
-                for left, top, width, height in tiles(*image.shape[1::-1])
-                for corner in [(left, top)]
-            )
-            hands = max(in_tiles, key=len)
+        hands = self.hands(image)
         self.found[len(hands)] += 1
         return detection(hands)
+
+    def hands(self, image: np.ndarray) -> list[np.ndarray]:
+        """Landmarks of the hands, at most two: those in the image, or else in the tile that shows the most."""
+        hands = self.landmarks(image)
+        if hands:
+            return hands
+        in_tiles = []
+        for left, top, width, height in tiles(*image.shape[1::-1]):
+            found = self.landmarks(image[top : top + height, left : left + width])
+            in_tiles.append([marks + (left, top) for marks in found])
+        return max(in_tiles, key=len)
 
     def landmarks(self, image: np.ndarray) -> list[np.ndarray]:
         """(21, 2) pixels of each hand found, at most two."""
@@ -81,6 +89,13 @@ class HandDetector:
 
     def close(self) -> None:
         self.landmarker.close()
+
+
+def missing_library(error: Exception) -> str:
+    return (
+        f'MediaPipe cannot load a system library ({str(error).splitlines()[0][:120]}). Install it, on Debian with apt '
+        'install libegl1 libgles2 libgl1, or give the box of the hands with --box or --boxes.'
+    )
 
 
 def tiles(width: int, height: int) -> list[tuple[int, int, int, int]]:

@@ -33,7 +33,7 @@ from inference.live_view import LiveView
 from inference.media import Camera, Frame, Inputs, Video, read_photo, video_writer
 from inference.motion import motion_recorder, write_image_motion
 from inference.reconstruct import SMALL_HANDS, Box, Crop, Reconstruction, Reconstructor, assumed_intrinsics, cut_crop
-from inference.tracking import Tracker, hands_box, look, look_again
+from inference.tracking import Tracker, box_around_both, box_in_image, look, look_again
 from utils.errors import UserError, printable
 from utils.files import atomic_file, read_json, remove_stale_partials, write_json
 from utils.hand import SIDES
@@ -252,7 +252,7 @@ class Job(NamedTuple):
             boxes = self.boxes(path, image)
         else:
             detection = self.detector(image)
-            boxes = [self.box_in_image(path, image, intrinsics, detection)]
+            boxes = [self.detected_box(path, image, intrinsics, detection)]
             about['detected_hands'] = detection.hands
         items = [
             Item(
@@ -270,25 +270,15 @@ class Job(NamedTuple):
 
     # Detected hands
 
-    def box_in_image(self, path: Path, image: np.ndarray, intrinsics: np.ndarray, detection: Detection) -> Box | None:
-        """Where to crop an image: around two detected hands, or where the network sees them. Warns of the latter."""
-        if detection.hands:
-            box = self.box_around_both(image, intrinsics, detection)
-            if detection.hands == 1:
-                self.outcome.warn(path, 'The detector found one hand; the network placed the box. Check crop.jpg.')
-            return box
-        found = Tracker(self.reconstruct, lambda image: [None])(image, intrinsics).look
-        if found is None:
+    def detected_box(self, path: Path, image: np.ndarray, intrinsics: np.ndarray, detection: Detection) -> Box:
+        """Where to crop an image. Warns if the network placed the box, and raises UserError if it sees no hands."""
+        box = box_in_image(self.reconstruct, image, intrinsics, detection)
+        if box is None:
             raise UserError('Neither the detector nor the network finds hands in it; pass --box or --boxes.')
-        self.outcome.warn(path, 'The detector found no hands; the network placed the box. Check crop.jpg.')
-        return found.box
-
-    def box_around_both(self, image: np.ndarray, intrinsics: np.ndarray, detection: Detection) -> Box | None:
-        """The detected box; with one hand found, that of both hands which the network predicts around it."""
-        if detection.hands != 1:
-            return detection.box
-        [first] = look(self.reconstruct, [image], [cut_crop(image, detection.box, intrinsics)], [detection.box])
-        return hands_box(first.hands) if first.usable_box else detection.box
+        if detection.hands < 2:
+            found = 'one hand' if detection.hands else 'no hands'
+            self.outcome.warn(path, f'The detector found {found}; the network placed the box. Check crop.jpg.')
+        return box
 
     def report_detection(self, name: Path) -> dict[str, list[int]]:
         """Warn of frames of a video without two detected hands -> what video.json records of the detector."""
@@ -455,7 +445,7 @@ class Job(NamedTuple):
 
     def only_box(self, name: Path, image: np.ndarray) -> Box | None:
         if self.detector is not None:
-            return self.box_around_both(image, self.settings.intrinsics(image), self.detector(image))
+            return box_around_both(self.reconstruct, image, self.settings.intrinsics(image), self.detector(image))
         boxes = self.boxes(name, image)
         if len(boxes) > 1:
             raise UserError('A video accepts one box for all its frames.')

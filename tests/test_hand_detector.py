@@ -98,6 +98,19 @@ def test_a_missing_or_foreign_model_is_one_sentence(mediapipe, tmp_path):
         HandDetector(tmp_path / 'model.task')
 
 
+def test_a_missing_system_library_is_named(mediapipe, monkeypatch):
+    def create(options):
+        raise OSError('libEGL.so.1: cannot open shared object file')
+
+    vision = sys.modules['mediapipe.tasks.python'].vision
+    monkeypatch.setattr(vision.HandLandmarker, 'create_from_options', create)
+    with pytest.raises(UserError, match=r'system library \(libEGL.so.1: cannot open .*libegl1'):
+        HandDetector(mediapipe[2])
+    monkeypatch.delattr(sys.modules['mediapipe.tasks.python'], 'vision')  # an ImportError of an installed package
+    with pytest.raises(UserError, match=r'system library \(cannot import name .*libegl1'):
+        HandDetector(mediapipe[2])
+
+
 def test_a_box_has_a_margin_of_a_tenth_of_its_longer_side():
     assert box_around(np.array([[10.0, 20], [110, 40], [60, 70]])) == pytest.approx((0, 10, 120, 70))
 
