@@ -9,9 +9,10 @@ INPUT: images, folders, patterns ('shots/*.png') or videos. CHECKPOINT: a file o
 that is shipped with the code, trained on synthetic hands (docs/model_card.md). The network expects both hands in the
 centre of its crop, so pass a box around both hands in pixels (x and y of the upper left corner, width, height): one for
 all inputs (--box), one for each (--boxes, {"name.jpg": [x, y, w, h], ...}; several boxes yield several pairs of hands),
-or let a detector find them (--detect). Without any of these, the whole image is used. --refine-box crops again around
-the predicted hands and predicts a second time, which corrects boxes that are off. In a video, the box follows the
-hands; where they are lost, they are looked for as in the first frame, and frames without hands are gaps in the files.
+or let a detector find them (--detect; where it finds fewer than two hands, the network places the box). Without any of
+these, the whole image is used. --refine-box crops again around the predicted hands and predicts a second time, which
+corrects boxes that are off. In a video, the box follows the hands; where they are lost, they are looked for as in the
+first frame, and frames without hands are gaps in the files.
 
 Each image gets a folder DIR/NAME with overlay.jpg, side.jpg, above.jpg, crop.jpg, left.obj, right.obj, hands.glb
 (camera axes, metres) and hands.json (MANO parameters, camera, offset, joints); a video gets overlay.mp4, joints.csv,
@@ -112,7 +113,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     where = parser.add_mutually_exclusive_group()
     where.add_argument('--box', type=float, nargs=4, metavar=('X', 'Y', 'W', 'H'), help='both hands, in every input')
     where.add_argument('--boxes', metavar='FILE.json', help='both hands, by input')
-    where.add_argument('--detect', action='store_true', help='find the hands (requirements-demo.txt)')
+    where.add_argument('--detect', action='store_true', help='find the hands (requirements-demo.txt, misc/README.md)')
     parser.add_argument('--detector', metavar='FILE', default=DETECTOR_MODEL, help='its model (default: %(default)s)')
     add_flag(parser, '--refine-box', action='store_true', help='predict again from a crop around the predicted hands')
     parser.add_argument(
