@@ -15,6 +15,7 @@ from utils.errors import UserError, printable
 MODEL = str(CHECKOUT / 'misc/hand_landmarker.task')
 HOW_TO_GET = 'Assemble it with apps/assemble_detector.py (misc/README.md), or pass another with --detector.'
 MARGIN = 0.1  # of the box's longer side, on each side: landmarks lie inside the outline of a hand
+SMALLEST = 16  # pixels: side of a box; smaller ones are refused when they are cropped
 AROUND_ONE = 2.0  # side of the box that both hands are looked for in, in sides of the one found
 TILE = 2, 3  # share of an image's sides that each of four overlapping tiles has
 
@@ -79,13 +80,14 @@ class HandDetector:
         return max(in_tiles, key=len)
 
     def landmarks(self, image: np.ndarray) -> list[np.ndarray]:
-        """(21, 2) pixels of each hand found, at most two."""
+        """(21, 2) pixels of each hand found, at most two. Those of which the image shows nothing are left out."""
         rgb = self.mediapipe.Image(
             image_format=self.mediapipe.ImageFormat.SRGB, data=cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
         )
         height, width = image.shape[:2]
         hands = self.landmarker.detect(rgb).hand_landmarks
-        return [np.array([(mark.x * width, mark.y * height) for mark in hand]) for hand in hands]
+        found = [np.array([(mark.x * width, mark.y * height) for mark in hand]) for hand in hands]
+        return [marks for marks in found if ((marks >= 0) & (marks < (width, height))).all(1).any()]
 
     def close(self) -> None:
         self.landmarker.close()
@@ -116,8 +118,8 @@ def detection(hands: Sequence[np.ndarray]) -> Detection:
 
 
 def box_around(pixels: np.ndarray) -> Box:
-    """Bounding box (x, y, width, height) of pixels (N, 2), enlarged by the margin."""
+    """Bounding box (x, y, width, height) of pixels (N, 2), enlarged by the margin, and to the smallest side."""
     low, high = pixels.min(0), pixels.max(0)
-    margin = MARGIN * (high - low).max()
+    margin = np.maximum(MARGIN * (high - low).max(), (SMALLEST - (high - low)) / 2)
     (left, top), (width, height) = (low - margin).tolist(), (high - low + 2 * margin).tolist()
     return left, top, width, height

@@ -289,7 +289,7 @@ class Job(NamedTuple):
             self.outcome.warn(
                 name,
                 f'The detector found no hands in {none}, one in {one} and two in {two} of the frames that it searched; '
-                'the network placed the box where they were fewer than two.',
+                'where it found fewer than two, the network placed the box. Check the overlay.',
             )
         return {'detected_hands': [none, one, two]}
 
@@ -390,10 +390,11 @@ class Job(NamedTuple):
                 raise _NothingWritten
             remove_results(folder)
         if lost:
+            other = '--box' if self.detector else '--box or --detect'
             self.outcome.warn(
                 name,
                 f'No hands were found in {lost} of {written} frames, first at {first_lost:.2f} s; {TABLE} and {LINES} '
-                'have gaps there. Pass --box or --detect to find them, or --track off to reconstruct every frame.',
+                f'have gaps there. Pass {other} to find them, or --track off to reconstruct every frame.',
             )
         measured = (written - 1) / last if last else rate
         return {
@@ -452,7 +453,7 @@ class Job(NamedTuple):
         return boxes[0]
 
     def video_items(self, frames: Iterable[Frame], name: Path, folder: Path) -> Iterator[Item]:
-        """Frames with their crops. Detected boxes are smoothed; where no hands are found, the last one is kept."""
+        """Frames with their crops. Detected boxes are smoothed; where no hands are detected, the last one is kept."""
         box: Box | None = None
         for frame in frames:
             if self.stop.requested:

@@ -13,6 +13,7 @@ import pytest
 from apps import assemble_detector
 from inference.detector import HandDetector, box_around, detection, tiles
 from inference.detector_model import ALIGNMENT, MODELS, Model, assemble
+from inference.reconstruct import check_box, cut_crop
 from utils.errors import UserError
 
 HANDS = [(0.25, 0.5), (0.5, 0.75)], [(0.5, 0.25), (0.75, 0.5)]  # two landmarks each, in shares of the image
@@ -113,6 +114,23 @@ def test_a_missing_system_library_is_named(mediapipe, monkeypatch):
 
 def test_a_box_has_a_margin_of_a_tenth_of_its_longer_side():
     assert box_around(np.array([[10.0, 20], [110, 40], [60, 70]])) == pytest.approx((0, 10, 120, 70))
+
+
+def test_tiny_hands_have_a_box_that_can_be_cropped():
+    image = np.zeros((50, 60, 3), np.uint8)
+    for hands in ([np.array([[20.0, 30], [21, 33]])], [np.array([[20.0, 30], [21, 33]])] * 2):
+        box = detection(hands).box
+        assert min(check_box(box, 60, 50)[2:]) > 15.9 and cut_crop(image, box).image.shape == (256, 256, 3)
+
+
+def test_a_hand_of_which_the_image_shows_nothing_is_not_found(mediapipe, monkeypatch):
+    detector = HandDetector(mediapipe[2])
+    image = np.zeros((60, 60, 3), np.uint8)
+    image[0, 0, 2] = 2
+    monkeypatch.setattr(sys.modules[__name__], 'HANDS', ([(-0.5, 0.2), (-0.1, 0.3)], [(-0.2, 0.5), (0.1, 0.6)]))
+    assert detector(image).hands == 1
+    monkeypatch.setattr(sys.modules[__name__], 'HANDS', ([(-0.5, 0.2), (-0.1, 0.3)], [(1.0, 0.5), (1.1, 0.6)]))
+    assert detector(image) == (0, None)
 
 
 # The model
