@@ -9,9 +9,10 @@ INPUT: images, folders, patterns ('shots/*.png') or videos. CHECKPOINT: a file o
 that is shipped with the code, trained on synthetic hands (docs/model_card.md). The network expects both hands in the
 centre of its crop, so pass a box around both hands in pixels (x and y of the upper left corner, width, height): one for
 all inputs (--box), one for each (--boxes, {"name.jpg": [x, y, w, h], ...}; several boxes yield several pairs of hands),
-or let a detector find them (--detect). Without any of these, the whole image is used. --refine-box crops again around
-the predicted hands and predicts a second time, which corrects boxes that are off. In a video, the box follows the
-hands; where they are lost, they are looked for as in the first frame, and frames without hands are gaps in the files.
+or let a detector find them (--detect; where it finds fewer than two hands, the network places the box). Without any of
+these, the whole image is used. --refine-box crops again around the predicted hands and predicts a second time, which
+corrects boxes that are off. In a video, the box follows the hands; where they are lost, they are looked for as in the
+first frame, and frames without hands are gaps in the files.
 
 Each image gets a folder DIR/NAME with overlay.jpg, side.jpg, above.jpg, crop.jpg, left.obj, right.obj, hands.glb
 (camera axes, metres) and hands.json (MANO parameters, camera, offset, joints); a video gets overlay.mp4, joints.csv,
@@ -57,14 +58,14 @@ def main(argv: list[str] | None = None) -> int:
     inputs = find_inputs(args.inputs)
     settings = Settings(**{name: getattr(args, name) for name in Settings._fields})
     with owned(settings.out), ExitStack() as at_end:
-        boxes = choose_boxes(args, at_end)
+        boxes, detector = choose_boxes(args), open_detector(args, at_end)
         if args.model == SHIPPED:
             print(f'network: {SHIPPED.name}, trained on synthetic images of stand-in hands (docs/model_card.md)')
         reconstruct = load_reconstructor(args.model, device=args.device, overrides=args.keys)
         reconstruct.batch_size = args.batch
         if reconstruct.device.type == 'cpu':
             keep_freed_memory()
-        job = Job(reconstruct, boxes, settings, Outcome(), stop, open_view(args, at_end))
+        job = Job(reconstruct, boxes, settings, Outcome(), stop, open_view(args, at_end), detector)
         print_left_out('neither image nor video', inputs.others)
         print_left_out('hidden, or of the operating system', inputs.system)
         job.run(inputs, args.camera)
@@ -80,14 +81,18 @@ def print_left_out(reason: str, files: list[Path]) -> None:
         print(f'left out, {reason}: {", ".join(printable(path.name) for path in files[:5])}{more}')
 
 
-def choose_boxes(args: argparse.Namespace, at_end: ExitStack) -> Boxes:
+def choose_boxes(args: argparse.Namespace) -> Boxes:
     if args.boxes:
         return BoxesFile(Path(args.boxes))
-    if args.detect:
-        detector = HandDetector(args.detector)
-        at_end.callback(detector.close)
-        return lambda source, image: [detector(image)]
     return lambda source, image: [args.box]
+
+
+def open_detector(args: argparse.Namespace, at_end: ExitStack) -> HandDetector | None:
+    if not args.detect:
+        return None
+    detector = HandDetector(args.detector)
+    at_end.callback(detector.close)
+    return detector
 
 
 def open_view(args: argparse.Namespace, at_end: ExitStack) -> LiveView | None:
@@ -108,7 +113,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     where = parser.add_mutually_exclusive_group()
     where.add_argument('--box', type=float, nargs=4, metavar=('X', 'Y', 'W', 'H'), help='both hands, in every input')
     where.add_argument('--boxes', metavar='FILE.json', help='both hands, by input')
-    where.add_argument('--detect', action='store_true', help='find the hands (requirements-demo.txt)')
+    where.add_argument('--detect', action='store_true', help='find the hands (requirements-demo.txt, misc/README.md)')
     parser.add_argument('--detector', metavar='FILE', default=DETECTOR_MODEL, help='its model (default: %(default)s)')
     add_flag(parser, '--refine-box', action='store_true', help='predict again from a crop around the predicted hands')
     parser.add_argument(

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from inference.boxes import Boxes, smoothed
 from inference.clip import FILLED, FrameHands, Recording, smoothed_offline, smoothed_online
+from inference.detector import Detection, HandDetector
 from inference.files import (
     IMAGE_RECORD,
     JOINT_COLUMNS,
@@ -32,7 +33,7 @@ from inference.live_view import LiveView
 from inference.media import Camera, Frame, Inputs, Video, read_photo, video_writer
 from inference.motion import motion_recorder, write_image_motion
 from inference.reconstruct import SMALL_HANDS, Box, Crop, Reconstruction, Reconstructor, assumed_intrinsics, cut_crop
-from inference.tracking import Tracker, look, look_again
+from inference.tracking import Tracker, box_around_both, box_in_image, look, look_again
 from utils.errors import UserError, printable
 from utils.files import atomic_file, read_json, remove_stale_partials, write_json
 from utils.hand import SIDES
@@ -175,6 +176,7 @@ class Job(NamedTuple):
     outcome: Outcome
     stop: StopRequest
     view: LiveView | None = None  # shows overlays of videos and cameras while they are processed
+    detector: HandDetector | None = None  # instead of boxes
 
     def run(self, inputs: Inputs, camera: int | None = None) -> None:
         """Process all images, then all videos, then the camera, until a stop is requested."""
@@ -247,10 +249,14 @@ class Job(NamedTuple):
             self.outcome.finished(path, folder, earlier=True)
             return []
         image, focal = read_photo(path)
-        boxes, intrinsics, shown = self.boxes(path, image), self.settings.intrinsics(image, focal), reduced(image)
-        if self.settings.detect and list(boxes) == [None]:
-            raise UserError('The detector finds no hands in it; pass --box or --boxes.')
-        about = {'size': list(image.shape[1::-1]), 'focal_from': self.settings.focal_from(focal)}
+        intrinsics, shown = self.settings.intrinsics(image, focal), reduced(image)
+        about: dict[str, Any] = {'size': list(image.shape[1::-1]), 'focal_from': self.settings.focal_from(focal)}
+        if self.detector is None:
+            boxes = self.boxes(path, image)
+        else:
+            detection = self.detector(image)
+            boxes = [self.detected_box(path, image, intrinsics, detection)]
+            about['detected_hands'] = detection.hands
         items = [
             Item(
                 path,
@@ -265,6 +271,31 @@ class Job(NamedTuple):
         ]
         return items[::-1]  # the first pair marks the image as done, so it is written last
 
+    # Detected hands
+
+    def detected_box(self, path: Path, image: np.ndarray, intrinsics: np.ndarray, detection: Detection) -> Box:
+        """Where to crop an image. Warns if the network placed the box, and raises UserError if it sees no hands."""
+        box = box_in_image(self.reconstruct, image, intrinsics, detection)
+        if box is None:
+            raise UserError('Neither the detector nor the network finds hands in it; pass --box or --boxes.')
+        if detection.hands < 2:
+            found = 'one hand' if detection.hands else 'no hands'
+            self.outcome.warn(path, f'The detector found {found}; the network placed the box. Check crop.jpg.')
+        return box
+
+    def report_detection(self, name: Path) -> dict[str, list[int]]:
+        """Warn of frames of a video without two detected hands -> what video.json records of the detector."""
+        if self.detector is None:
+            return {}
+        none, one, two = (self.detector.found[hands] for hands in range(3))
+        if none or one:
+            self.outcome.warn(
+                name,
+                f'The detector found no hands in {none}, one in {one} and two in {two} of the frames that it searched; '
+                'where it found fewer than two, the network placed the box. Check the overlay.',
+            )
+        return {'detected_hands': [none, one, two]}
+
     # Videos
 
     def run_video(self, source: Path | int, folder: Path) -> None:
@@ -275,6 +306,8 @@ class Job(NamedTuple):
             if already_done(folder / VIDEO_RECORD, asked):
                 self.outcome.finished(source, folder, earlier=True)
                 return
+            if self.detector is not None:
+                self.detector.found.clear()
             if isinstance(source, int):
                 camera = Camera(source)
                 try:
@@ -285,6 +318,7 @@ class Job(NamedTuple):
                 video = Video(source, limit=self.settings.frames, stop=lambda: self.stop.requested)
                 about = self.write_video_files(video, video.first.shape, video.timing.rate, name, folder)
                 about |= self.report_damage(video, name)
+            about |= self.report_detection(name)
         except _NothingWritten:
             return
         except UserError as error:
@@ -359,10 +393,11 @@ class Job(NamedTuple):
                 raise _NothingWritten
             remove_results(folder)
         if lost:
+            other = '--box' if self.detector else '--box or --detect'
             self.outcome.warn(
                 name,
                 f'No hands were found in {lost} of {written} frames, first at {first_lost:.2f} s; {TABLE} and {LINES} '
-                'have gaps there. Pass --box or --detect to find them, or --track off to reconstruct every frame.',
+                f'have gaps there. Pass {other} to find them, or --track off to reconstruct every frame.',
             )
         measured = (written - 1) / last if last else rate
         return {
@@ -409,26 +444,26 @@ class Job(NamedTuple):
             yield FrameHands(frame.image, frame.time_s, box, hands, cut=sight.cut)
 
     def first_boxes(self, name: Path, image: np.ndarray) -> list[Box | None]:
-        """Where a video's hands are looked for: where the detector finds them, or in the box and the whole image."""
+        """Where a video's hands are looked for: in the given or detected box, then in the whole image."""
         box = self.only_box(name, image)
-        if self.settings.detect:
-            return [] if box is None else [box]
         return [None] if box is None else [box, None]
 
     def only_box(self, name: Path, image: np.ndarray) -> Box | None:
+        if self.detector is not None:
+            return box_around_both(self.reconstruct, image, self.settings.intrinsics(image), self.detector(image))
         boxes = self.boxes(name, image)
         if len(boxes) > 1:
             raise UserError('A video accepts one box for all its frames.')
         return boxes[0]
 
     def video_items(self, frames: Iterable[Frame], name: Path, folder: Path) -> Iterator[Item]:
-        """Frames with their crops. Detected boxes are smoothed; where none is found, the last one is kept."""
+        """Frames with their crops. Detected boxes are smoothed; where no hands are detected, the last one is kept."""
         box: Box | None = None
         for frame in frames:
             if self.stop.requested:
                 return
             given = self.only_box(name, frame.image)
-            box = smoothed(box, given) if self.settings.detect else given
+            box = smoothed(box, given) if self.detector else given
             crop = cut_crop(frame.image, box, self.settings.intrinsics(frame.image))
             about = {'box': box, 'time_s': frame.time_s}
             yield Item(name, folder, 1, frame.image, reduced(frame.image), crop, about)

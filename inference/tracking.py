@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inference.detector import Detection
 from inference.reconstruct import Box, Crop, Reconstruction, Reconstructor, check_box, cut_crop, extent_of
 from utils.errors import UserError
 from utils.geometry import CROP_SIZE, HANDS_IN_CROP, from_uv, to_uv
@@ -230,3 +231,23 @@ class Tracker:
                 near = box is None or overlap(box, hands_box(found[0].hands)) >= NEAR
                 return found[0] if near else None
         return None
+
+
+def box_around_both(
+    reconstruct: Reconstructor, image: np.ndarray, intrinsics: np.ndarray, detection: Detection
+) -> Box | None:
+    """The detected box; with one hand found, that of both hands which are predicted around it."""
+    if detection.hands != 1:
+        return detection.box
+    [first] = look(reconstruct, [image], [cut_crop(image, detection.box, intrinsics)], [detection.box])
+    return hands_box(first.hands) if first.usable_box else detection.box
+
+
+def box_in_image(
+    reconstruct: Reconstructor, image: np.ndarray, intrinsics: np.ndarray, detection: Detection
+) -> Box | None:
+    """``box_around_both``; with no hand found, the hands are looked for in the whole image. None without hands."""
+    if detection.hands:
+        return box_around_both(reconstruct, image, intrinsics, detection)
+    found = Tracker(reconstruct, lambda image: [None])(image, intrinsics).look
+    return None if found is None else found.box

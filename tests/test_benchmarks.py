@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from raw_tree import make_raw_tree
 from tiny import TINY, tiny_config, tiny_model
 
-from benchmarks import boxes, run, scaling, video
+from benchmarks import boxes, detection, run, scaling, video
 from dataset.synthetic.synthesize import Settings, synthesize
 from inference import Reconstructor, tracking
 from manopth import TwoHandLayer
@@ -123,6 +124,51 @@ def test_the_table_of_boxes_has_a_row_for_each_displacement_and_size(tiny_prepar
     assert len(lines) == 2 + 2 and len({line.count('|') for line in lines}) == 1
     assert boxes.main([*arguments, '9']) == 2 and 'has 5 samples; pass --samples 5' in capsys.readouterr().err
     assert boxes.main([*arguments, '0']) == 2 and '--samples is 0' in capsys.readouterr().err
+
+
+# Detection
+
+
+class OneTwoNone:
+    """In place of a detector: finds one hand in its first image, two in the second, none in the third, and so on."""
+
+    def __init__(self, model):
+        self.calls = 0
+
+    def hands(self, image):
+        self.calls += 1
+        return [np.array([[20.0, 30], [90, 80]])] * (self.calls % 3)
+
+    def close(self):
+        pass
+
+
+def test_samples_of_detection_are_the_interacting_frames_with_their_joints(tmp_path):
+    make_raw_tree(tmp_path, steps=1)
+    for sample in detection.read_samples(str(tmp_path), 'train', 2):
+        assert sample.joints_px.shape == (2, 21, 2) and np.isfinite(sample.joints_px).all()
+        larger = sample.enlarged(2, seed=1)
+        left, top = (larger.intrinsics - sample.intrinsics)[:2, 2].astype(int)
+        height, width = sample.image.shape[:2]
+        assert larger.image.shape == (2 * height, 2 * width, 3)
+        assert np.array_equal(larger.image[top : top + height, left : left + width], sample.image)
+        assert np.allclose(larger.joints_px - sample.joints_px, (left, top))
+
+
+@pytest.mark.slow  # loads a network and predicts a dozen times
+def test_the_table_of_detection_has_a_row_for_each_number_of_hands(tmp_path, checkpoint, capsys, monkeypatch):
+    make_raw_tree(tmp_path, steps=2)
+    monkeypatch.setattr(detection, 'HandDetector', OneTwoNone)
+    arguments = ['--raw', str(tmp_path), '--split', 'train', '--model', str(checkpoint), '--device', 'cpu', '--samples']
+    assert detection.main([*arguments, '3', '--enlarge', '1.5']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 3 and len({line.count('|') for line in lines}) == 1
+    counts = [line.split('|')[1:4] for line in lines[2:]]
+    assert counts == [[' 1.5 ', f' {hands} ', ' 1 '] for hands in range(3)]
+    assert detection.main([*arguments, '9']) == 2 and 'has 4 images of two hands' in capsys.readouterr().err
+    assert detection.main([*arguments, '0']) == 2 and '--samples is 0' in capsys.readouterr().err
+    assert detection.main([*arguments, '1', '--enlarge', '0.5']) == 2
+    assert '--enlarge must be between 1 and 16' in capsys.readouterr().err
 
 
 # Video

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -21,7 +22,8 @@ from videos import write_frames, write_timed
 
 from apps import demo
 from inference import boxes, job, tracking
-from inference.detector import HandDetector
+from inference.detector import detection
+from inference.tracking import overlap
 from manopth import ManoLayer
 from models.checkpoint import save_checkpoint
 from utils.hand import NUM_FACES, NUM_VERTICES
@@ -434,21 +436,55 @@ def test_a_video_without_hands_is_one_gap_and_one_warning(run, blob_clip, tmp_pa
         assert len(outcome(tmp_path)['warnings']) == 1
 
 
-def test_a_detector_is_asked_for_the_first_frame_and_where_the_hands_are_lost(run, blob_clip, tmp_path, monkeypatch):
-    found = []
+class BlobDetector:
+    """In place of MediaPipe: finds bright pixels as two hands, or their left half as one, or none."""
 
-    def detect(self, image):
+    def __init__(self, most: int):
+        self.most, self.found, self.calls, self.closed = most, Counter(), [], False
+
+    def __call__(self, image):
         rows, columns = np.nonzero(image[..., 0] > 128)
-        box = (float(columns.min()), float(rows.min()), 80.0, 60.0) if len(rows) else None
-        found.append(box is not None)
-        return box
+        hands = self.most if len(rows) else 0
+        self.found[hands] += 1
+        self.calls.append(hands)
+        if not hands:
+            return detection([])
+        right = columns.max() if hands == 2 else (columns.min() + columns.max()) / 2
+        return detection([np.array([[columns.min(), rows.min()], [right, rows.max()]])] * hands)
 
-    monkeypatch.setattr(HandDetector, '__init__', lambda self, model: None)
-    monkeypatch.setattr(HandDetector, '__call__', detect)
-    monkeypatch.setattr(HandDetector, 'close', lambda self: None)
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture(params=[2, 1, 0], ids=['both', 'one', 'none'])
+def detector(request, monkeypatch):
+    """What the demo detects hands with: it finds both, one of them, or none."""
+    detector = BlobDetector(request.param)
+    monkeypatch.setattr(demo, 'HandDetector', lambda model: detector)
+    return detector
+
+
+def test_a_detector_is_asked_for_the_first_frame_and_where_the_hands_are_lost(run, blob_clip, tmp_path, detector):
     assert run(blob_clip, '--detect') == 0
-    assert found == [True, False, False, True]
-    assert [line['state'] for line in video_files(tmp_path)[1]] == ['seen'] * 5 + ['lost'] * 2 + ['seen'] * 5
+    assert detector.calls == [detector.most, 0, 0, detector.most] and detector.closed
+    _, lines, record = video_files(tmp_path)
+    assert [line['state'] for line in lines] == ['seen'] * 5 + ['lost'] * 2 + ['seen'] * 5
+    assert overlap(lines[0]['box'], (20, 80, 80, 60)) > 0.9
+    assert record['detected_hands'] == [detector.calls.count(hands) for hands in range(3)]
+    assert any('network placed the box' in each['warning'] for each in outcome(tmp_path)['warnings'])
+
+
+def test_a_detector_that_always_finds_both_hands_is_not_worth_a_warning(run, blob_clip, tmp_path, detector):
+    assert run(blob_clip, '--detect', '--frames', 3) == 0
+    assert len(outcome(tmp_path)['warnings']) == (detector.most < 2)
+
+
+def test_without_tracking_every_frame_is_detected(run, blob_clip, tmp_path, detector):
+    assert run(blob_clip, '--detect', '--track', 'off') == 0
+    _, lines, record = video_files(tmp_path)
+    assert len(detector.calls) == sum(record['detected_hands']) == 12
+    boxes = [line['box'] for line in lines]
+    assert boxes == [None] * 12 if detector.most == 0 else boxes[5] == boxes[6] == boxes[4] != boxes[3]
 
 
 @pytest.mark.parametrize('options', [['--smooth', 'online'], ['--smooth', 'offline', '--fill'], ['--track', 'off']])
@@ -474,10 +510,15 @@ def test_a_stop_while_a_clip_is_recorded_leaves_no_video(run, blob_clip, tmp_pat
     assert video_files(tmp_path)[2]['frames'] == 12
 
 
-def test_a_second_look_records_its_own_box_and_crop(run, blob_clip, tmp_path, monkeypatch):
+@pytest.fixture
+def blob_images(blob_clip, monkeypatch):
+    """Files of images, too, with a network that sees bright pixels and predicts no meshes."""
     for name in ('draw_overlay', 'view'):
         monkeypatch.setattr(f'inference.files.{name}', lambda shown, *_: np.zeros((9, 9, 3), np.uint8))
     monkeypatch.setattr('inference.files.write_meshes', lambda *_: None)
+
+
+def test_a_second_look_records_its_own_box_and_crop(run, blob_images, tmp_path):
     cv2.imwrite(str(tmp_path / 'one.png'), blob((120, 80, 80, 50)))
     assert run(tmp_path / 'one.png', '--box', 110, 85, 90, 60, '--refine-box') == 0
     assert hands(tmp_path, 'one')['box'] == pytest.approx([120, 80, 80, 50], abs=2)
@@ -599,14 +640,28 @@ def test_without_mediapipe_one_sentence_advises(run, images, capsys, monkeypatch
     assert 'pip install -r requirements-demo.txt' in error and error.count('\n') == 1
 
 
-def test_detected_hands_are_cropped_and_no_hands_are_a_failure(run, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(HandDetector, '__init__', lambda self, model: None)
-    monkeypatch.setattr(HandDetector, '__call__', lambda self, image: None if len(image) == 90 else (5, 6, 70, 80))
-    closed = []
-    monkeypatch.setattr(HandDetector, 'close', lambda self: closed.append(self))
-    assert run(images, '--detect') == 1
-    assert hands(tmp_path, 'a')['box'] == hands(tmp_path, 'b')['box'] == [5, 6, 70, 80]
-    assert 'finds no hands' in outcome(tmp_path)['failed'][0]['reason'] and len(closed) == 1
+def test_hands_that_a_detector_misses_are_found_by_the_network(run, blob_images, tmp_path, detector):
+    true = (120, 80, 90, 60)
+    cv2.imwrite(str(tmp_path / 'hands.png'), blob(true))
+    assert run(tmp_path / 'hands.png', '--detect') == 0
+    numbers = hands(tmp_path, 'hands')
+    assert numbers['detected_hands'] == detector.most
+    assert overlap(numbers['box'], true) > (0.6 if detector.most == 2 else 0.9)  # the detector's box has a margin
+    missed = {1: 'found one hand', 0: 'found no hands'}.get(detector.most)
+    warnings = [each['warning'] for each in outcome(tmp_path)['warnings']]
+    assert not warnings if missed is None else missed in warnings[0] and 'crop.jpg' in warnings[0]
+
+
+def test_an_image_without_hands_is_a_failure(run, blob_images, tmp_path, detector):
+    cv2.imwrite(str(tmp_path / 'empty.png'), blob(None))
+    assert run(tmp_path / 'empty.png', '--detect') == 1
+    assert 'Neither the detector nor the network finds hands' in outcome(tmp_path)['failed'][0]['reason']
+    assert detector.closed and not (tmp_path / 'out' / 'empty').exists()
+
+
+def test_without_a_detector_nothing_is_recorded_of_it(run, images, blob_clip, blob_images, tmp_path):
+    assert run(images / 'a.jpg', blob_clip, '--box', 20, 10, 60, 70, '--frames', 2) == 0
+    assert 'detected_hands' not in hands(tmp_path, 'a') and 'detected_hands' not in video_files(tmp_path)[2]
 
 
 def test_the_box_of_a_video_follows_the_detector_smoothly():

@@ -126,7 +126,7 @@ def test_a_cut_does_not_drag_the_box_along():
     assert sight.cut and calls == [0, 1] and overlap(tracker.box, detected[1]) > 0.9
 
 
-def test_where_a_detector_finds_nothing_the_network_is_not_asked():
+def test_without_a_box_to_look_in_the_network_is_not_asked():
     reconstruct = BlobReconstructor()
     tracker = Tracker(reconstruct, lambda image: [])
     assert tracker(blob((10, 80, 80, 60)), INTRINSICS).look is None and reconstruct.crops == 0

@@ -4,12 +4,14 @@ A reader returns, or raises one of ``TYPED``. Anything else is a fault: another 
 memory beyond the file's own size, or a hang.
 """
 
+import hashlib
 import io
 import json
 import pickle
 import random
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
@@ -29,6 +31,7 @@ from dataset.packed import FORMAT, LABELS, MANIFEST, SAMPLES, PackedDataset, rec
 from dataset.prepare.raw import RawSplit, full_entries
 from dataset.prepared import FOLDERS, LABEL_SHAPES, InterHandDataset
 from inference.boxes import BoxesFile
+from inference.detector_model import Model, read_model
 from inference.media import read_photo
 from inference.reconstruct import cut_crop
 from manopth import ManoError, safe_pickle
@@ -438,6 +441,29 @@ def config_seeds() -> list[bytes]:
     return texts + [b'SEED: 7\n\0' + '\0'.join(pairs).encode(), b'\0SEED', b'\0SEED\x001e9', b'\0\0']
 
 
+# Wheels that contain the hand detector
+
+NETWORK = b'TFL3' * 64
+SMALL_MODEL = Model('a.tflite', 'package/a.tflite', len(NETWORK), hashlib.sha256(NETWORK).hexdigest())
+
+
+def read_wheel(content: bytes) -> None:
+    read_model(put('a.whl', content), SMALL_MODEL)
+
+
+def wheel_seeds() -> list[bytes]:
+    seeds = []
+    contents = (NETWORK, NETWORK[:-1], NETWORK + b'x', bytes(1 << 20), b'')
+    methods = (zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2)
+    for method in methods:
+        for content in contents if method == methods[0] else contents[:1]:
+            with zipfile.ZipFile(file := io.BytesIO(), 'w', method) as archive:
+                archive.writestr('package/METADATA', 'License: Apache 2.0')
+                archive.writestr(SMALL_MODEL.member, content)
+            seeds.append(file.getvalue())
+    return [*seeds, seeds[0][:100], seeds[0].replace(b'a.tflite', b'b.tflite'), b'', b'PK\5\6' + bytes(18)]
+
+
 READERS = {
     'annotation': Reader(read_annotation, annotation_seeds, ('manopth.safe_pickle', 'dataset.prepared')),
     'boxes': Reader(read_boxes, boxes_seeds, ('inference.boxes', 'inference.reconstruct', 'json')),
@@ -451,6 +477,7 @@ READERS = {
     'packed': Reader(read_packed, packed_seeds, ('dataset.packed', 'dataset.prepared', 'numpy.lib', 'json')),
     'raw': Reader(read_raw, raw_seeds, ('dataset.prepare.raw',)),
     'record': Reader(read_record, record_seeds, ('dataset.hand_model_record', 'json')),
+    'wheel': Reader(read_wheel, wheel_seeds, ('inference.detector_model', 'zipfile')),
 }
 
 

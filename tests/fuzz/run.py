@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / 'manopth/tests'), str(ROOT / 'tests')]
 
-NAMES = ('annotation', 'boxes', 'checkpoint', 'config', 'image', 'joints', 'mano', 'packed', 'raw', 'record')
+NAMES = ('annotation', 'boxes', 'checkpoint', 'config', 'image', 'joints', 'mano', 'packed', 'raw', 'record', 'wheel')
 MEMORY = 2 << 30  # bytes that a reader may take beyond those of the libraries
 LONGEST_SECONDS = 10  # of one input
 
