@@ -96,18 +96,11 @@ class Comparison:
 
     @cached_property
     def placement(self) -> Placement:
-        """Both hands placed in the camera by models.placement.
-
-        A single hand is placed by itself: it takes the place of the absent one, with no offset between the two.
-        """
+        """Both hands placed in the camera by models.placement; a single hand is placed by itself."""
         hands, present = self.hands, self.batch.target.present
-        joints, camera, offset = hands.joints, hands.parameters[..., CAMERA], hands.offset
-        if present is not None:
-            shown = present[:, :, None]
-            joints = torch.where(shown[..., None], joints, joints.flip(1))
-            camera = torch.where(shown, camera, camera.flip(1))
-            offset = torch.where(present.all(1, keepdim=True), offset, 0.0)
-        return place_hands(joints, camera, offset, self.batch.intrinsics)
+        counted = None if present is None else present | ~present.any(1, keepdim=True)
+        camera = hands.parameters[..., CAMERA]
+        return place_hands(hands.joints, camera, hands.offset, self.batch.intrinsics, counted=counted)
 
     @cached_property
     def placement_mm(self) -> tuple[Tensor, Tensor]:

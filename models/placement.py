@@ -37,7 +37,8 @@ def place_hands(
 
     joints (B, 2, 21, 3) m, root-relative; camera (B, 2, 3) scale and shift (right, down), uv = scale * xy + shift in
     [-1, 1] of the crop; offset (B, 3) in HAND_SCALE; intrinsics (B, 3, 3) of the crop, pixels. counted: (B, 2) bool,
-    at least one of each sample; the other hands have no influence. None: all.
+    at least one of each sample; the other hand has no influence, and its root is put where the counted one's is.
+    None: all.
 
     A trained camera approximates the weak-perspective camera nearest to the true projection. So the fit minimises only
     that part of the difference between the two projections which some weak-perspective camera could explain. For true
@@ -45,7 +46,10 @@ def place_hands(
     three unknowns, in float64.
     """
     joints, camera, offset, intrinsics = (x.double() for x in (joints, camera, offset, intrinsics))
-    weight = joints.new_ones(joints.shape[:2]) if counted is None else counted.to(joints)
+    weight = joints.new_ones(joints.shape[:2])
+    if counted is not None:
+        weight = counted.to(joints)
+        offset = torch.where(counted.all(1, keepdim=True), offset, 0.0)
     seen = camera[..., None, :1] * joints[..., :2] + camera[..., None, 1:]  # (B, 2, 21, 2)
     explained, _ = torch.linalg.qr(_camera_space(joints))  # (B, 2, 42, 3)
     points = joints + relative_roots(offset)[:, :, None]
