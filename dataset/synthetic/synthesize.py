@@ -64,6 +64,8 @@ GROUPS = ('persons', 'poses', 'views', 'light', 'clutter')
 PLAIN = 0.25  # share of the images without camera faults and objects
 VIEWS = 3  # cameras that see one time step
 STEPS = 6  # time steps of a sequence
+# Of kinds that need many scenes: sides and poses of single hands; nothing moves where there are no hands.
+SHORT_STEPS = {'any single': 2, 'empty': 1}
 CLIP_RATE = 30  # time steps per second of a clip; sequences have RATE
 CLIP_WANDER = 0.04, 0.7  # m, standard deviation of the places that the hands of a clip move to; s from one to the next
 CAMERAS, GREY_CAMERAS = 14, 0.12  # of a capture; share of those without colour
@@ -142,8 +144,7 @@ def plan(settings: Settings) -> list[Sequence]:
             ('any single', singles),
             ('empty', empties),
         ):
-            # Nothing moves where there are no hands, so each time step has a scene of its own.
-            cameras, length = (1, settings.clip) if settings.clip else (VIEWS, 1 if kind == 'empty' else STEPS)
+            cameras, length = (1, settings.clip) if settings.clip else (VIEWS, SHORT_STEPS.get(kind, STEPS))
             steps = [min(cameras, count - begin) for begin in range(0, count, cameras)]
             runs += [(kind, tuple(steps[begin : begin + length])) for begin in range(0, len(steps), length)]
         per_capture, most = IMAGES_PER_CAPTURE[split], MOST_CAPTURES[split]
