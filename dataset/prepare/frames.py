@@ -23,8 +23,11 @@ from utils.rasterizer import RENDERERS, interpolate
 LABEL_JPEG = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
 CROPS_WITHOUT_HANDS = 0.45, 1.4  # sides in units of the image's shorter side: those of single and of interacting hands
 # Parameters of an absent hand, so that the layer runs on all frames alike; it is neither rendered nor stored.
-AT_REST = {name: np.zeros((1, size), np.float32) for name, size in (('pose', 45), ('shape', 10), ('trans', 3))} | {
-    'R': np.eye(3, dtype=np.float32)[None]
+AT_REST = {
+    'R': np.eye(3, dtype=np.float32)[None],
+    'pose': np.zeros((1, 45), np.float32),
+    'shape': np.zeros((1, 10), np.float32),
+    'trans': np.zeros((1, 3), np.float32),
 }
 
 

@@ -48,7 +48,7 @@ class Frame(msgspec.Struct, frozen=True, gc=False):
     seq_name: str
     camera: str
     frame_idx: int
-    hand_type: str  # a key of HANDS_SHOWN; '' if the image has no annotation
+    hand_type: str  # a key of HANDS_SHOWN, or unknown; '' if the image has no annotation
     hand_type_valid: bool
     entries: tuple[msgspec.Raw, ...]  # of data.json, undecoded: image, annotation
 

@@ -133,12 +133,12 @@ def plan(settings: Settings) -> list[Sequence]:
             kind: max(1, round(share * images)) if images >= FEWEST_WITH_EDGE_CASES and not settings.clip else 0
             for kind, share in EDGE_CASE_SHARES.items()
         }
-        left = images - singles - empties
-        edge_cases['single'] = 0 if settings.single else min(edge_cases['single'], left)
-        edge_cases['invalid'] = min(edge_cases['invalid'], left - edge_cases['single'])
+        others = images - singles - empties
+        edge_cases['single'] = 0 if settings.single else min(edge_cases['single'], others)
+        edge_cases['invalid'] = min(edge_cases['invalid'], others - edge_cases['single'])
         runs = []  # (kind, views of each step)
         for kind, count in (
-            ('interacting', left - edge_cases['single'] - edge_cases['invalid']),
+            ('interacting', others - edge_cases['single'] - edge_cases['invalid']),
             ('single', edge_cases['single']),
             ('invalid', edge_cases['invalid']),
             ('any single', singles),
