@@ -27,6 +27,7 @@ from utils.images import decode_image
 
 FORMAT = 'dir-packed-1'  # raised when older readers would misread it
 MANIFEST, LABELS, SAMPLES = 'manifest.json', 'labels.npy', 'samples.bin'
+ALL_HANDS = 'all'  # the manifest's entry 'hands' of a set in which samples lack a hand, whose labels are NaN
 PARTS = ('img', 'mask', 'dense', 'entries')  # of a sample in samples.bin, in this order
 PACK_AGAIN = 'copy it again, or pack the data set again (python dataset/pack.py)'
 
@@ -91,7 +92,7 @@ class PackedDataset(PreparedSplit):
     def labels(self, index: int) -> tuple[np.ndarray, ...]:
         record = self.record(index)
         arrays = tuple(record[name] for name in LABEL_SHAPES)
-        absent = hands_without_numbers(arrays) if self.manifest.get('hands') == 'all' else None
+        absent = hands_without_numbers(arrays) if self.manifest.get('hands') == ALL_HANDS else None
         check_finite(arrays, f'The label of {self.name(index)}', advice=PACK_AGAIN, absent=absent)
         return arrays
 
@@ -206,11 +207,15 @@ def files_with_other_checksums(folder: Path, manifest: dict[str, Any]) -> Iterat
             yield folder / name
 
 
-def pack_bits(mask: np.ndarray) -> bytes:
-    """(256, 256, 2) uint8 left, right -> the visible hand at each pixel, by the rule of ``classify_mask``."""
+def visible_hands(mask: np.ndarray) -> np.ndarray:
+    """(256, 256, 2) uint8 left, right -> bool: whether a pixel shows the hand, by the rule of ``classify_mask``."""
     left, right = mask[..., 0], mask[..., 1]
-    seen = np.stack([(left > MASK_THRESHOLD) & (left >= right), (right > MASK_THRESHOLD) & (right > left)], -1)
-    return zlib.compress(np.packbits(seen).tobytes(), 1)
+    return np.stack([(left > MASK_THRESHOLD) & (left >= right), (right > MASK_THRESHOLD) & (right > left)], -1)
+
+
+def pack_bits(mask: np.ndarray) -> bytes:
+    """(256, 256, 2) uint8 left, right -> bytes of ``visible_hands``."""
+    return zlib.compress(np.packbits(visible_hands(mask)).tobytes(), 1)
 
 
 def unpack_bits(content: bytes | memoryview) -> np.ndarray:

@@ -13,6 +13,8 @@ import train
 from apps import eval_interhand
 from dataset import interhand
 from dataset.prepare import fit_mano
+from dataset.prepared import InterHandDataset
+from utils.hand import MASK_THRESHOLD
 
 SAMPLE = Path(os.environ.get('DIR_INTERHAND_SAMPLE', Path(__file__).resolve().parents[2] / 'shared/interhand_sample'))
 pytestmark = pytest.mark.skipif(not SAMPLE.is_dir(), reason=f'no real frames at {SAMPLE} (DIR_INTERHAND_SAMPLE)')
@@ -59,6 +61,21 @@ def test_mask_lies_on_skin(prepared):
         assert 0.1 < mask.mean() < 0.5
         assert skin[mask].mean() > 0.95
         assert skin[away].mean() < 0.4
+
+
+def test_all_four_frames_are_kept_with_single_hands(prepared, tmp_path):
+    arguments = ['--data_path', str(prepared.parent / 'raw'), '--save_path', str(tmp_path), '--workers', '1']
+    assert interhand.main([*arguments, '--hands', 'all', *STANDIN]) == 0
+    record = json.loads((tmp_path / 'test' / 'preparation.json').read_text())
+    assert record['kept'] == 4 and not record['skipped']
+    assert record['kept_by_hand_type'] == {'interacting': 2, 'left': 1, 'right': 1, 'none': 0}
+    dataset = InterHandDataset(tmp_path, 'test')
+    for index in range(4):
+        image, mask = dataset.image('img', index), dataset.mask(index) > MASK_THRESHOLD
+        present, hand = dataset[index].present.tolist(), mask.any(-1)
+        assert present == mask.any((0, 1)).tolist()
+        if not all(present):  # from cameras without colour: the hands are brighter than what is behind them
+            assert image[hand].mean() > 1.3 * image[~hand].mean()
 
 
 def test_a_short_training_overfits_them(prepared, tmp_path):

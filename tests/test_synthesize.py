@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import dataset.synthetic.synthesize as script
+from dataset import interhand
 from dataset.hand_model_record import check_hand_model_record
 from dataset.prepare.raw import RawSplit
+from dataset.prepared import InterHandDataset
 from dataset.synthetic.appearance import arm_faces, with_forearms, wrist_loop
 from dataset.synthetic.poses import (
     FINGER_POSES,
@@ -430,6 +432,10 @@ def test_frames_are_counted_by_split_or_altogether(words, frames):
         (['--workers', '0'], '--workers'),
         (['--without', 'views', 'veiws'], 'veiws'),
         (['--seed', '-1'], '--seed'),
+        (['--single', '1.2'], '--single is 1.2'),
+        (['--empty', '-0.1'], '--empty is -0.1'),
+        (['--empty', 'nan'], '--empty is nan'),
+        (['--single', '0.7', '--empty', '0.4'], 'add up to more than 1'),
         (['MANO.SOURSE', 'files'], 'MANO.SOURCE'),
         (['MANO.SOURCE', 'files', 'MANO.PATH', 'nowhere'], 'nowhere'),
     ],
@@ -503,3 +509,112 @@ def test_steadied_values_are_smooth_and_never_below():
 def test_a_negative_length_of_clips_is_refused(tmp_path, capsys):
     assert main(['--save_path', str(tmp_path / 'x'), '--clip', '-1']) == 2
     assert '--clip is -1' in capsys.readouterr().err
+
+
+# Single hands, and none
+
+
+def images_by_kind(settings):
+    counts = {}
+    for sequence in plan(settings):
+        counts[sequence.kind] = counts.get(sequence.kind, 0) + sum(sequence.views)
+    return counts
+
+
+@pytest.mark.parametrize('images', [1, 3, 8, 100, 1001])
+@pytest.mark.parametrize('single, empty', [(0.3, 0.05), (0.5, 0.5), (1.0, 0.0), (0.0, 1.0), (0.0, 0.99)])
+@pytest.mark.parametrize('clip', [0, 7])
+def test_shares_of_single_hands_and_of_none(images, single, empty, clip):
+    settings = SETTINGS._replace(frames=(images, 0, 0), single=single, empty=empty, clip=clip)
+    counts = images_by_kind(settings)
+    assert sum(counts.values()) == images and min(counts.values()) > 0
+    assert counts.get('any single', 0) == round(single * images)
+    assert abs(counts.get('empty', 0) - empty * images) < 1
+    assert not (single and 'single' in counts)
+    ids = [
+        first for sequence in plan(settings) for first in (sequence.first_id, sequence.first_id + sum(sequence.views))
+    ]
+    assert ids == sorted(ids) and ids[-1] == images
+
+
+def test_without_shares_the_plan_has_the_edge_cases_alone():
+    assert images_by_kind(SETTINGS._replace(frames=(200, 0, 0))) == {'interacting': 192, 'single': 6, 'invalid': 2}
+
+
+@pytest.fixture(scope='module')
+def one_by_one(tmp_path_factory):
+    """Settings and the records of sequences of one image: six with a single hand, two without hands."""
+    root = tmp_path_factory.mktemp('few') / 'raw'
+    settings = SETTINGS._replace(frames=(0, 0, 8), single=0.75, empty=0.25)
+    kinds = ['any single'] * 6 + ['empty'] * 2
+    sequences = [script.Sequence('test', n, n % 2, kind, 100 + 6 * n, n, (1,), ()) for n, kind in enumerate(kinds)]
+    return root, settings, [make_sequence(settings, sequence, root) for sequence in sequences]
+
+
+def test_single_hands_of_both_sides_are_seen_in_many_poses(one_by_one):
+    _, _, records = one_by_one
+    sides, placements = set(), set()
+    for record in records[:6]:
+        (annotation,), (joints,), (mano,) = record['annotations'], record['joint_3d'].values(), record['mano'].values()
+        side = annotation['hand_type']
+        sides.add(side)
+        placements.add(record['images'][0]['seq_name'].removeprefix(f'{record["images"][0]["id"]:04d}_{side}_'))
+        assert {name for name, hand in mano.items() if hand} == {side} and joints['hand_type'] == side
+        valid = np.array(joints['joint_valid']).reshape(2, 21)
+        assert valid[0].all() == (side == 'right') and valid[1].all() == (side == 'left') and valid.sum() == 21
+        assert record['penetration_mm'] == []
+    assert sides == set(SIDES) and len(placements) >= 3 and placements <= set(PLACEMENTS)
+
+
+def test_images_without_hands_are_annotated_as_such(one_by_one):
+    _, _, records = one_by_one
+    for record in records[6:]:
+        (annotation,), (joints,) = record['annotations'], record['joint_3d'].values()
+        assert (annotation['hand_type'], annotation['hand_type_valid'], annotation['bbox']) == ('none', 1, [0.0] * 4)
+        assert not np.any(annotation['joint_valid']) and np.all(np.array(joints['world_coord']) == 1.0)
+        assert list(record['mano'].values()) == [{'right': None, 'left': None}]
+
+
+def test_where_hands_are_absent_no_skin_is_rendered(one_by_one, monkeypatch):
+    """The other arm hangs down below the image, and an image without hands is its backdrop."""
+    _, settings, _ = one_by_one
+    monkeypatch.setattr(script, 'draw_hands', lambda *a: pytest.fail('a hand was rendered'))
+    for kind, hanging in (('any single', 1), ('empty', 2)):
+        sequence = script.Sequence('test', 3, 3, kind, 100, 0, (1,), ())
+        scene = script.set_scene(settings, sequence, np.random.default_rng(3))
+        below = scene.elbows[0, :, 1] - script.HANDS_AT[1] > 0.4
+        assert below.sum() == hanging and not below[list(scene.shown)].any()
+    camera = capture_cameras(settings, 3)[0]
+    backdrop = np.full((*camera.size, 3), 0.5, np.float32)
+    image = script.photograph(scene, 0, camera, backdrop)
+    assert np.array_equal(image, backdrop) and image is not backdrop
+
+
+@pytest.mark.parametrize('hands, kept', [('all', 8), ('interacting', None)])
+def test_preparation_keeps_or_skips_them(one_by_one, tmp_path, hands, kept, capsys):
+    root, settings, records = one_by_one
+    script.write_annotations(root, 'test', records, settings)
+    words = ['--data_path', root, '--save_path', tmp_path, '--workers', '1', '--hands', hands, 'MANO.SOURCE', 'standin']
+    done = interhand.main([str(word) for word in words])
+    if kept is None:
+        assert done == 2
+        assert 'test: 0 of 8 frames kept 8 hands not interacting.' in capsys.readouterr().err
+        return
+    assert done == 0
+    record = json.loads((tmp_path / 'test' / 'preparation.json').read_text())
+    types = record['kept_by_hand_type']
+    assert record['kept'] == kept and types['none'] == 2 and types['left'] + types['right'] == 6
+    dataset = InterHandDataset(tmp_path, 'test')
+    for index in range(kept):
+        sample = dataset[index]
+        assert sample.present.sum() == (index < 6) and sample.image.float().std() > 2
+
+
+def test_shares_are_recorded_where_they_are_set(tmp_path):
+    settings = SETTINGS._replace(frames=(2, 0, 0), empty=1.0)
+    assert main([*map(str, ['--save_path', tmp_path / 'raw', '--frames', 2, 0, 0, '--seed', SEED, '--empty', 1])]) == 0
+    record = json.loads((tmp_path / 'raw' / 'synthesized.json').read_text())
+    assert record['empty'] == 1.0 and 'single' not in record and 'clip' not in record
+    assert synthesize(tmp_path / 'raw', settings, workers=1) == []  # already complete
+    with pytest.raises(script.UserError, match=r'single was not set, now 0\.5'):
+        synthesize(tmp_path / 'raw', settings._replace(single=0.5, empty=0.5), workers=1)

@@ -44,6 +44,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--save_path', required=True, help='output folder of the prepared data set')
     parser.add_argument('--splits', nargs='+', metavar='SPLIT', help='train, val, test (default: all that exist)')
     parser.add_argument(
+        '--hands',
+        choices=('interacting', 'all'),
+        default='interacting',
+        help='keep the frames with interacting hands, or also those with a single hand or none, about as many '
+        '(default: %(default)s)',
+    )
+    parser.add_argument(
         '--shard', metavar='I/N', help='prepare only part I (1 to N) of N of each split: a task of a job array'
     )
     parser.add_argument('--merge', action='store_true', help='merge the finished shards; other options as they were')
@@ -89,6 +96,8 @@ def run(arguments: argparse.Namespace) -> None:
         'renderer': arguments.renderer,
         'vertex_colours': hashlib.sha256(colours.tobytes()).hexdigest()[:12],
     }
+    if arguments.hands == 'all':
+        common['hands'] = 'all'  # absent from the records of 'interacting', as in those of earlier versions
     todo = [(split, settings_of(split, common)) for split in splits]
     if arguments.merge:
         merge_splits(todo, save_path)

@@ -8,9 +8,9 @@ to list, to copy and to read in random order. Packed, each split is
 
     samples.bin    for each sample its JPEG files as they are (img, mask, dense), then its entries of data.json as JSON
     labels.npy     one record per sample (``record_type``): labels, and the position of its bytes
-    manifest.json  format, contents, size and SHA-256 of both
+    manifest.json  format, contents, size and SHA-256 of both; "hands": "all" if a sample lacks a hand
 
-read by position, so opening it costs nothing. Nothing in it is pickled.
+read by position, so opening it costs nothing. Nothing in it is pickled. The labels of an absent hand are NaN.
 
 ``--masks bits`` stores of each mask only which hand is where, bit-packed: a tenth of the bytes and a fifth of the time
 to decode. The classes are the same where the image is not warped; where it is, about 0.3 % of the pixels, at the rim of
@@ -32,7 +32,18 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset.hand_model_record import claim_hand_model_record, recorded_hand_model
-from dataset.packed import FORMAT, LABELS, MANIFEST, PARTS, SAMPLES, pack_bits, read_manifest, record_type, verify_split
+from dataset.packed import (
+    ALL_HANDS,
+    FORMAT,
+    LABELS,
+    MANIFEST,
+    PARTS,
+    SAMPLES,
+    pack_bits,
+    read_manifest,
+    record_type,
+    verify_split,
+)
 from dataset.prepare.raw import SPLITS
 from dataset.prepare.resumable import JOURNAL, Journal, already_complete, growing, publish, refuse_other_settings
 from dataset.prepare.shards import find_shards
@@ -203,10 +214,18 @@ def _finish(source: InterHandDataset, partial: Path, folder: Path, head: dict) -
     }
     if (source.folder / RECORD).exists():
         shutil.copyfile(source.folder / RECORD, partial / RECORD)
-    publish(folder, MANIFEST, head | {'files': files})
+    publish(folder, MANIFEST, head | _hands_entry(records) | {'files': files})
     (folder / JOURNAL).unlink()
     size = sum((folder / name).stat().st_size for name in files)
     print(f'{folder.name}: {head["samples"]:,} samples, {size:,} bytes')
+
+
+def _hands_entry(records: np.ndarray) -> dict[str, str]:
+    """The manifest's permission of NaN labels, if a sample lacks a hand; sets without such samples have no entry.
+
+    The labels decide and not the source's preparation.json, which sets of other tools lack.
+    """
+    return {'hands': ALL_HANDS} if np.isnan(records['pose'][:, :, 0]).any() else {}
 
 
 @user_facing

@@ -22,6 +22,9 @@ from utils.errors import UserError
 from utils.hand import INTERHAND_TO_JOINTS, LEFT, NUM_JOINTS, RIGHT, SIDES
 
 SPLITS = ('train', 'val', 'test')
+# hand_type -> the hands that an image shows. InterHand2.6M has no image without hands; synthetic data have.
+NO_HANDS = 'none'
+HANDS_SHOWN: dict[str, tuple[str, ...]] = {'interacting': SIDES, 'left': ('left',), 'right': ('right',), NO_HANDS: ()}
 MILLIMETRE = 1e-3
 _GET_IT = 'get it again from https://mks0601.github.io/InterHand2.6M (v1.0, 5 fps, annotations)'
 # JSON has no word for them, but files written by Python do: a number that is not one becomes null, and null NaN.
@@ -45,7 +48,7 @@ class Frame(msgspec.Struct, frozen=True, gc=False):
     seq_name: str
     camera: str
     frame_idx: int
-    hand_type: str  # 'left', 'right', 'interacting'; '' if the image has no annotation
+    hand_type: str  # a key of HANDS_SHOWN, or unknown; '' if the image has no annotation
     hand_type_valid: bool
     entries: tuple[msgspec.Raw, ...]  # of data.json, undecoded: image, annotation
 

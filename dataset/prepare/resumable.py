@@ -23,6 +23,7 @@ from utils.ownership import owned
 JOURNAL = 'journal.jsonl'
 VERSION = 2  # of the journal; version 1 did not number its lines
 SYNC_SHARE = 0.08  # of the time, at most, is spent waiting for the disk
+_NOT_SET = 'not set'
 
 
 @contextmanager
@@ -198,8 +199,12 @@ def already_complete(folder: Path, settings: dict, *, recorded: Callable[[Path],
 def refuse_other_settings(folder: Path, found: dict | None, wanted: dict) -> None:
     """Raises UserError unless the folder was created with the settings that are wanted now."""
     found = found or {}
-    different = [f'{key} was {found.get(key)}, now {wanted[key]}' for key in wanted if found.get(key) != wanted[key]]
-    if different or found != wanted:
+    different = [
+        f'{key} was {found.get(key, _NOT_SET)}, now {wanted.get(key, _NOT_SET)}'
+        for key in wanted | found
+        if found.get(key, _NOT_SET) != wanted.get(key, _NOT_SET)
+    ]
+    if different:
         raise UserError(
             f'{folder} was created with other settings ({"; ".join(different)}). Choose another --save_path, or remove '
             'the folder first.'

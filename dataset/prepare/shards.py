@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +20,11 @@ from tqdm import tqdm
 from dataset.prepare.raw import RawSplit
 from dataset.prepare.resumable import JOURNAL, Journal, refuse_other_settings
 from dataset.prepare.skips import (
+    KEPT_BY_TYPE,
     Skipped,
+    counts_by_hand_type,
     finish,
+    keeps_single_hands,
     pickle_annotation,
     refuse_heavy_damage,
     refuse_nothing_kept,
@@ -71,6 +75,7 @@ class _Record(msgspec.Struct):
     skipped_image_ids: dict[str, list[int]]
     damaged: dict[str, str]
     shard: _Range
+    kept_by_hand_type: dict[str, int] | None = None  # only of --hands all
 
 
 class FinishedShard(NamedTuple):
@@ -188,6 +193,8 @@ def _read_shard(shard: Shard, folder: Path, settings: dict) -> FinishedShard:
             f'{path} records shard {span.number}/{span.of}, with {record.kept} frames kept and {skipped} '
             f'skipped from {span.begin} to {span.end}: that is not this shard; {again}.'
         )
+    if keeps_single_hands(settings) and sum((record.kept_by_hand_type or {}).values()) != record.kept:
+        raise UserError(f'{path}: {KEPT_BY_TYPE} does not add up to the {record.kept} frames kept; {again}.')
     for name, suffix in FOLDERS.items():
         names = set(os.listdir(folder / name)) if (folder / name).is_dir() else set()
         numbers = (int(stem) for each in names if (stem := each.removesuffix(f'.{suffix}')).isdecimal())
@@ -229,7 +236,11 @@ def merge(
         skipped.extend(one.record.skipped_image_ids, one.record.damaged)
     kept = sum(one.record.kept for one in shards)
     total = kept + len(skipped)
-    summary = summarize(split.split, kept, total, skipped)
+    types, more = None, {}
+    if keeps_single_hands(settings):
+        counts = (Counter(one.record.kept_by_hand_type) for one in shards)
+        types = more[KEPT_BY_TYPE] = counts_by_hand_type(sum(counts, Counter()))
+    summary = summarize(split.split, kept, total, skipped, types)
     refuse_nothing_kept(split, kept, summary)
     refuse_heavy_damage(split, split.split, skipped.damage, total, Path(f'{split_folder}.shard-*'))
 
@@ -249,7 +260,7 @@ def merge(
                     index += 1
                     progress.update()
                 journal.note({'shard': one.folder.name, 'next': index})
-    finish(split_folder, settings, kept, total, skipped)
+    finish(split_folder, settings, kept, total, skipped, **more)
     print(summary, end='')
     clean_up(split_folder)
 

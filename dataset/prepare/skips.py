@@ -3,19 +3,22 @@
 import hashlib
 import os
 import pickle
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dataset.prepare.raw import Frame, RawSplit
+from dataset.prepare.raw import HANDS_SHOWN, NO_HANDS, Frame, RawSplit
 from dataset.prepare.resumable import Journal, publish
 from dataset.prepared import FOLDERS, RECORD, partial_folder
 from utils.errors import UserError
 from utils.files import read_json
 
+KEPT_BY_TYPE = 'kept_by_hand_type'  # entry of preparation.json where single hands are kept
 DARKEST = 10  # least mean grey value of a frame that is kept
 
 # Why a frame is not kept: properties of the data set first, then damage. The texts are part of preparation.json.
 NOT_INTERACTING, NOT_VALID = 'hands not interacting', 'hand type not valid'
+UNKNOWN_TYPE = 'unknown hand type'
 NO_FIT, DARK = 'a hand without MANO parameters', f'mean grey value below {DARKEST}'
 NO_ANNOTATION, BAD_FIT, BAD_CAMERA = 'no annotation', 'damaged MANO parameters', 'damaged camera'
 MISSING, UNREADABLE, OTHER_SIZE = 'picture missing', 'picture unreadable', 'picture of another size'
@@ -61,22 +64,23 @@ def digest_of_frames(frames: list[Frame]) -> str:
     return hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:16]
 
 
-def replay(journal: Journal, chunks: list[list[Frame]], skipped: Skipped) -> int:
-    """Enter the journalled skips into ``skipped`` -> index of the next sample.
+def replay(journal: Journal, chunks: list[list[Frame]], skipped: Skipped) -> Counter[str]:
+    """Enter the journalled skips into ``skipped`` -> number of frames kept so far, by hand type.
 
     Raises UserError unless the finished chunks are the first of ``chunks``.
     """
-    index = 0
+    kept: Counter[str] = Counter()
     for number, entry in enumerate(journal.chunks):
         chunk = chunks[number] if number < len(chunks) else []
         if not chunk or entry['frames'] != digest_of_frames(chunk):
             raise journal.contradiction(number)
         for place, skip in entry['skipped']:
             skipped.add(chunk[place], Skip(*skip))
-        index += len(chunk) - len(entry['skipped'])
-        if entry['next'] != index:
+        left_out = {place for place, _ in entry['skipped']}
+        kept.update(frame.hand_type for place, frame in enumerate(chunk) if place not in left_out)
+        if entry['next'] != kept.total():
             raise journal.contradiction(number)
-    return index
+    return kept
 
 
 def recorded_settings(folder: Path) -> dict:
@@ -109,8 +113,23 @@ def refuse_nothing_kept(split: RawSplit, kept: int, summary: str) -> None:
         raise UserError(f'{split.root}: No frame of {split.split} can be prepared. {" ".join(summary.split())}.')
 
 
-def summarize(what: str, kept: int, total: int, skipped: Skipped) -> str:
-    return f'{what}: {kept:,} of {total:,} frames kept\n{skipped.table()}'
+def summarize(what: str, kept: int, total: int, skipped: Skipped, hand_types: dict[str, int] | None = None) -> str:
+    """The end of a preparation in words. hand_types: numbers of kept frames, where single hands are kept too."""
+    types = ''
+    if hand_types is not None:
+        words = {NO_HANDS: 'without hands'}
+        types = f' ({", ".join(f"{count:,} {words.get(name, name)}" for name, count in hand_types.items())})'
+    return f'{what}: {kept:,} of {total:,} frames kept{types}\n{skipped.table()}'
+
+
+def keeps_single_hands(settings: dict[str, Any]) -> bool:
+    """Whether a split is prepared with ``--hands all``; records of ``interacting`` lack the entry."""
+    return settings.get('hands') == 'all'
+
+
+def counts_by_hand_type(kept: Counter[str]) -> dict[str, int]:
+    """Numbers of kept frames in the order of HANDS_SHOWN, as preparation.json records them."""
+    return {name: kept[name] for name in HANDS_SHOWN}
 
 
 def finish(target: Path, settings: dict, kept: int, total: int, skipped: Skipped, **more: Any) -> None:

@@ -3,7 +3,7 @@
     <save_path>/<split>/img/<i>.jpg    the crop, BGR
                         mask/<i>.jpg   which hand is seen where: channel 1 the right hand, channel 2 the left, 255
                         dense/<i>.jpg  vertex colours, interpolated over the visible surface
-                        anno/<i>.pkl   MANO parameters, camera, the entries of data.json
+                        anno/<i>.pkl   MANO parameters (None for an absent hand), camera, the entries of data.json
                         preparation.json  settings, counts, and every skipped frame with its reason
 
 Samples are numbered without gaps, but whether a frame is kept is known only once its image is read. So worker
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dataset.prepare import raw
 from dataset.prepare.frames import FrameTask, PreparedFrame
-from dataset.prepare.raw import Frame, RawSplit, RecordError
+from dataset.prepare.raw import HANDS_SHOWN, Frame, RawSplit, RecordError
 from dataset.prepare.resumable import JOURNAL, Journal, already_complete, growing, refuse_other_settings
 from dataset.prepare.shards import (
     Shard,
@@ -35,15 +35,19 @@ from dataset.prepare.shards import (
 from dataset.prepare.skips import (
     BAD_CAMERA,
     BAD_FIT,
+    KEPT_BY_TYPE,
     MISSING,
     NO_ANNOTATION,
     NO_FIT,
     NOT_INTERACTING,
     NOT_VALID,
+    UNKNOWN_TYPE,
     Skip,
     Skipped,
+    counts_by_hand_type,
     digest_of_frames,
     finish,
+    keeps_single_hands,
     pickle_annotation,
     recorded_settings,
     refuse_heavy_damage,
@@ -60,9 +64,13 @@ CHUNK = 32  # frames per task; the unit of the journal
 SOURCES = ('data', 'camera', 'MANO_NeuralAnnot')  # annotation files in use
 
 
-def select(split: RawSplit, skipped: Skipped) -> list[Frame]:
-    """The frames whose annotations qualify; images are not read yet."""
-    fits: dict[tuple[str, int], Skip | None] = {}  # by time step, shared by its cameras
+def select(split: RawSplit, skipped: Skipped, *, single_hands: bool = False) -> list[Frame]:
+    """The frames whose annotations qualify; images are not read yet.
+
+    Those with interacting hands, and if ``single_hands`` those with a single hand or none. Every hand that the frame's
+    hand type names must have a fit.
+    """
+    fits: dict[tuple[str, int, str], Skip | None] = {}  # by time step and hand type, shared by the cameras
     cameras: dict[tuple[str, str], Skip | None] = {}
     selected: list[Frame] = []
     for frame in split.iterate_frames():
@@ -70,12 +78,14 @@ def select(split: RawSplit, skipped: Skipped) -> list[Frame]:
         skip: Skip | None
         if not frame.hand_type:
             skip = Skip(NO_ANNOTATION)
-        elif frame.hand_type != 'interacting':
+        elif not single_hands and frame.hand_type != 'interacting':
             skip = Skip(NOT_INTERACTING)
+        elif frame.hand_type not in HANDS_SHOWN:
+            skip = Skip(UNKNOWN_TYPE)
         elif not frame.hand_type_valid:
             skip = Skip(NOT_VALID)
         else:
-            step, camera = (frame.capture, frame.frame_idx), (frame.capture, frame.camera)
+            step, camera = (frame.capture, frame.frame_idx, frame.hand_type), (frame.capture, frame.camera)
             if step not in fits:
                 fits[step] = _fit_problem(split, *step)
             if camera not in cameras:
@@ -88,13 +98,14 @@ def select(split: RawSplit, skipped: Skipped) -> list[Frame]:
     return selected
 
 
-def _fit_problem(split: RawSplit, capture: str, frame_idx: int) -> Skip | None:
+def _fit_problem(split: RawSplit, capture: str, frame_idx: int, hand_type: str) -> Skip | None:
     try:
         fits = split.mano(capture, frame_idx)
     except RecordError as error:
         return Skip(BAD_FIT, str(error))
-    found = [fit for fit in fits.values() if fit is not None]
-    if len(found) < len(fits):
+    shown = HANDS_SHOWN[hand_type]
+    found = [fit for side in shown if (fit := fits[side]) is not None]
+    if len(found) < len(shown):
         return Skip(NO_FIT)
     if not all(np.isfinite(numbers).all() for fit in found for numbers in fit):
         return Skip(BAD_FIT, f'capture {capture}, frame {frame_idx}: not finite')
@@ -153,9 +164,9 @@ def _prepare(
             journal.begin(settings)
         refuse_other_settings(partial, journal.header, settings)
 
-        frames, total, skipped, more = _select_part(split, shard, partial)
+        frames, total, skipped, more = _select_part(split, settings, shard, partial)
         chunks = [frames[begin : begin + CHUNK] for begin in range(0, len(frames), CHUNK)]
-        done, index = len(journal.chunks), replay(journal, chunks, skipped)
+        done, kept = len(journal.chunks), replay(journal, chunks, skipped)
         todo = chunks[done:]
         missing = {
             frame.file_name: str(split.image_path(frame))
@@ -171,8 +182,8 @@ def _prepare(
                 noted = []
                 for number, (frame, outcome) in enumerate(zip(chunk, outcomes, strict=True)):
                     if isinstance(outcome, PreparedFrame):
-                        write_frame(partial, index, outcome)
-                        index += 1
+                        write_frame(partial, kept.total(), outcome)
+                        kept[frame.hand_type] += 1
                         continue
                     if outcome.reason == MISSING and frame.file_name not in missing:
                         raise UserError(
@@ -182,21 +193,26 @@ def _prepare(
                     skipped.add(frame, outcome)
                     noted.append([number, list(outcome)])
                 refuse_heavy_damage(split, what, skipped.damage, total, partial)
-                journal.note({'frames': digest_of_frames(chunk), 'next': index, 'skipped': noted})
+                journal.note({'frames': digest_of_frames(chunk), 'next': kept.total(), 'skipped': noted})
                 progress.update(len(chunk))
                 check_stop()
-    summary = summarize(what, index, total, skipped)
+    types = None
+    if keeps_single_hands(settings):
+        types = more[KEPT_BY_TYPE] = counts_by_hand_type(kept)
+    summary = summarize(what, kept.total(), total, skipped, types)
     if not shard:  # other shards may keep frames
-        refuse_nothing_kept(split, index, summary)
-    finish(target, settings, index, total, skipped, **more)
+        refuse_nothing_kept(split, kept.total(), summary)
+    finish(target, settings, kept.total(), total, skipped, **more)
     print(summary, end='')
     clean_up(target)
 
 
-def _select_part(split: RawSplit, shard: Shard | None, partial: Path) -> tuple[list[Frame], int, Skipped, dict]:
+def _select_part(
+    split: RawSplit, settings: dict, shard: Shard | None, partial: Path
+) -> tuple[list[Frame], int, Skipped, dict]:
     """-> frames to prepare, frames in all, frames skipped by the selection, additional entries of the record."""
     skipped = Skipped()
-    frames = select(split, skipped)
+    frames = select(split, skipped, single_hands=keeps_single_hands(settings))
     total = len(frames) + len(skipped)
     if not shard:
         return frames, total, skipped, {}
@@ -226,17 +242,20 @@ def merge_splits(splits: list[tuple[RawSplit, dict]], save_path: Path) -> None:
                 found.append((split, settings, check_shards(target, settings)))
         for split, settings, shards in found:
             skipped = Skipped()
-            selected = len(select(split, skipped))
+            selected = len(select(split, skipped, single_hands=keeps_single_hands(settings)))
             merge(split, save_path / split.split, settings, shards, selected, skipped)
 
 
 def frame_task(split: RawSplit, frame: Frame) -> FrameTask:
+    # A fit belongs to a time step, a hand type to an image: a fit of a hand that the image does not show is ignored.
+    fits, shown = split.mano(frame.capture, frame.frame_idx), HANDS_SHOWN[frame.hand_type]
     return FrameTask(
         str(split.image_path(frame)),
+        frame.file_name,
         (frame.width, frame.height),
         raw.full_entries(frame),
         split.camera(frame.capture, frame.camera),
-        {side: fit for side, fit in split.mano(frame.capture, frame.frame_idx).items() if fit is not None},
+        {side: fit for side in shown if (fit := fits[side]) is not None},
     )
 
 

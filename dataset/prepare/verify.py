@@ -4,9 +4,10 @@
     python dataset/verify.py --path ./data/packed/ --split train --quarantine
 
 Every file must exist, decode without a warning of the decoder and have the right size, every label must be finite and
-within ``LIMITS``, and the counts of preparation.json must add up; a packed set must have its manifest's checksums, and
-its samples must lie one after the other. What is found is printed by reason and listed in PATH/verify/SPLIT.json. An
-interrupted verification resumes. Exit code: 0 sound, 1 damaged, 2 a mistake.
+within ``LIMITS``, the mask must not show a hand that the labels lack, and the counts of preparation.json must add up; a
+packed set must have its manifest's checksums, and its samples must lie one after the other. What is found is printed by
+reason and listed in PATH/verify/SPLIT.json. An interrupted verification resumes. Exit code: 0 sound, 1 damaged, 2 a
+mistake.
 
 ``--quarantine`` makes readers leave the damaged samples out: they are listed in SPLIT/quarantine.json, the files of a
 prepared split move to SPLIT/quarantine/, and preparation.json counts them as skipped. The split is then smaller, so a
@@ -40,11 +41,31 @@ from dataset.damage import (
     read_patiently,
     read_quarantine,
 )
-from dataset.packed import LABELS, MANIFEST, PARTS, SAMPLES, PackedDataset, files_with_other_checksums, read_manifest
+from dataset.packed import (
+    LABELS,
+    MANIFEST,
+    PARTS,
+    SAMPLES,
+    PackedDataset,
+    files_with_other_checksums,
+    read_manifest,
+    visible_hands,
+)
 from dataset.prepare.raw import SPLITS
 from dataset.prepare.resumable import JOURNAL, Journal, growing
+from dataset.prepare.skips import KEPT_BY_TYPE
 from dataset.prepare.workers import ordered_map, worker_pool
-from dataset.prepared import FOLDERS, LABEL_SHAPES, RECORD, InterHandDataset, PreparedSplit, partial_folder, paths
+from dataset.prepared import (
+    FOLDERS,
+    HAND_LABELS,
+    LABEL_SHAPES,
+    RECORD,
+    InterHandDataset,
+    PreparedSplit,
+    hands_without_numbers,
+    partial_folder,
+    paths,
+)
 from utils.distributed import usable_cores
 from utils.errors import UserError, user_facing
 from utils.files import read_json, sha256_of_file, write_json
@@ -53,7 +74,7 @@ from utils.hand import SIDES
 from utils.stopping import check_stop, holding_stop_signals, obey_stop_signals
 
 CHUNK = 64  # samples per task; the unit of the journal
-VERSION = 1  # of the checks: a journal of other ones is discarded
+VERSION = 2  # of the checks: a journal of other ones is discarded
 REPORTS = 'verify'  # folder of reports and journals
 QUARANTINED = 'quarantine'  # folder, within the split, of what was moved out of it
 SKIPPED = 'damaged, quarantined by dataset/verify.py'  # reason in preparation.json
@@ -69,6 +90,7 @@ LIMITS = {
 FARTHEST = 20.0  # m: hand from the camera, which it is in front of
 FOCAL_LENGTHS = (20.0, 100_000.0)  # pixels of the crop
 MARGIN = 2 * CROP_SIZE  # pixels: how far beyond the crop a hand's translation, some 0.1 m off its wrist, may project
+MOST_STRAY_PIXELS = 50  # of a hand in the mask of a sample that lacks it: JPEG noise at the rim of the other hand
 NOT_A_ROTATION = 0.01  # largest deviation of R R^T from the identity
 
 
@@ -137,20 +159,33 @@ def _check_labels(dataset: PreparedSplit, number: int) -> None:
     labels = dict(zip(LABEL_SHAPES, dataset.labels(number), strict=True))
     if problem := unusual_label(labels):
         raise DamageError(f'The labels of {dataset.name(number)}: {problem}.', BAD_LABELS)
+    absent = hands_without_numbers(list(labels.values()))
+    if not absent.any() or not dataset.with_mask:
+        return
+    try:
+        seen = visible_hands(dataset.mask(number)).sum((0, 1))
+    except DamageError:
+        return  # reported by the check of the mask
+    for side in np.array(SIDES)[absent & (seen > MOST_STRAY_PIXELS)]:
+        raise DamageError(
+            f'The mask of {dataset.name(number)} shows the {side} hand, which its labels lack.', BAD_LABELS
+        )
 
 
 def unusual_label(labels: dict[str, np.ndarray]) -> str | None:
     """The first label beyond ``LIMITS``, as a sentence without its end; None if all are sensible.
 
-    labels: the arrays of ``LABEL_SHAPES`` in the units of ``Sample``, finite.
+    labels: the arrays of ``LABEL_SHAPES`` in the units of ``Sample``, finite but for absent hands, which are NaN.
     """
+    present = ~hands_without_numbers(list(labels.values()))
+    labels = labels | {name: labels[name][present] for name in HAND_LABELS}
     for name, limit in LIMITS.items():
-        if (largest := float(np.abs(labels[name]).max())) > limit:
+        if (largest := float(np.abs(labels[name]).max(initial=0))) > limit:
             advice = '; it must be in metres' if 'translation' in name else ''
             return f'{name} holds {largest:.4g}, more than {limit:g}{advice}'
     for name in ('root', 'camera_rotation'):
         rotations = labels[name].astype(np.float64).reshape(-1, 3, 3)
-        off = np.abs(rotations @ rotations.transpose(0, 2, 1) - np.eye(3)).max()
+        off = np.abs(rotations @ rotations.transpose(0, 2, 1) - np.eye(3)).max(initial=0)
         if off > NOT_A_ROTATION or (np.linalg.det(rotations) < 0).any():
             return f'{name} is not a rotation matrix'
     intrinsics = labels['intrinsics'].astype(np.float64)
@@ -160,7 +195,7 @@ def unusual_label(labels: dict[str, np.ndarray]) -> str | None:
     if not np.allclose(intrinsics[2], (0, 0, 1), atol=1e-3):
         return f'the last row of intrinsics is {intrinsics[2].tolist()}, not 0, 0, 1'
     camera = labels['translation'] @ labels['camera_rotation'].T + labels['camera_translation']
-    for side, point in zip(SIDES, camera.astype(np.float64)):
+    for side, point in zip(np.array(SIDES)[present], camera.astype(np.float64)):
         if not 0 < point[2] <= FARTHEST:
             return f'the {side} hand lies {point[2]:.4g} m in front of the camera'
         pixel = (intrinsics @ point)[:2] / point[2]
@@ -406,6 +441,7 @@ def _count_as_skipped(folder: Path, numbers: list[int]) -> None:
     if not isinstance(record, dict) or not isinstance(record.get('kept'), int):
         return  # reported as damaged
     record['kept'] -= len(numbers)
+    record.pop(KEPT_BY_TYPE, None)  # a damaged sample may not tell its own
     record['skipped'] = {**record.get('skipped', {}), SKIPPED: len(numbers)}
     write_json(folder / RECORD, record | {'quarantined': numbers})
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from dataset.synthetic.appearance import SKIN_TONES_BGR
 
-CLUTTERED = 0.5  # share of the backgrounds
+CLUTTERED, CLUTTERED_WITHOUT_HANDS = 0.5, 0.85  # shares of the backgrounds; an image without hands needs distractors
 HELD, IN_FRONT = 0.22, 0.2  # shares of the images that are not plain
 
 Colour = tuple[float, float, float]

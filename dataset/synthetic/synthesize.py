@@ -3,7 +3,9 @@
     python dataset/synthesize.py --save_path data/synthetic_raw --frames 2300 --seed 0
 
 Two hands of a synthetic person interact in front of several cameras. A few per cent of the images are the edge cases of
-the real data set: a single hand, an invalid type, an almost black image.
+the real data set: a single hand, an invalid type, an almost black image. --single and --empty add images of a single
+hand in all poses and views, and of none: the latter have the hand_type 'none', which InterHand2.6M lacks, and no hand
+parameters.
 """
 
 import argparse
@@ -21,12 +23,13 @@ import torch
 from tqdm import tqdm
 
 from dataset.hand_model_record import write_hand_model_record
-from dataset.prepare.raw import annotation_file
+from dataset.prepare.raw import NO_HANDS, annotation_file
 from dataset.prepare.resumable import JOURNAL, Journal, already_complete, growing, publish, refuse_other_settings
 from dataset.prepare.workers import results_in_order
 from dataset.prepared import partial_folder
 from dataset.synthetic import camera_faults, clutter
 from dataset.synthetic.appearance import (
+    SHOULDERS,
     Light,
     Person,
     SkinChart,
@@ -61,6 +64,8 @@ GROUPS = ('persons', 'poses', 'views', 'light', 'clutter')
 PLAIN = 0.25  # share of the images without camera faults and objects
 VIEWS = 3  # cameras that see one time step
 STEPS = 6  # time steps of a sequence
+# Of kinds that need many scenes: sides and poses of single hands; nothing moves where there are no hands.
+SHORT_STEPS = {'any single': 2, 'empty': 1}
 CLIP_RATE = 30  # time steps per second of a clip; sequences have RATE
 CLIP_WANDER = 0.04, 0.7  # m, standard deviation of the places that the hands of a clip move to; s from one to the next
 CAMERAS, GREY_CAMERAS = 14, 0.12  # of a capture; share of those without colour
@@ -69,6 +74,8 @@ FEWEST_WITH_EDGE_CASES = 8  # a smaller split has no edge cases; from here on at
 HANDS_AT = np.array([0.0, 0.0, 1.05])  # m, world: about where the real set's hands are
 IMAGE_SIZES = ((512, 334), (334, 512))  # height, width
 DARKEST_GREY, BLACK_GAIN = 13.0, 0.05  # of 255: preparation drops images below a mean of 10
+HANGING = np.array([0.0, 0.8, 0.02])  # m from the shoulder: where an arm ends whose hand is out of sight
+WITH_PENETRATION = ('interacting', 'invalid', 'single')  # kinds of sequences; in others no two hands are seen
 TORSO_SHOWN = 0.6  # share of the sequences with somebody's chest behind the hands
 
 
@@ -82,6 +89,8 @@ class Settings(NamedTuple):
     path: str
     without: tuple[str, ...] = ()  # groups that are switched off, in the order of GROUPS
     clip: int = 0  # time steps of a sequence that one camera sees at CLIP_RATE; 0: STEPS at RATE, seen by VIEWS cameras
+    single: float = 0.0  # share of the images with a single hand
+    empty: float = 0.0  # share of the images without hands
 
     @property
     def interval(self) -> int:
@@ -99,7 +108,7 @@ class Sequence(NamedTuple):
     split: str
     number: int  # within the split
     capture: int
-    kind: str  # 'interacting', 'single' or 'invalid'
+    kind: str  # 'interacting', 'invalid', 'single' (a gesture), 'any single' or 'empty'
     first_frame: int  # its number within the capture
     first_id: int  # of its images, within the split
     views: tuple[int, ...]  # cameras of each time step
@@ -118,17 +127,24 @@ def plan(settings: Settings) -> list[Sequence]:
         if not images:
             continue
         rng = np.random.default_rng([settings.seed, SPLITS.index(split)])
+        singles = round(settings.single * images)
+        empties = min(round(settings.empty * images), images - singles)
         edge_cases = {
             kind: max(1, round(share * images)) if images >= FEWEST_WITH_EDGE_CASES and not settings.clip else 0
             for kind, share in EDGE_CASE_SHARES.items()
         }
+        others = images - singles - empties
+        edge_cases['single'] = 0 if settings.single else min(edge_cases['single'], others)
+        edge_cases['invalid'] = min(edge_cases['invalid'], others - edge_cases['single'])
         runs = []  # (kind, views of each step)
         for kind, count in (
-            ('interacting', images - edge_cases['single'] - edge_cases['invalid']),
+            ('interacting', others - edge_cases['single'] - edge_cases['invalid']),
             ('single', edge_cases['single']),
             ('invalid', edge_cases['invalid']),
+            ('any single', singles),
+            ('empty', empties),
         ):
-            cameras, length = (1, settings.clip) if settings.clip else (VIEWS, STEPS)
+            cameras, length = (1, settings.clip) if settings.clip else (VIEWS, SHORT_STEPS.get(kind, STEPS))
             steps = [min(cameras, count - begin) for begin in range(0, count, cameras)]
             runs += [(kind, tuple(steps[begin : begin + length])) for begin in range(0, len(steps), length)]
         per_capture, most = IMAGES_PER_CAPTURE[split], MOST_CAPTURES[split]
@@ -295,7 +311,7 @@ class Scene(NamedTuple):
 
     name: str
     hand_type: str
-    shown: tuple[int, ...]  # LEFT, RIGHT or both
+    shown: tuple[int, ...]  # LEFT, RIGHT, both or none
     path: HandPath
     mesh: torch.Tensor  # (T, V, 3)
     faces: torch.Tensor  # (F, 3)
@@ -303,20 +319,20 @@ class Scene(NamedTuple):
     light: Light
     elbows: np.ndarray  # (T, 2, 3)
     torso: bool  # whether the person's chest is behind the hands
+    cluttered: float  # share of the backgrounds with clutter
 
 
 def set_scene(settings: Settings, sequence: Sequence, rng: np.random.Generator) -> Scene:
     """Draw the motion and light of a sequence."""
     actors = _actors(settings.source, settings.path)
     person, betas = _person(settings, sequence.capture)
-    single, steps = sequence.kind == 'single', len(sequence.views)
-    placement = (
-        sample_placement_name(rng, varied=settings.has('poses')) if sequence.kind == 'interacting' else 'gesture'
-    )
+    single, empty, steps = sequence.kind in ('single', 'any single'), sequence.kind == 'empty', len(sequence.views)
+    any_placement = sequence.kind in ('interacting', 'any single')
+    placement = sample_placement_name(rng, varied=settings.has('poses')) if any_placement else 'gesture'
     while settings.clip and placement in GRIPS:  # in which fingers open and close at once
         placement = sample_placement_name(rng, varied=settings.has('poses'))
-    shown = (int(rng.integers(2)),) if single else (LEFT, RIGHT)
-    hand_type = SIDES[shown[0]] if single else 'interacting'
+    shown: tuple[int, ...] = (int(rng.integers(2)),) if single else () if empty else (LEFT, RIGHT)
+    hand_type = SIDES[shown[0]] if single else NO_HANDS if empty else 'interacting'
     rate = CLIP_RATE if settings.clip else RATE
     path = sample_path(steps, placement, rng, actors.models, betas, varied=settings.has('poses'), rate=rate)
 
@@ -325,7 +341,7 @@ def set_scene(settings: Settings, sequence: Sequence, rng: np.random.Generator) 
         wander = _smooth_wander(steps, rng)
     else:
         wander = np.cumsum(rng.normal(0, 0.004, (steps, 3)), 0) + rng.normal(0, 0.006, 3)
-    points = path.vertices[:, list(shown)].flatten(1, 2)
+    points = path.vertices[:, list(shown or (LEFT, RIGHT))].flatten(1, 2)
     middle = (points.amin(1) + points.amax(1)) / 2
     shift = (torch.from_numpy(HANDS_AT + wander).float() - middle)[:, None, None]
     path = path._replace(vertices=path.vertices + shift, joints=path.joints + shift)
@@ -336,9 +352,13 @@ def set_scene(settings: Settings, sequence: Sequence, rng: np.random.Generator) 
     if single:
         mesh, half = both[:, shown[0]], len(faces) // 2
         faces, skin = faces.unflatten(0, (2, half))[shown[0]] - shown[0] * mesh.shape[1], skin[shown[0] * half :][:half]
-    name = f'{sequence.number:04d}_' + (f'{hand_type}_gesture' if single else f'dh_{placement}')
+    elbows = both[:, :, -1].double().numpy()
+    if sequence.kind in ('any single', 'empty'):
+        for side in {LEFT, RIGHT} - set(shown):  # the arm hangs down, out of sight from the elbow on
+            elbows[:, side] = HANDS_AT + SHOULDERS[side] + HANGING
+    what = hand_type if empty else f'{hand_type}_{placement}' if single else f'dh_{placement}'
     return Scene(
-        name,
+        f'{sequence.number:04d}_{what}',
         hand_type,
         shown,
         path,
@@ -346,8 +366,9 @@ def set_scene(settings: Settings, sequence: Sequence, rng: np.random.Generator) 
         faces,
         skin,
         sample_light(rng, varied=settings.has('light')),
-        both[:, :, -1].double().numpy(),
+        elbows,
         bool(rng.random() < TORSO_SHOWN),
+        clutter.CLUTTERED_WITHOUT_HANDS if empty else clutter.CLUTTERED,
     )
 
 
@@ -365,7 +386,7 @@ def paint_backdrop(
 ) -> np.ndarray:
     """A camera's background, display values (H, W, 3)."""
     image = sample_background(camera.size, rng)
-    if cluttered and rng.random() < clutter.CLUTTERED:
+    if cluttered and rng.random() < scene.cluttered:
         clutter.clutter_background(image, rng)
     if scene.torso and camera.rotation[2, 2] > 0.2:  # from behind, the chest would hide the hands
         draw_torso(image, lambda points: camera.project(HANDS_AT + points), scene.elbows[step] - HANDS_AT, person, rng)
@@ -373,7 +394,9 @@ def paint_backdrop(
 
 
 def photograph(scene: Scene, step: int, camera: Camera, backdrop: np.ndarray) -> np.ndarray:
-    """Render the hands over a copy of their background, display values (H, W, 3)."""
+    """Render the hands, if any, over a copy of their background, display values (H, W, 3)."""
+    if not scene.shown:
+        return backdrop.copy()
     rotation, position = torch.from_numpy(camera.rotation).float(), torch.from_numpy(camera.position).float()
     light = scene.light._replace(direction=camera.rotation @ scene.light.direction)
     return draw_hands(
@@ -399,7 +422,9 @@ def make_sequence(settings: Settings, sequence: Sequence, root: Path) -> dict:
         'annotations': [],
         'joint_3d': {},
         'mano': {},
-        'penetration_mm': [round(1000 * float(depth), 3) for depth in scene.path.penetration],
+        'penetration_mm': [
+            round(1000 * float(depth), 3) for depth in scene.path.penetration if sequence.kind in WITH_PENETRATION
+        ],
     }
     for step, views in enumerate(sequence.views):
         frame = sequence.first_frame + settings.interval * step
@@ -414,7 +439,8 @@ def make_sequence(settings: Settings, sequence: Sequence, root: Path) -> dict:
             SIDES[side]: mano_annotation(scene.path, step, side, betas, layer) if side in scene.shown else None
             for side in (RIGHT, LEFT)
         }
-        points = scene.path.vertices[step, list(scene.shown)].flatten(0, 1).numpy()
+        # Where hands are; without any, where they would be.
+        points = scene.path.vertices[step, list(scene.shown or (LEFT, RIGHT))].flatten(0, 1).numpy()
         if settings.clip and clip_cameras is None:
             clip_cameras = choose_cameras(cameras, points, views, rng)
         for index in clip_cameras or choose_cameras(cameras, points, views, rng):
@@ -453,7 +479,7 @@ def make_sequence(settings: Settings, sequence: Sequence, root: Path) -> dict:
                 {
                     'id': sequence.first_id + number,
                     'image_id': sequence.first_id + number,
-                    'bbox': box_of(camera.project(points), camera.size),
+                    'bbox': box_of(camera.project(points), camera.size) if scene.shown else [0.0] * 4,
                     'joint_valid': joint_valid.astype(int).tolist(),
                     'hand_type': scene.hand_type,
                     'hand_type_valid': int(type_valid),
@@ -561,8 +587,9 @@ def synthesize(save_path: Path, settings: Settings, *, workers: int) -> list[dic
     models = load_hands(settings.source, settings.path)
     about = json.loads(json.dumps(settings._asdict() | {'hand_model': models.identity}))  # as files hold it
     about.pop('path')
-    if not about['clip']:
-        about.pop('clip')  # data sets of earlier versions do not record it
+    for name in ('clip', 'single', 'empty'):
+        if not about[name]:
+            about.pop(name)  # data sets of earlier versions do not record it
     with growing(save_path):
         if save_path.is_dir() and not any(save_path.iterdir()):
             save_path.rmdir()
@@ -673,7 +700,21 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         default=0,
         metavar='STEPS',
         help=f'generate videos instead: STEPS consecutive frames of each sequence at {CLIP_RATE} frames/s, seen by one '
-        'camera; every image shows two hands',
+        'camera; every image shows two hands unless --single or --empty is given',
+    )
+    parser.add_argument(
+        '--single',
+        type=float,
+        default=0.0,
+        metavar='SHARE',
+        help='share of the images with a single hand, in all poses and views (default: 0; a few are gestures)',
+    )
+    parser.add_argument(
+        '--empty',
+        type=float,
+        default=0.0,
+        metavar='SHARE',
+        help="share of the images without hands, whose hand_type is 'none' (default: 0)",
     )
     parser.add_argument('--workers', type=int, default=usable_cores(), help='processes (default: one per core)')
     add_config_arguments(parser)
@@ -716,16 +757,32 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f'--camera_spread is {args.camera_spread:g}; it must be between 0 and 180 degrees.')
     if args.clip < 0:
         raise UserError(f'--clip is {args.clip}; it must be a number of time steps, or 0 for none.')
+    for name in ('single', 'empty'):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f'--{name} is {getattr(args, name):g}; it must be a share between 0 and 1.')
+    if args.single + args.empty > 1:
+        raise UserError(
+            f'--single {args.single:g} and --empty {args.empty:g} add up to more than 1. Both are shares of all images.'
+        )
     if args.workers < 1:
         raise UserError(f'--workers is {args.workers}; it must be at least 1.')
     cfg = load_config(args.cfg, args.opts, base={'MANO': {'SOURCE': 'standin'}})  # synthetic data need no licensed file
     settings = Settings(
-        args.frames, args.seed, args.camera_spread, cfg.MANO.SOURCE, cfg.MANO.PATH, args.without, args.clip
+        args.frames,
+        args.seed,
+        args.camera_spread,
+        cfg.MANO.SOURCE,
+        cfg.MANO.PATH,
+        args.without,
+        args.clip,
+        args.single,
+        args.empty,
     )
     with obey_stop_signals():
         records = synthesize(args.save_path, settings, workers=args.workers)
+    if not records:
+        return
+    intersections = ''
     if depths := [depth for record in records for depth in record['penetration_mm']]:
-        print(
-            f'{sum(args.frames)} images in {args.save_path}; hands intersect by {np.mean(depths):.1f} mm on average, '
-            f'{max(depths):.1f} mm at most.'
-        )
+        intersections = f'; hands intersect by {np.mean(depths):.1f} mm on average, {max(depths):.1f} mm at most'
+    print(f'{sum(args.frames)} images in {args.save_path}{intersections}.')

@@ -27,9 +27,9 @@ from raw_tree import annotation_file, make_raw_tree
 
 from dataset.hand_model_record import check_hand_model_record
 from dataset.joint_files import implausible, read_joint_file
-from dataset.packed import FORMAT, LABELS, MANIFEST, SAMPLES, PackedDataset, record_type
+from dataset.packed import ALL_HANDS, FORMAT, LABELS, MANIFEST, SAMPLES, PackedDataset, record_type
 from dataset.prepare.raw import RawSplit, full_entries
-from dataset.prepared import FOLDERS, LABEL_SHAPES, InterHandDataset
+from dataset.prepared import FOLDERS, HAND_LABELS, LABEL_SHAPES, InterHandDataset
 from inference.boxes import BoxesFile
 from inference.detector_model import Model, read_model
 from inference.media import read_photo
@@ -237,7 +237,9 @@ def annotation_seeds() -> list[bytes]:
     camera = {'R': np.eye(3), 't': np.zeros(3), 'camera': np.eye(3)}
     content = {'mano_params': {'left': hand, 'right': hand}, 'camera': camera, 'image': {'id': 1}, 'annotation': None}
     wrong = content | {'camera': camera | {'t': [np.nan] * 3}}
-    return [pickle.dumps(x, protocol) for x in (content, wrong, [content]) for protocol in (2, 5)] + hostile_pickles()
+    single, empty = (content | {'mano_params': {'left': None, 'right': right}} for right in (hand, None))
+    contents = (content, wrong, [content], single, empty)
+    return [pickle.dumps(x, protocol) for x in contents for protocol in (2, 5)] + hostile_pickles()
 
 
 # Annotation files of InterHand2.6M
@@ -318,10 +320,15 @@ def packed_seeds() -> list[bytes]:
     labels, samples = path.read_bytes(), image * 3 + entries
     files = {LABELS: {'bytes': 0, 'sha256': ''}, SAMPLES: {'bytes': 0, 'sha256': ''}}
     manifest = {'format': FORMAT, 'samples': 1, 'mask': 'jpeg', 'dense': True, 'files': files}
+    text = json.dumps(manifest).encode()
     manifests = [manifest | change for change in ({}, {'mask': 'bits'}, {'samples': 10**12}, {'samples': '1'})]
     manifests += [manifest | {'samples': value} for value in (None, -1, 1.5, True)]
     seeds = [SEPARATOR.join([json.dumps(one).encode(), labels, samples]) for one in manifests]
-    text = json.dumps(manifest).encode()
+    for name in HAND_LABELS:
+        record[name][:, 0] = np.nan  # the left hand is absent
+    np.save(path, record)
+    absent, all_hands = path.read_bytes(), json.dumps(manifest | {'hands': ALL_HANDS}).encode()
+    seeds += [SEPARATOR.join([head, part, samples]) for head in (all_hands, text) for part in (absent, labels)]
     giant = labels.replace(b"'shape': (1,)", b"'shape': (9,)")
     return seeds + [SEPARATOR.join([text, part, samples]) for part in (labels[:80], giant, b'', b'PK\x03\x04')]
 
