@@ -1,10 +1,16 @@
 """Measure speed and memory on this machine, as ratios within one run; writes Markdown tables and JSON.
 
-    python benchmarks/run.py [--only NAME ...] [--out FOLDER] [--batch 8] [--repeats 7] [--threads N] [KEY VALUE ...]
+    python benchmarks/run.py [--only NAME ...] [--out FOLDER] [--batch 8] [--repeats 7] [--threads N] [--busy]
+        [KEY VALUE ...]
 
 Every measurement alternates its contestants, so that a slower machine slows all of them, and reports median and
 quartiles. Times of different runs are not comparable; ratios to the yardstick of the same run are: the bare ResNet-50
-for the network, decoding a JPEG for the loader. Weights are random, hands stand-ins, data synthetic.
+for the network, decoding a JPEG for the loader. Weights are random, hands stand-ins, data synthetic. A busy machine is
+refused, unless --busy is given; tables measured beside other processes say so.
+
+On a CPU, all contestants keep freed memory, as the commands do (utils.distributed.keep_freed_memory). What that brings
+is not the network's, so forward, step and latency are measured a second time with the C library's defaults, for all
+contestants alike, in a process of their own: the last two columns.
 
   forward       the network, eager, batch norms folded, exported, ONNX Runtime (requirements-export.txt)
   projection    joint features drawn along the bones: contracted, against the 2,560-channel map and its convolution
@@ -105,6 +111,8 @@ class Row(NamedTuple):
     low: float | None = None  # quartiles
     high: float | None = None
     ratio: float | None = None  # to the table's yardstick
+    default: float | None = None  # the median with the C library's own handling of freed memory
+    default_ratio: float | None = None
 
 
 class Table(NamedTuple):
@@ -583,8 +591,78 @@ def print_annotations(root: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The machine
+# ---------------------------------------------------------------------------------------------------------------------
+
+QUIET_S, MOST_OTHERS = 2.0, 0.1  # s of listening before the first measurement; cores that others may use
+
+
+class OtherProcesses:
+    """How many cores the processes outside this one's group use, from Linux's counters; None where there are none."""
+
+    def __init__(self, proc: str = '/proc'):
+        self.proc = Path(proc)
+        self.before = self._seconds()
+
+    def cores(self) -> float | None:
+        """On average since the last call."""
+        before, self.before = self.before, self._seconds()
+        if before is None or self.before is None:
+            return None
+        busy, own, at = (now - then for now, then in zip(self.before, before))
+        return max(busy - own, 0.0) / at if at else 0.0
+
+    def _seconds(self) -> tuple[float, float, float] | None:
+        """Busy seconds of all cores, of this process's group, and the time."""
+        ticks, group, busy, own = os.sysconf('SC_CLK_TCK'), os.getpgrp(), None, 0
+        for line in _lines(self.proc / 'stat'):
+            if line.startswith('cpu '):
+                user, nice, system, _, _, *interrupts = map(int, line.split()[1:8])
+                busy = user + nice + system + sum(interrupts)
+        if busy is None:
+            return None
+        for path in self.proc.glob('[0-9]*/stat'):
+            # Fields behind the name: 2 is the group; 11 to 14 user and system time, of ended children too.
+            fields = ' '.join(_lines(path)).rpartition(')')[2].split()
+            if len(fields) > 14 and int(fields[2]) == group:
+                own += sum(map(int, fields[11:15]))
+        return busy / ticks, own / ticks, time.monotonic()
+
+
+def refuse_busy_machine(others: OtherProcesses) -> None:
+    """Raises UserError if other processes use the machine."""
+    time.sleep(QUIET_S)
+    cores = others.cores()
+    if cores is not None and cores > MOST_OTHERS:
+        raise UserError(
+            f'Other processes use {cores:.1f} of {usable_cores()} cores, so the figures would mean little. End them, '
+            'or pass --busy to measure anyway.'
+        )
+
+
+def with_default_allocator(table: Table, name: str, setting: Setting) -> Table:
+    """Measure again in a process that leaves the C library's allocator alone -> the table with both."""
+    folder = setting.work / f'default-{name}'
+    words = ['--only', name, '--default-allocator', '--busy', '--out', str(folder)]
+    words += ['--batch', str(setting.batch), '--repeats', str(setting.repeats)]
+    words += ['--threads', str(torch.get_num_threads()), *['--compile'] * setting.compile, *setting.opts]
+    subprocess.run([sys.executable, __file__, *words], capture_output=True, check=True)
+    [again] = json.loads((folder / 'benchmark.json').read_text())['tables']
+    found = {row['what']: row for row in again['rows']}
+    rows = [
+        row._replace(default=found[row.what]['value'], default_ratio=found[row.what]['ratio'])
+        if row.what in found
+        else row
+        for row in table.rows
+    ]
+    return table._replace(rows=rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
+
+WITH_BOTH_ALLOCATORS = ('forward', 'step', 'latency')
 
 MEASUREMENTS = {
     'forward': forward,
@@ -622,7 +700,7 @@ def machine(setting: Setting) -> dict:
     }
 
 
-def _lines(path: str) -> list[str]:
+def _lines(path: str | Path) -> list[str]:
     try:
         return Path(path).read_text().splitlines()
     except OSError:
@@ -632,11 +710,16 @@ def _lines(path: str) -> list[str]:
 def as_markdown(about: dict, tables: list[Table]) -> str:
     text = ['# Benchmark', '', *(f'- {key}: {value}' for key, value in about.items() if value is not None)]
     for table in tables:
+        both = any(row.default is not None for row in table.rows)
         head = ['what', 'median', 'quartiles', 'unit'] + ([f'ratio to {table.yardstick}'] if table.yardstick else [])
+        head += ['median, default allocator', 'ratio'] if both else []
         text += ['', f'## {table.title}', '', f'| {" | ".join(head)} |', f'|---|{"---:|" * (len(head) - 1)}']
         for row in table.rows:
             spread = '' if row.low is None else f'{row.low:.4g} – {row.high:.4g}'
             ratio = [] if not table.yardstick else ['' if row.ratio is None else f'{row.ratio:.2f}']
+            if both:
+                ratio.append('' if row.default is None else f'{row.default:.4g}')
+                ratio.append('' if row.default_ratio is None else f'{row.default_ratio:.2f}')
             text.append(f'| {" | ".join([row.what, f"{row.value:.4g}", spread, row.unit, *ratio])} |')
         text += ['', table.note] if table.note else []
     return '\n'.join(text) + '\n'
@@ -650,9 +733,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--batch', type=int, default=8, help='samples (default: %(default)s)')
     parser.add_argument('--repeats', type=int, default=7, help='after one warm-up (default: %(default)s)')
     parser.add_argument('--threads', type=int, help="PyTorch's threads (default: its own choice)")
+    parser.add_argument('--busy', action='store_true', help='measure beside other processes')
     parser.add_argument('--compile', action='store_true', help='measure torch.compile too, which takes minutes')
     parser.add_argument('--data', help=argparse.SUPPRESS)  # both for processes that measure their own memory
     parser.add_argument('--peak', help=argparse.SUPPRESS)
+    parser.add_argument('--default-allocator', action='store_true', help=argparse.SUPPRESS)
     parser.add_argument('opts', nargs='*', metavar='KEY VALUE', help='configuration keys, e.g. DEVICE cuda')
     args = parser.parse_intermixed_args(argv)
     names, keys = split_off_pairs(args.only)
@@ -668,8 +753,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     opts = [*keys, *args.opts]
     cfg = load_config(None, ['MANO.SOURCE', 'standin', 'MODEL.PRETRAINED', 'false', *opts])
-    if choose_device(cfg.DEVICE).type == 'cpu':
+    on_cpu = choose_device(cfg.DEVICE).type == 'cpu'
+    if on_cpu and not args.default_allocator:
         keep_freed_memory()  # as the commands themselves do
+    others = OtherProcesses()
     with tempfile.TemporaryDirectory() as work:
         setting = Setting(
             choose_device(cfg.DEVICE), cfg, opts, args.batch, args.repeats, args.compile, Path(args.data or work)
@@ -677,10 +764,19 @@ def main(argv: list[str] | None = None) -> int:
         if args.peak:
             print_peak(setting, args.peak)
             return 0
+        if not args.busy:
+            refuse_busy_machine(others)
         about, tables = machine(setting), []
         for name in names or MEASUREMENTS:
             print(f'{name} ...', file=sys.stderr, flush=True)
-            tables.append(MEASUREMENTS[name](setting))
+            others.cores()
+            table = MEASUREMENTS[name](setting)
+            if on_cpu and not args.default_allocator and name in WITH_BOTH_ALLOCATORS:
+                table = with_default_allocator(table, name, setting)
+            if (cores := others.cores()) and cores > MOST_OTHERS:
+                note = f'**Busy: other processes used {cores:.1f} cores meanwhile.**'
+                table = table._replace(note=f'{table.note} {note}'.strip())
+            tables.append(table)
             print(as_markdown({}, tables[-1:]).partition('\n')[2], flush=True)
     if args.out:
         write_atomically(Path(args.out) / 'benchmark.md', as_markdown(about, tables).encode())

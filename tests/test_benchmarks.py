@@ -22,9 +22,10 @@ SMALL = [*TINY, 'MODEL.STAGES', '1', 'TRAIN.BATCH_SIZE', '4', 'DEVICE', 'cpu']
 def test_measurements_are_written_with_the_machine_and_ratios(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, 'SYNTHETIC_FRAMES', 10)
     monkeypatch.setattr(run, 'PACKED_SAMPLES', 1000)
+    monkeypatch.setattr(run, 'WITH_BOTH_ALLOCATORS', ())
     monkeypatch.setattr(run, 'inference_forms', lambda model, *_: {'DIR, eager': model})  # exports are tested elsewhere
     names = ['forward', 'projection', 'throughput', 'loader', 'opening', 'augmentation', 'waiting', 'preparation']
-    assert run.main(['--only', *names, '--batch', '2', '--repeats', '1', '--out', str(tmp_path), *SMALL]) == 0
+    assert run.main(['--only', *names, '--batch', '2', '--repeats', '1', '--busy', '--out', str(tmp_path), *SMALL]) == 0
     content = json.loads((tmp_path / 'benchmark.json').read_text())
     assert content['machine']['torch'] and content['machine']['cores'] >= 1
     assert len(content['tables']) == len(names)
@@ -39,6 +40,59 @@ def test_measurements_are_written_with_the_machine_and_ratios(tmp_path, monkeypa
     rows = {row['what'] for table in content['tables'] for row in table['rows']}
     assert {'training, batch 2, float32', 'packed, targets drawn: one JPEG', 'targets drawn'} <= rows
     assert scaling.measured_rate(tmp_path / 'benchmark.json') > 0
+
+
+def counters(proc, *, busy: float, own: float, other: float) -> None:
+    """Write Linux's counters, in seconds: of all cores, of a process of this group, and of one of another."""
+    ticks, group = run.os.sysconf('SC_CLK_TCK'), run.os.getpgrp()
+    (proc / 'stat').write_text(f'cpu  {round(busy * ticks)} 0 0 99999 5 0 0 0 0 0\ncpu0 1 1 1 1 1 1 1\n')
+    for pid, owner, seconds in ((7, group, own), (8, group + 1, other)):
+        (proc / str(pid)).mkdir(exist_ok=True)
+        times = f'{round(seconds * ticks)} 0 0 0'
+        (proc / str(pid) / 'stat').write_text(f'{pid} (a (b) c) R 1 {owner} 1 0 -1 0 0 0 0 0 {times} 20 0 1\n')
+
+
+def test_other_processes_are_those_outside_this_group(tmp_path, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(run.time, 'monotonic', lambda: now)
+    counters(tmp_path, busy=50, own=20, other=30)
+    others = run.OtherProcesses(str(tmp_path))
+    counters(tmp_path, busy=57, own=24, other=33)
+    now = 104.0
+    assert others.cores() == pytest.approx(3 / 4)
+    assert others.cores() == 0  # nothing since
+    assert run.OtherProcesses(str(tmp_path / 'nowhere')).cores() is None
+
+
+@pytest.mark.slow  # starts a process that imports torch
+def test_a_table_is_measured_again_with_the_default_allocator(tmp_path):
+    setting = run.Setting(torch.device('cpu'), tiny_config(), SMALL, 1, 1, False, tmp_path)
+    table = run.projection(setting)
+    again = run.with_default_allocator(table, 'projection', setting)
+    assert [row.what for row in again.rows] == [row.what for row in table.rows]
+    assert all(row.default > 0 and row.default_ratio > 0 and row.value > 0 for row in again.rows)
+
+
+@pytest.mark.parametrize('cores', [None, 0.05, 0.7])
+def test_a_busy_machine_is_refused(monkeypatch, cores):
+    class Others:
+        def cores(self):
+            return cores
+
+    monkeypatch.setattr(run, 'QUIET_S', 0.0)
+    if cores != 0.7:
+        run.refuse_busy_machine(Others())
+    else:
+        with pytest.raises(UserError, match=r'Other processes use 0\.7 of .* pass --busy'):
+            run.refuse_busy_machine(Others())
+
+
+def test_both_allocators_and_a_busy_machine_show_in_the_table():
+    rows = [run.Row('a', 2.0, 'ms', 1.0, 3.0, 1.0, 4.0, 1.0), run.Row('peak', 5.0, 'GB')]
+    text = run.as_markdown({}, [run.Table('T', 'a', rows, '**Busy**')])
+    assert '| what | median | quartiles | unit | ratio to a | median, default allocator | ratio |' in text
+    assert '| a | 2 | 1 – 3 | ms | 1.00 | 4 | 1.00 |' in text and '| peak | 5 |  | GB |  |  |  |' in text
+    assert text.rstrip().endswith('**Busy**')
 
 
 @pytest.mark.parametrize(
