@@ -14,16 +14,15 @@ from dataset.targets import (
     TargetRenderer,
     augmented_intrinsics,
     camera_hands,
-    classify_mask,
     make_target,
     mirror_and_rotate,
+    stored_maps,
 )
 from dataset.vertex_colours import canonical_colours, load_colours
 from manopth import HandPair, TwoHandLayer
+from models import dense_size
 from models.predictions import Target
 from utils.geometry import CROP_SIZE
-
-CPU_PART = 8  # samples at a time on a CPU: larger blocks of memory would be fresh pages for every operation
 
 
 class Batch(NamedTuple):
@@ -40,25 +39,41 @@ def learns_dense(cfg: CfgNode) -> bool:
     return cfg.MODEL.DENSE_HEADS and cfg.LOSS.WEIGHT.DENSE > 0
 
 
-def build_batch_maker(cfg: CfgNode, hands: HandPair) -> 'BatchMaker':
-    """Build the batch maker that ``cfg`` describes. Raises UserError if DATASET.COLOURS cannot be read."""
+def build_batch_maker(cfg: CfgNode, hands: HandPair, *, for_losses: bool = False) -> 'BatchMaker':
+    """Build the batch maker that ``cfg`` describes. Raises UserError if DATASET.COLOURS cannot be read.
+
+    for_losses: segmentation and dense maps at the size of the dense heads' outputs, to which the criterion would resize
+    them, instead of the image's.
+    """
     renderer = None
     if cfg.DATASET.TARGETS == 'render':
         colours = load_colours(cfg.DATASET.COLOURS) if cfg.DATASET.COLOURS else canonical_colours(hands)
         renderer = TargetRenderer(hands, colours if learns_dense(cfg) else None)
-    return BatchMaker(hands, image_size=cfg.MODEL.IMAGE_SIZE, renderer=renderer)
+    target_size = dense_size(cfg) if for_losses else None
+    return BatchMaker(hands, image_size=cfg.MODEL.IMAGE_SIZE, target_size=target_size, renderer=renderer)
 
 
 class BatchMaker(nn.Module):
     """Augment a batch of samples and compute its targets: Sample -> Batch.
 
-    hands: the pair that the annotations are posed with. image_size: side of the network's input in pixels. renderer:
-    renders segmentation and dense maps; without it, they come from the samples' masks and dense maps.
+    hands: the pair that the annotations are posed with. image_size: side of the network's input in pixels. target_size:
+    side of segmentation and dense maps, a divisor of ``image_size``; None for the same. renderer: renders segmentation
+    and dense maps; without it, they come from the samples' masks and dense maps.
     """
 
-    def __init__(self, hands: HandPair, *, image_size: int = CROP_SIZE, renderer: TargetRenderer | None = None):
+    def __init__(
+        self,
+        hands: HandPair,
+        *,
+        image_size: int = CROP_SIZE,
+        target_size: int | None = None,
+        renderer: TargetRenderer | None = None,
+    ):
         super().__init__()
         self.hands, self.image_size, self.renderer = hands, image_size, renderer
+        self.target_size = image_size if target_size is None else target_size
+        if image_size % self.target_size:
+            raise ValueError(f'target_size is {target_size}; it must divide image_size, {image_size}.')
         self.hand_layer = TwoHandLayer(hands)
 
     @property
@@ -66,37 +81,23 @@ class BatchMaker(nn.Module):
         """The device on which batches are made."""
         return next(self.buffers()).device
 
-    def forward(self, samples: Sample) -> Batch:
-        if self.device.type != 'cpu' or len(samples.index) <= CPU_PART:
-            return self._make(samples)
-        return _map_tensors(torch.cat, *map(self._make, parts_of(samples, CPU_PART)))
-
     @torch.no_grad()
-    def _make(self, samples: Sample) -> Batch:
+    def forward(self, samples: Sample) -> Batch:
         samples, plan = samples.to(self.device), samples.augmentation  # on the host, see ``augment_images``
         on_device = AugmentationParameters(*(x.to(self.device, torch.float32, non_blocking=True) for x in plan))
         flip, image_map = plan.flip.to(self.device), augmentation_map(on_device)
 
         hands = mirror_and_rotate(camera_hands(self.hand_layer, samples), flip=flip, angle=on_device.angle)
         intrinsics = augmented_intrinsics(samples.intrinsics, image_map=image_map, flip=flip, angle=on_device.angle)
-        stored = {'image': samples.image} | ({} if self.renderer else _stored_targets(samples))
-        images = augment_images(stored, plan, image_map=image_map, size=self.image_size)
+        size, target_size = self.image_size, self.target_size
         if self.renderer:
-            segmentation, dense = self.renderer(
-                hands.vertices, intrinsics=intrinsics, image_map=image_map, size=self.image_size
+            maps = self.renderer(
+                hands.vertices, intrinsics=intrinsics, image_map=image_map, size=size, target_size=target_size
             )
         else:
-            segmentation, dense = classify_mask(images['mask']), images['dense'] / 255 if 'dense' in images else None
-        target = make_target(hands, intrinsics, segmentation=segmentation, dense=dense)
-        return Batch(images['image'], target, intrinsics, samples.index)
-
-
-def _stored_targets(samples: Sample) -> dict[str, Tensor]:
-    if samples.mask is None:
-        raise ValueError(
-            'The samples have no masks: open the split with_mask=True, or give the batch maker a renderer.'
-        )
-    return {'mask': samples.mask} | ({} if samples.dense is None else {'dense': samples.dense})
+            maps = stored_maps(samples, image_map, size=size, target_size=target_size)
+        target = make_target(hands, intrinsics, segmentation=maps.segmentation, dense=maps.dense)
+        return Batch(augment_images(samples, image_map, size=size), target, intrinsics, samples.index)
 
 
 def parts_of(samples: Sample, size: int) -> list[Sample]:
@@ -104,15 +105,13 @@ def parts_of(samples: Sample, size: int) -> list[Sample]:
     samples = samples._replace(damage=())
 
     def part(begin: int) -> Sample:
-        return _map_tensors(lambda leaves: leaves[0][begin : begin + size], samples)
+        return _map_tensors(lambda values: values[begin : begin + size], samples)
 
     return [part(begin) for begin in range(0, len(samples.index), size)]
 
 
-def _map_tensors(function: Callable[[list[Tensor]], Tensor], *trees: Any) -> Any:
-    """Apply ``function`` to the corresponding tensors of NamedTuples of one structure; None stays None."""
-    if trees[0] is None:
-        return None
-    if isinstance(trees[0], Tensor):
-        return function(list(trees))
-    return type(trees[0])(*(_map_tensors(function, *leaves) for leaves in zip(*trees)))
+def _map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Apply ``function`` to the tensors of nested tuples with named fields; None stays None."""
+    if tree is None or isinstance(tree, Tensor):
+        return None if tree is None else function(tree)
+    return type(tree)(*(_map_tensors(function, branch) for branch in tree))

@@ -4,10 +4,15 @@ The 3D hands are rotated (and mirrored) with the image and the intrinsics follow
 the new intrinsics gives the old pixels moved by the image map.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dataset.image_augmentation import warp_moved
 from dataset.prepared import Sample
 from manopth import HandPair, Hands, TwoHandLayer
 from models.predictions import Target
@@ -65,6 +70,58 @@ def classify_mask(mask: Tensor) -> Tensor:
     return torch.where(strongest > MASK_THRESHOLD, hand + 1, 0)
 
 
+class PixelTargets(NamedTuple):
+    """Training targets per pixel."""
+
+    segmentation: Tensor  # (B, n, n) int64: 0 background, 1 left, 2 right
+    dense: Tensor | None  # (B, 3, n, n) in [0, 1]; None where it is not learned
+
+
+def stored_maps(samples: Sample, image_map: Tensor, *, size: int, target_size: int) -> PixelTargets:
+    """Warp the samples' masks and dense maps as the image, by image_map (B, 3, 3), and classify the mask.
+
+    size: side of the image in pixels. target_size: side of the targets, which divides ``size``: they equal the classes
+    of all ``size`` x ``size`` pixels resized by 'nearest' and that dense map resized by 'bilinear', but only the pixels
+    that those read are computed. Raises ValueError without masks.
+    """
+    if samples.mask is None:
+        raise ValueError(
+            'The samples have no masks: open the split with_mask=True, or give the batch maker a renderer.'
+        )
+
+    def warped(stored: Tensor, pixels_of: Callable[..., Tensor]) -> Tensor:
+        images = stored.float().permute(0, 3, 1, 2)
+        pixels = None if target_size == size else pixels_of(size, target_size, device=images.device)
+        return warp_moved(images, samples.augmentation, image_map=image_map, size=size, pixels=pixels)
+
+    mask = warped(samples.mask, pixels_of_nearest)
+    flip = samples.augmentation.flip.to(mask.device)[:, None, None, None]
+    segmentation = classify_mask(torch.where(flip, mask.flip(1), mask))  # flipped, a right hand is where a left one was
+    if samples.dense is None:
+        return PixelTargets(segmentation, None)
+    dense = warped(samples.dense, pixels_of_bilinear) / 255
+    return PixelTargets(segmentation, resize_dense(dense, target_size))
+
+
+def resize_dense(dense: Tensor, side: int) -> Tensor:
+    """Resize dense maps (B, 3, n, n) to ``side`` as the criterion does."""
+    if dense.shape[-1] == side:
+        return dense
+    return F.interpolate(dense, (side, side), mode='bilinear', align_corners=False)
+
+
+def pixels_of_nearest(size: int, target_size: int, *, device: torch.device) -> Tensor:
+    """The rows (or columns) of ``size`` that ``F.interpolate``'s 'nearest' reads for ``target_size``, a divisor."""
+    return torch.arange(0, size, size // target_size, device=device)
+
+
+def pixels_of_bilinear(size: int, target_size: int, *, device: torch.device) -> Tensor:
+    """The rows that 'bilinear' (without ``align_corners``) reads, which then means over cells: one or two a cell."""
+    cell = size // target_size
+    first = torch.arange((cell - 1) // 2, size, cell, device=device)
+    return first if cell % 2 else torch.stack([first, first + 1], 1).flatten()
+
+
 class TargetRenderer(nn.Module):
     """Render pixel classes and dense maps from the labels, as dataset/prepare/split.py renders the files.
 
@@ -81,9 +138,9 @@ class TargetRenderer(nn.Module):
         self.register_buffer('colours', both, persistent=False)
 
     def forward(
-        self, vertices: Tensor, *, intrinsics: Tensor, image_map: Tensor, size: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """Render augmented hands -> classes (B, size, size) int64 and dense map (B, 3, size, size) in [0, 1] or None.
+        self, vertices: Tensor, *, intrinsics: Tensor, image_map: Tensor, size: int, target_size: int | None = None
+    ) -> PixelTargets:
+        """Render augmented hands into targets of ``target_size`` (None: ``size``), equal to resized ones of ``size``.
 
         vertices (B, 2, 778, 3) m and intrinsics (B, 3, 3) after augmentation; image_map (B, 3, 3) of that augmentation.
         """
@@ -92,10 +149,14 @@ class TargetRenderer(nn.Module):
         shrink = torch.diag(intrinsics.new_tensor([size / CROP_SIZE, size / CROP_SIZE, 1.0]))
         to_files = shrink @ forth @ image_map @ back @ torch.linalg.inv(image_map)
         fragments = rasterize(vertices.flatten(1, 2), self.faces, to_files @ intrinsics, (size, size))
-        classes = torch.where(fragments.face < 0, 0, 1 + (fragments.face >= NUM_FACES).long())
+        side = target_size or size
+        rows = pixels_of_nearest(size, side, device=vertices.device)
+        face = fragments.face[:, rows[:, None], rows]
+        classes = torch.where(face < 0, 0, 1 + (face >= NUM_FACES).long())
         if self.colours is None:
-            return classes, None
-        return classes, interpolate(fragments, self.faces, self.colours).permute(0, 3, 1, 2)
+            return PixelTargets(classes, None)
+        dense = interpolate(fragments, self.faces, self.colours).permute(0, 3, 1, 2)
+        return PixelTargets(classes, resize_dense(dense, side))
 
 
 def _shift(pixels: float) -> Tensor:
