@@ -18,7 +18,7 @@ from manopth import HandPair, Hands, TwoHandLayer
 from models.predictions import Target
 from utils.geometry import CROP_SIZE, project, rotation_z, to_uv, world_to_camera
 from utils.hand import MASK_THRESHOLD, NUM_FACES
-from utils.rasterizer import interpolate, rasterize
+from utils.rasterizer import Fragments, interpolate, rasterize
 
 
 def camera_hands(hand_layer: TwoHandLayer, samples: Sample) -> Hands:
@@ -89,9 +89,9 @@ def stored_maps(samples: Sample, image_map: Tensor, *, size: int, target_size: i
             'The samples have no masks: open the split with_mask=True, or give the batch maker a renderer.'
         )
 
-    def warped(stored: Tensor, pixels_of: Callable[..., Tensor]) -> Tensor:
-        images = stored.float().permute(0, 3, 1, 2)
-        pixels = None if target_size == size else pixels_of(size, target_size, device=images.device)
+    def warped(stored: Tensor, pixels_of: Callable[[int], list[int]]) -> Tensor:
+        images, cell = stored.float().permute(0, 3, 1, 2), size // target_size
+        pixels = None if cell == 1 else pixels_in_cells(pixels_of(cell), cell=cell, size=size, device=images.device)
         return warp_moved(images, samples.augmentation, image_map=image_map, size=size, pixels=pixels)
 
     mask = warped(samples.mask, pixels_of_nearest)
@@ -110,16 +110,19 @@ def resize_dense(dense: Tensor, side: int) -> Tensor:
     return F.interpolate(dense, (side, side), mode='bilinear', align_corners=False)
 
 
-def pixels_of_nearest(size: int, target_size: int, *, device: torch.device) -> Tensor:
-    """The rows (or columns) of ``size`` that ``F.interpolate``'s 'nearest' reads for ``target_size``, a divisor."""
-    return torch.arange(0, size, size // target_size, device=device)
+def pixels_of_nearest(cell: int) -> list[int]:
+    """The pixel of each cell that ``F.interpolate``'s 'nearest' reads where it reduces ``cell`` pixels to one."""
+    return [0]
 
 
-def pixels_of_bilinear(size: int, target_size: int, *, device: torch.device) -> Tensor:
-    """The rows that 'bilinear' (without ``align_corners``) reads, which then means over cells: one or two a cell."""
-    cell = size // target_size
-    first = torch.arange((cell - 1) // 2, size, cell, device=device)
-    return first if cell % 2 else torch.stack([first, first + 1], 1).flatten()
+def pixels_of_bilinear(cell: int) -> list[int]:
+    """The pixels of each cell that 'bilinear' (without ``align_corners``) reads: the one or two in its middle."""
+    return list(range((cell - 1) // 2, cell // 2 + 1))
+
+
+def pixels_in_cells(of_cell: list[int], *, cell: int, size: int, device: torch.device) -> Tensor:
+    """Rows (or columns) of an image of side ``size`` that lie at the places ``of_cell`` of each of its cells."""
+    return torch.stack([torch.arange(place, size, cell, device=device) for place in of_cell], 1).flatten()
 
 
 class TargetRenderer(nn.Module):
@@ -148,13 +151,22 @@ class TargetRenderer(nn.Module):
         back, forth = _shift(-0.5).to(image_map), _shift(0.5).to(image_map)
         shrink = torch.diag(intrinsics.new_tensor([size / CROP_SIZE, size / CROP_SIZE, 1.0]))
         to_files = shrink @ forth @ image_map @ back @ torch.linalg.inv(image_map)
-        fragments = rasterize(vertices.flatten(1, 2), self.faces, to_files @ intrinsics, (size, size))
         side = target_size or size
-        rows = pixels_of_nearest(size, side, device=vertices.device)
-        face = fragments.face[:, rows[:, None], rows]
+        cell = size // side
+        of_dense = [] if self.colours is None else pixels_of_bilinear(cell)
+        of_cell = sorted({*pixels_of_nearest(cell), *of_dense})
+        pixels = None if cell == 1 else pixels_in_cells(of_cell, cell=cell, size=size, device=vertices.device)
+        fragments = rasterize(vertices.flatten(1, 2), self.faces, to_files @ intrinsics, (size, size), pixels=pixels)
+        face = fragments.face[:, :: len(of_cell), :: len(of_cell)]
         classes = torch.where(face < 0, 0, 1 + (face >= NUM_FACES).long())
         if self.colours is None:
             return PixelTargets(classes, None)
+
+        def read_by_dense(values: Tensor) -> Tensor:  # (B, side * len(of_cell), side * len(of_cell), ...)
+            cells = values.unflatten(2, (side, -1)).unflatten(1, (side, -1))
+            return cells[:, :, -len(of_dense) :, :, -len(of_dense) :].flatten(3, 4).flatten(1, 2)
+
+        fragments = Fragments(*map(read_by_dense, fragments))
         dense = interpolate(fragments, self.faces, self.colours).permute(0, 3, 1, 2)
         return PixelTargets(classes, resize_dense(dense, side))
 
