@@ -111,6 +111,7 @@ class Training(NamedTuple):
     hands: HandPair
     trainer: Trainer
     batch_maker: BatchMaker
+    validation_batch_maker: BatchMaker  # whole segmentations, which figures and pictures need
     loader: Loader
     sampler: EpochSampler
     validation: PreparedSplit | None  # None: the data set has no split val
@@ -235,8 +236,10 @@ def build_training(cfg: CfgNode, device: torch.device, content: dict[str, Any] |
         print(trainer.initial_weights.describe(hands))
     previous = content.get('record') if content else None
     record = run_record(seed=cfg.SEED, hand_model=hands.identity, data=data, device=device, previous=previous)
-    batch_maker = build_batch_maker(cfg, hands).to(device)
-    return Training(cfg, hands, trainer, batch_maker, loader, sampler, validation, record)
+    batch_maker, validation_batch_maker = (
+        build_batch_maker(cfg, hands, for_losses=for_losses).to(device) for for_losses in (True, False)
+    )
+    return Training(cfg, hands, trainer, batch_maker, validation_batch_maker, loader, sampler, validation, record)
 
 
 def fit(run: Training, progress: Progress) -> int:
@@ -392,7 +395,7 @@ def validate_and_keep_best(session: Session) -> bool:
             summary = validate(
                 run.trainer.result,
                 run.validation,
-                run.batch_maker,
+                run.validation_batch_maker,
                 run.cfg,
                 epoch=progress.epoch,
                 step=session.steps_done,

@@ -20,7 +20,7 @@ contestants alike, in a process of their own: the last two columns.
   latency       one image: eager, folded, exported, ONNX Runtime; from an image to hands, and to all files
   loader        one worker: folder, packed, masks as bits, one JPEG per sample; and decoding a JPEG
   opening       a packed split of 400,000 samples
-  augmentation  labels, warp, blur, colour, noise, and targets drawn instead of read, on the device
+  augmentation  labels, warp, blur, colour, noise, and targets read or drawn, on the device
   waiting       share of a training epoch spent waiting for data
   preparation   frames/s of dataset/interhand.py in one process
   annotations   reading annotation files of 1.36 million frames: time and memory (writes 0.9 GB, then removes it)
@@ -56,7 +56,7 @@ from yacs.config import CfgNode
 
 from dataset import interhand, open_split
 from dataset import packed as pack
-from dataset.batch import build_batch_maker, parts_of
+from dataset.batch import build_batch_maker
 from dataset.loader import training_loader
 from dataset.prepare import pack as pack_command
 from dataset.prepare import split as preparation
@@ -127,17 +127,23 @@ class Table(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def in_turn(contestants: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+def in_turn(
+    contestants: dict[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of every repetition of each contestant, after a warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for round_ in range(repeats + 1):
         for name, run in contestants.items():
             _wait(device)
-            begin = time.perf_counter()
+            begin = clock()
             run()
             _wait(device)
             if round_:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(clock() - begin)
     return seconds
 
 
@@ -295,7 +301,8 @@ def synthetic_step(setting: Setting, batch: int, *words: str, compile: bool = Fa
 def synthetic_target(setting: Setting, batch: int):
     cfg = synthetic_config(setting, 'packed', 'TRAIN.BATCH_SIZE', '4', 'TRAIN.WORKERS', '0')
     loader, _ = training_loader(cfg)
-    target = build_batch_maker(cfg, load_hands('standin')).to(setting.device)(next(iter(loader))).target
+    make_batch = build_batch_maker(cfg, load_hands('standin'), for_losses=True).to(setting.device)
+    target = make_batch(next(iter(loader))).target
     return target.map(lambda values: values.repeat(-(-batch // 4), *[1] * (values.ndim - 1))[:batch])
 
 
@@ -497,19 +504,29 @@ def opening(setting: Setting) -> Table:
 
 
 def augmentation(setting: Setting) -> Table:
-    makers, samples = {}, {}
-    for title, words in (('targets read and warped', ('packed',)), ('targets drawn', ('bare', *DRAWN))):
+    """Batches for the losses, against batches with targets of the image's size, as evaluation makes them."""
+    makers: dict[str, Callable[[], object]] = {}
+    forms = {
+        'targets read': ('packed',),
+        'targets drawn': ('bare', *DRAWN),
+        'targets drawn, no dense maps': ('bare', *DRAWN, 'LOSS.WEIGHT.DENSE', '0'),
+    }
+    for title, words in forms.items():
         cfg = synthetic_config(setting, *words, 'TRAIN.WORKERS', '0')
-        samples[title] = parts_of(next(iter(training_loader(cfg)[0])), setting.batch)[0]
-        makers[title] = build_batch_maker(cfg, load_hands('standin')).to(setting.device)
+        samples = next(iter(training_loader(cfg)[0]))
+        for size, for_losses in (("of the image's size", False), ("of the dense heads' size", True)):
+            maker = build_batch_maker(cfg, load_hands('standin'), for_losses=for_losses).to(setting.device)
+            makers[f'{title}, {size}'] = partial(maker, samples)
+    cpu = setting.device.type == 'cpu'
+    clock = time.process_time if cpu else time.perf_counter
     with torch_threads(1):
-        seconds = in_turn(
-            {title: partial(maker, samples[title]) for title, maker in makers.items()}, setting.repeats, setting.device
-        )
+        seconds = in_turn(makers, setting.repeats, setting.device, clock=clock)
     return Table(
-        f'Labels, augmentation and targets on {setting.device.type}, a sample (one core, batch {setting.batch})',
+        f'Labels, augmentation and targets on {setting.device.type}, a sample (batch {cfg.TRAIN.BATCH_SIZE}'
+        f'{", time of one core" if cpu else ""})',
         None,
-        rows_of(seconds, per=setting.batch),
+        rows_of(seconds, per=cfg.TRAIN.BATCH_SIZE),
+        'Time of one core excludes what other processes use, but a busy machine raises it, too.' if cpu else '',
     )
 
 
@@ -527,7 +544,10 @@ def waiting(setting: Setting) -> Table:
         'bfloat16' if setting.device.type == 'cuda' else 'float32',
     )
     hands = load_hands('standin')
-    (loader, sampler), make_batch = training_loader(cfg), build_batch_maker(cfg, hands).to(setting.device)
+    (loader, sampler), make_batch = (
+        training_loader(cfg),
+        build_batch_maker(cfg, hands, for_losses=True).to(setting.device),
+    )
     trainer = Trainer(cfg, hands, setting.device)
     trainer.train()
     waited, steps = 0.0, 0

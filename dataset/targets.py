@@ -4,16 +4,21 @@ The 3D hands are rotated (and mirrored) with the image and the intrinsics follow
 the new intrinsics gives the old pixels moved by the image map.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dataset.image_augmentation import warp_moved
 from dataset.prepared import Sample
 from manopth import HandModel, HandPair, Hands, TwoHandLayer
 from models.predictions import Target
 from utils.geometry import CROP_SIZE, project, rotation_z, to_uv, world_to_camera
 from utils.hand import CHAIN_PARENTS, MANO_TO_JOINTS, MASK_THRESHOLD, NUM_CHAIN_JOINTS, NUM_FACES, NUM_JOINTS, WRIST
-from utils.rasterizer import interpolate, rasterize
+from utils.rasterizer import Fragments, interpolate, rasterize
 
 
 def camera_hands(hand_layer: TwoHandLayer, samples: Sample) -> Hands:
@@ -73,6 +78,61 @@ def classify_mask(mask: Tensor) -> Tensor:
     """(B, 2, H, W) left, right in [0, 255] -> classes (B, H, W) int64: 0 where neither exceeds 50, 1 left, 2 right."""
     strongest, hand = mask.max(1)
     return torch.where(strongest > MASK_THRESHOLD, hand + 1, 0)
+
+
+class PixelTargets(NamedTuple):
+    """Training targets per pixel."""
+
+    segmentation: Tensor  # (B, n, n) int64: 0 background, 1 left, 2 right
+    dense: Tensor | None  # (B, 3, n, n) in [0, 1]; None where it is not learned
+
+
+def stored_maps(samples: Sample, image_map: Tensor, *, size: int, target_size: int) -> PixelTargets:
+    """Warp the samples' masks and dense maps as the image, by image_map (B, 3, 3), and classify the mask.
+
+    size: side of the image in pixels. target_size: side of the targets, which divides ``size``: they equal the classes
+    of all ``size`` x ``size`` pixels resized by 'nearest' and that dense map resized by 'bilinear', but only the pixels
+    that those read are computed. Raises ValueError without masks.
+    """
+    if samples.mask is None:
+        raise ValueError(
+            'The samples have no masks: open the split with_mask=True, or give the batch maker a renderer.'
+        )
+
+    def warped(stored: Tensor, pixels_of: Callable[[int], list[int]]) -> Tensor:
+        images, cell = stored.float().permute(0, 3, 1, 2), size // target_size
+        pixels = None if cell == 1 else pixels_in_cells(pixels_of(cell), cell=cell, size=size, device=images.device)
+        return warp_moved(images, samples.augmentation, image_map=image_map, size=size, pixels=pixels)
+
+    mask = warped(samples.mask, pixels_of_nearest)
+    flip = samples.augmentation.flip.to(mask.device)[:, None, None, None]
+    segmentation = classify_mask(torch.where(flip, mask.flip(1), mask))  # flipped, a right hand is where a left one was
+    if samples.dense is None:
+        return PixelTargets(segmentation, None)
+    dense = warped(samples.dense, pixels_of_bilinear) / 255
+    return PixelTargets(segmentation, resize_dense(dense, target_size))
+
+
+def resize_dense(dense: Tensor, side: int) -> Tensor:
+    """Resize dense maps (B, 3, n, n) to ``side`` as the criterion does."""
+    if dense.shape[-1] == side:
+        return dense
+    return F.interpolate(dense, (side, side), mode='bilinear', align_corners=False)
+
+
+def pixels_of_nearest(cell: int) -> list[int]:
+    """The pixel of each cell that ``F.interpolate``'s 'nearest' reads where it reduces ``cell`` pixels to one."""
+    return [0]
+
+
+def pixels_of_bilinear(cell: int) -> list[int]:
+    """The pixels of each cell that 'bilinear' (without ``align_corners``) reads: the one or two in its middle."""
+    return list(range((cell - 1) // 2, cell // 2 + 1))
+
+
+def pixels_in_cells(of_cell: list[int], *, cell: int, size: int, device: torch.device) -> Tensor:
+    """Rows (or columns) of an image of side ``size`` that lie at the places ``of_cell`` of each of its cells."""
+    return torch.stack([torch.arange(place, size, cell, device=device) for place in of_cell], 1).flatten()
 
 
 def only_present(vertices: Tensor, present: Tensor | None) -> Tensor:
@@ -148,9 +208,9 @@ class TargetRenderer(nn.Module):
         self.register_buffer('colours', both, persistent=False)
 
     def forward(
-        self, vertices: Tensor, *, intrinsics: Tensor, image_map: Tensor, size: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """Render augmented hands -> classes (B, size, size) int64 and dense map (B, 3, size, size) in [0, 1] or None.
+        self, vertices: Tensor, *, intrinsics: Tensor, image_map: Tensor, size: int, target_size: int | None = None
+    ) -> PixelTargets:
+        """Render augmented hands into targets of ``target_size`` (None: ``size``), equal to resized ones of ``size``.
 
         vertices (B, 2, 778, 3) m and intrinsics (B, 3, 3) after augmentation; image_map (B, 3, 3) of that augmentation.
         """
@@ -158,11 +218,24 @@ class TargetRenderer(nn.Module):
         back, forth = _shift(-0.5).to(image_map), _shift(0.5).to(image_map)
         shrink = torch.diag(intrinsics.new_tensor([size / CROP_SIZE, size / CROP_SIZE, 1.0]))
         to_files = shrink @ forth @ image_map @ back @ torch.linalg.inv(image_map)
-        fragments = rasterize(vertices.flatten(1, 2), self.faces, to_files @ intrinsics, (size, size))
-        classes = torch.where(fragments.face < 0, 0, 1 + (fragments.face >= NUM_FACES).long())
+        side = target_size or size
+        cell = size // side
+        of_dense = [] if self.colours is None else pixels_of_bilinear(cell)
+        of_cell = sorted({*pixels_of_nearest(cell), *of_dense})
+        pixels = None if cell == 1 else pixels_in_cells(of_cell, cell=cell, size=size, device=vertices.device)
+        fragments = rasterize(vertices.flatten(1, 2), self.faces, to_files @ intrinsics, (size, size), pixels=pixels)
+        face = fragments.face[:, :: len(of_cell), :: len(of_cell)]
+        classes = torch.where(face < 0, 0, 1 + (face >= NUM_FACES).long())
         if self.colours is None:
-            return classes, None
-        return classes, interpolate(fragments, self.faces, self.colours).permute(0, 3, 1, 2)
+            return PixelTargets(classes, None)
+
+        def read_by_dense(values: Tensor) -> Tensor:  # (B, side * len(of_cell), side * len(of_cell), ...)
+            cells = values.unflatten(2, (side, -1)).unflatten(1, (side, -1))
+            return cells[:, :, -len(of_dense) :, :, -len(of_dense) :].flatten(3, 4).flatten(1, 2)
+
+        fragments = Fragments(*map(read_by_dense, fragments))
+        dense = interpolate(fragments, self.faces, self.colours).permute(0, 3, 1, 2)
+        return PixelTargets(classes, resize_dense(dense, side))
 
 
 def _shift(pixels: float) -> Tensor:

@@ -19,7 +19,7 @@ from models.refinement import STAGE_VARIANTS, MapFusion
 from utils.errors import UserError
 from utils.hand import LEFT, TIP_VERTICES
 
-__all__ = ['DIR', 'DIRCriterion', 'build_criterion', 'build_model']
+__all__ = ['DIR', 'DIRCriterion', 'build_criterion', 'build_model', 'dense_size']
 
 
 def build_model(cfg: CfgNode, hand_models: HandPair, *, pretrained: bool | None = None) -> DIR:
@@ -76,6 +76,12 @@ def build_model(cfg: CfgNode, hand_models: HandPair, *, pretrained: bool | None 
     if m.PRETRAINED if pretrained is None else pretrained:
         load_imagenet(backbone, m.BACKBONE, m.BACKBONE_WEIGHTS)
     return model
+
+
+def dense_size(cfg: CfgNode) -> int:
+    """Side of the last map of the network that ``cfg`` describes, which is the side of its dense heads' outputs."""
+    levels = {16: 0, 8: 1, 4: 2}[cfg.MODEL.FIRST_STRIDE] + cfg.MODEL.STAGES  # each doubles the side
+    return cfg.MODEL.IMAGE_SIZE // 32 << levels
 
 
 def build_criterion(cfg: CfgNode, hand_models: HandPair) -> DIRCriterion:

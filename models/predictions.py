@@ -56,7 +56,7 @@ class Target(NamedTuple):
     joints: Tensor  # (B, 2, 21, 3) m
     vertices_uv: Tensor  # (B, 2, 778, 2) in [-1, 1] of the crop
     joints_uv: Tensor  # (B, 2, 21, 2)
-    segmentation: Tensor  # (B, H, W) int64: 0 background, 1 left, 2 right
+    segmentation: Tensor  # (B, H, W) int64: 0 background, 1 left, 2 right; H = W of the image or of the dense heads
     dense: Tensor | None  # (B, 3, H, W) in [0, 1], channels as in the files (BGR); None where it is not learned
     present: Tensor | None = None  # (B, 2) bool: the hand is in the image, its labels mean something; None: all are
     visible: Tensor | None = None  # (B, 2, 21) bool: joints neither hidden nor outside the crop; None: not rendered

@@ -4,16 +4,19 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from prepared_tree import hand_outlines, make_annotations
+from tiny import images, tiny_config, tiny_model
 from torch.utils.data import default_collate
 
 from dataset.augmentation import BLUR_LENGTHS, NO_OCCLUDERS, AugmentationRanges, draw_augmentation, parameters
-from dataset.batch import BatchMaker, parts_of
-from dataset.image_augmentation import augmentation_map, line_kernels
+from dataset.batch import BatchMaker, build_batch_maker, parts_of
+from dataset.image_augmentation import augmentation_map, filter_images, line_kernels, motion_blur_
 from dataset.prepare.frames import FramePreparer
 from dataset.prepared import InterHandDataset
 from dataset.targets import TargetRenderer, classify_mask
 from dataset.vertex_colours import canonical_colours
+from models import build_criterion, dense_size
 from utils.geometry import from_uv, project
 from utils.hand import LEFT, NUM_FACES, RIGHT
 from utils.rasterizer import interpolate
@@ -21,6 +24,7 @@ from utils.rasterizer import interpolate
 WIDE = AugmentationRanges(
     rotation=180.0, scale=0.1, shift=10.0, flip=0.5, blur=0.3, gain=0.3, brightness=0.05, noise=0.01
 )
+WORN = WIDE._replace(occlude=0.5, coarse=0.5, grey=0.5, gamma=1.0, jpeg=0.5)
 STILL = AugmentationRanges(*[0.0] * 8)
 MOVES = [
     {},
@@ -187,7 +191,60 @@ def test_halving_the_size_averages_four_pixels(samples, standin):
 
 def test_an_unmoved_sample_keeps_its_pixels_in_a_batch_with_a_moved_one(samples, maker):
     batch = maker(planned(samples, [{}, {'angle': 1.0}]))
-    torch.testing.assert_close(batch.image[0], samples.image[0].permute(2, 0, 1).float(), atol=0.02, rtol=0)
+    assert torch.equal(batch.image[0], samples.image[0].permute(2, 0, 1).float())
+    assert torch.equal(batch.image[1], maker(planned(samples, [{'angle': 1.0}] * 2)).image[1])
+
+
+def test_a_batch_does_not_depend_on_how_it_is_split(tiny_prepared, maker):
+    samples = InterHandDataset(tiny_prepared, 'train', ranges=WORN).__getitems__([(index, 2) for index in range(8)])
+    whole, parts = maker(samples), [maker(part) for part in parts_of(samples, 4)]
+    assert torch.equal(whole.image, torch.cat([part.image for part in parts]))
+    for values, *split in zip(whole.target[:6], *(part.target[:6] for part in parts)):
+        assert torch.equal(values, torch.cat(split))
+
+
+@pytest.mark.parametrize(
+    'size, target_size', [(256, 32), (256, 128), (128, 16), (96, 12), (96, 32), (64, 64), (512, 64)]
+)
+@pytest.mark.parametrize('renders', [False, True])
+def test_targets_of_the_heads_size_are_the_whole_ones_resized(samples, standin, rendered, size, target_size, renders):
+    renderer = rendered if renders else None
+    whole, small = (
+        BatchMaker(standin, image_size=size, target_size=side, renderer=renderer)(planned(samples, MOVES[:7]))
+        for side in (None, target_size)
+    )
+    assert torch.equal(small.image, whole.image)
+    labels = whole.target.segmentation[:, None].float()
+    resized = F.interpolate(labels, (target_size, target_size), mode='nearest')[:, 0].long()
+    assert torch.equal(small.target.segmentation, resized) and resized.unique().tolist() == [0, 1, 2]
+    dense = F.interpolate(whole.target.dense, (target_size, target_size), mode='bilinear', align_corners=False)
+    assert torch.equal(small.target.dense, dense) and dense.amax((1, 2, 3)).min() > 0.2
+
+
+def test_losses_on_targets_of_the_heads_size_are_those_on_whole_ones(samples, standin):
+    cfg = tiny_config()
+    output, criterion = tiny_model(standin)(images(8)), build_criterion(cfg, standin)
+    targets = [
+        build_batch_maker(cfg, standin, for_losses=small)(planned(samples, MOVES)).target for small in (False, True)
+    ]
+    assert [target.segmentation.shape[-1] for target in targets] == [64, dense_size(cfg)]
+    whole, small = (criterion(output, target) for target in targets)
+    assert whole.keys() == small.keys() and {'segmentation', 'lovasz', 'dense'} < whole.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, small[name]), name
+
+
+@pytest.mark.parametrize('stride, stages', [(16, 0), (16, 3), (8, 1), (4, 1)])
+def test_the_heads_size_follows_from_the_configuration(standin, stride, stages):
+    changes = {'FIRST_STRIDE': stride, 'STAGES': stages, 'IMAGE_SIZE': 96}
+    with torch.no_grad():
+        output = tiny_model(standin, **changes).eval()(images(1, 96))
+    assert output.segmentation.shape[-1] == output.dense.shape[-1] == dense_size(tiny_config(**changes))
+
+
+def test_a_target_size_that_does_not_divide_the_image_is_an_error(standin):
+    with pytest.raises(ValueError, match='target_size is 48; it must divide image_size, 256'):
+        BatchMaker(standin, target_size=48)
 
 
 def test_samples_without_dense_maps(tiny_prepared, maker):
@@ -239,6 +296,16 @@ def test_motion_blur_smears_along_its_angle_in_the_augmented_image(samples, make
     across = np.array([-along[1], along[0]])
     assert along @ spread @ along == pytest.approx(9**2 / 12, rel=0.15)
     assert abs(across @ spread @ across) < 0.5 and abs(along @ spread @ across) < 0.3
+
+
+def test_motion_blur_equals_a_convolution(samples):
+    """On a CPU, OpenCV blurs, and other devices convolve."""
+    plan = default_collate([parameters(blur_length=3 + i % 7, blur_angle=0.4 * i, flip=i % 2 == 1) for i in range(8)])
+    angle = torch.where(plan.flip, math.pi - plan.blur_angle, plan.blur_angle)
+    image = torch.from_numpy(textured(8)).permute(0, 3, 1, 2).float().contiguous()
+    expected = filter_images(image, line_kernels(plan.blur_length, angle))
+    motion_blur_(image, plan)
+    torch.testing.assert_close(image, expected, atol=255e-6, rtol=0)
 
 
 @pytest.mark.parametrize('length', range(BLUR_LENGTHS[0], BLUR_LENGTHS[1] + 1))
@@ -370,15 +437,14 @@ def test_degradation_leaves_other_samples_masks_and_colours_of_the_surface(sampl
 
 
 def test_degradation_is_drawn_after_and_apart_from_everything_else():
-    ranges = WIDE._replace(occlude=0.5, coarse=0.5, grey=0.5, gamma=1.0, jpeg=0.5)
-    plan, plain = (default_collate([draw_augmentation(r, (0, 0, i)) for i in range(300)]) for r in (ranges, WIDE))
+    plan, plain = (default_collate([draw_augmentation(r, (0, 0, i)) for i in range(300)]) for r in (WORN, WIDE))
     for name in plain._fields[:10]:
         assert torch.equal(getattr(plan, name), getattr(plain, name)), name
     for chosen in (plan.occluders[:, 0, 2] > 0, plan.reduction > 1, plan.grey, plan.quality > 0):
         assert 100 < chosen.sum() < 200
     assert set(plan.reduction.tolist()) == {1, 2, 3, 4, 5} and plan.quality.max() <= 60
     assert plan.gamma.min() < 0.6 and plan.gamma.max() > 1.7 and plan.gamma.min() >= 0.5 and plan.gamma.max() <= 2
-    without = default_collate([draw_augmentation(ranges._replace(coarse=0.0), (0, 0, i)) for i in range(300)])
+    without = default_collate([draw_augmentation(WORN._replace(coarse=0.0), (0, 0, i)) for i in range(300)])
     assert torch.equal(without.quality, plan.quality) and torch.equal(without.occluders, plan.occluders)
 
 
@@ -459,8 +525,9 @@ def test_rendered_targets_equal_those_of_the_preparation(samples, standin, rende
     """Compared with the preparation itself, before JPEG."""
     preparer = FramePreparer(standin, canonical_colours(standin))
     batch = BatchMaker(standin, renderer=rendered)(samples)
-    fragments = preparer.rasterize(batch.target.vertices.flatten(1, 2), preparer.faces, batch.intrinsics, (256, 256))
-    dense = interpolate(fragments, preparer.faces, preparer.colours).permute(0, 3, 1, 2)
+    faces = torch.from_numpy(standin.mesh_faces)
+    fragments = preparer.rasterize(batch.target.vertices.flatten(1, 2), faces, batch.intrinsics, (256, 256))
+    dense = interpolate(fragments, faces, preparer.colours.repeat(2, 1)).permute(0, 3, 1, 2)
     assert torch.equal(batch.target.segmentation > 0, fragments.face >= 0)
     assert torch.equal(batch.target.segmentation == 1, (fragments.face >= 0) & (fragments.face < NUM_FACES))
     torch.testing.assert_close(batch.target.dense, dense)

@@ -38,7 +38,11 @@ def test_measurements_are_written_with_the_machine_and_ratios(tmp_path, monkeypa
     text = (tmp_path / 'benchmark.md').read_text()
     assert all(table['title'] in text for table in content['tables'])
     rows = {row['what'] for table in content['tables'] for row in table['rows']}
-    assert {'training, batch 2, float32', 'packed, targets drawn: one JPEG', 'targets drawn'} <= rows
+    assert {
+        'training, batch 2, float32',
+        'packed, targets drawn: one JPEG',
+        "targets drawn, of the image's size",
+    } <= rows
     assert scaling.measured_rate(tmp_path / 'benchmark.json') > 0
 
 

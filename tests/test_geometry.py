@@ -119,6 +119,15 @@ def test_rotating_hands_and_intrinsics_moves_the_pixels_by_the_image_map(seed, m
     torch.testing.assert_close(pixels, map_pixels(image_map, project(points, intrinsics)), atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize('size', [256, 96, 512])
+def test_chosen_pixels_of_a_warp_are_those_of_the_whole(size):
+    images = torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    image_map = similarity_about_centre(torch.tensor([0.9, 1.1]), torch.tensor([0.3, -2.0]), torch.ones(2, 2))
+    pixels = torch.tensor([0, 3, 4, 50, size - 1])
+    whole, chosen = warp(images, image_map, size=size), warp(images, image_map, size=size, pixels=pixels)
+    assert torch.equal(chosen, whole[:, :, pixels[:, None], pixels])
+
+
 MOVE = {'flip': False, 'scale': 1.0, 'angle': 0.0, 'shift': (0.0, 0.0)}
 
 

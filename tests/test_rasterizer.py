@@ -122,6 +122,19 @@ def test_at_equal_depth_the_lower_face_number_wins_deterministically():
     assert all(torch.equal(a, b) for a, b in zip(first, again))
 
 
+@pytest.mark.parametrize('pixels', [[0], [19], [0, 8, 16], [1, 2, 5, 6, 9, 10], [3, 4, 17], list(range(20)), []])
+@pytest.mark.parametrize('scale', [0.2, 1.0, 40.0])
+def test_chosen_pixels_are_those_of_the_whole_image(monkeypatch, pixels, scale):
+    vertices, faces = soup(6, count=60)
+    intrinsics = (torch.diag(torch.tensor([scale, scale, 1.0])) @ CAMERA).expand(2, 3, 3)
+    whole = rasterize(vertices, faces, intrinsics, (20, 20))
+    rows = torch.tensor(pixels, dtype=torch.int64)
+    monkeypatch.setattr(render, 'PIXELS_AT_ONCE', 50)
+    for values, expected in zip(rasterize(vertices, faces, intrinsics, (20, 20), pixels=rows), whole):
+        assert torch.equal(values, expected[:, rows[:, None], rows])
+    assert (whole.face >= 0).any()
+
+
 def test_images_of_a_batch_are_independent_also_in_small_parts(monkeypatch):
     vertices, faces = soup(5, batch=3)
     intrinsics = CAMERA.expand(3, 3, 3)

@@ -26,83 +26,102 @@ class Fragments(NamedTuple):
 
 
 @torch.no_grad()
-def rasterize(vertices: Tensor, faces: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> Fragments:
+def rasterize(
+    vertices: Tensor, faces: Tensor, intrinsics: Tensor, size: tuple[int, int], *, pixels: Tensor | None = None
+) -> Fragments:
     """Find the nearest face at every pixel.
 
     vertices (B, V, 3) m in camera axes, faces (F, 3), intrinsics (B, 3, 3), size (height, width). Faces with a corner
     at or behind the camera, or not finite, are dropped. At equal depth the lower face number wins: deterministic.
+    pixels (n,) int64, increasing: compute only these rows and columns -> (B, n, n), the same values as in the whole.
 
     Corners are snapped to a fine grid. On it, edge functions and their roots along a row of pixels are exact in float64
     (for corners up to 16,000 pixels away), so two faces that share an edge agree on its pixels and leave no hole.
     """
     (height, width), batch, device = size, len(vertices), vertices.device
+    rows, columns = size if pixels is None else (len(pixels), len(pixels))  # that are computed
+    numbers = None if pixels is None else torch.searchsorted(pixels, torch.arange(max(size) + 1, device=device))
+
+    def number(pixel: Tensor) -> Tensor:
+        """Number of the first computed row or column at or after ``pixel``, as a float."""
+        return pixel if numbers is None else _take(numbers, pixel.clamp(0, len(numbers) - 1).long()).to(pixel.dtype)
+
+    def pixel_of(number: Tensor) -> Tensor:
+        return number if pixels is None else _take(pixels, number)
+
     homogeneous = vertices.double() @ intrinsics.double().transpose(1, 2)
     usable = (vertices[..., 2] > 0) & (homogeneous[..., 2] > 0) & homogeneous.isfinite().all(-1)
     homogeneous = torch.where(usable[..., None], homogeneous, 1.0)  # any valid place: the face is dropped below
-    pixels = ((homogeneous[..., :2] / homogeneous[..., 2:] - 0.5) * SUBPIXELS).round() / SUBPIXELS
+    projected = ((homogeneous[..., :2] / homogeneous[..., 2:] - 0.5) * SUBPIXELS).round() / SUBPIXELS
     # Samples now lie at integers. Every quantity is (3 corners, B F): the long axis last, so that it vectorises.
     x, y, depth, divisor, usable = (
         _at_corners(values, faces)
-        for values in (pixels[..., 0], pixels[..., 1], vertices[..., 2].double(), homogeneous[..., 2], usable)
+        for values in (projected[..., 0], projected[..., 1], vertices[..., 2].double(), homogeneous[..., 2], usable)
     )
 
     left, right = x.amin(0).ceil().clamp_min(0), x.amax(0).floor().clamp_max(width - 1)
     top, bottom = y.amin(0).ceil().clamp_min(0), y.amax(0).floor().clamp_max(height - 1)
-    kept = (usable.all(0) & (right >= left) & (bottom >= top)).nonzero().squeeze(1)
-    x, y, depth, divisor, left, right, top, bottom = (
-        _take(values, kept) for values in (x, y, depth, divisor, left, right, top, bottom)
+    first_row, row_count = number(top), number(bottom + 1) - number(top)
+    kept = (usable.all(0) & (number(right + 1) > number(left)) & (row_count > 0)).nonzero().squeeze(1)
+    x, y, depth, divisor, left, right, top, first_row, row_count = (
+        _take(values, kept) for values in (x, y, depth, divisor, left, right, top, first_row, row_count)
     )
     edges = _edge_functions(x - left, y - top)
     # On the screen, depth is the ratio of two affine functions, combined from those of the edges.
     ratio = torch.stack([(edges * (depth / divisor)).sum(1), (edges / divisor).sum(1)], 1)  # (3 coefficients, 2, N)
     image = torch.div(kept, len(faces), rounding_mode='floor')
-    first_pixel = (image * height + top.long()) * width + left.long()
 
     # Faces -> rows of pixels, and in each row the span in which all three edge functions are >= 0.
-    face, down = _expand((bottom - top + 1).long())
-    line = _take(first_pixel, face) + down * width
+    face, down = _expand(row_count.long())
+    line = _take(image * rows + first_row.long(), face) + down
+    if pixels is not None:
+        down = pixel_of(line % rows) - _take(top.long(), face)
     slope, step, value = _take(edges, face)
     value = value + step * down
     root = -value / slope
     begin = torch.where(slope > 0, root.ceil(), torch.where((slope == 0) & (value < 0), torch.inf, 0.0))
     end = torch.where(slope < 0, root.floor(), torch.inf)
     begin, end = begin.amax(0).clamp_min(0), end.amin(0).minimum(_take(right - left, face))
-    spans = (end >= begin).nonzero().squeeze(1)
-    length = _take(end - begin + 1, spans).long()
+    at_left = _take(left, face)
+    first_column, length = number(at_left + begin), number(at_left + end + 1)  # ``length`` is still the column after
+    spans = (length > first_column).nonzero().squeeze(1)
+    length = _take(length - first_column, spans).long()
     face, line, down = (_take(values, spans) for values in (face, line, down))
-    begin = _take(begin, spans)
+    begin, at_left, first_column = (_take(values, spans) for values in (begin, at_left, first_column))
     slope, step, value = _take(ratio, face)
     spans_depth = torch.cat([slope, value + step * down + slope * begin])  # (4, spans): two slopes, two values
-    line = line + begin.long()
+    place, start = line * columns + first_column.long(), (at_left + begin).long()
 
     # Spans -> pixels; the smallest key at a pixel belongs to its nearest face.
-    nearest = torch.full((batch * height * width,), _NOTHING, device=device)
+    nearest = torch.full((batch * rows * columns,), _NOTHING, device=device)
     for part in _parts_of_bounded_sum(length, PIXELS_AT_ONCE):
         span, across = _expand(length[part])
         span = span + part.start
+        at = _take(place, span) + across
+        if pixels is not None:
+            across = pixel_of(at % columns) - _take(start, span)
         slope, slope_below, value, value_below = _take(spans_depth, span)
         z = ((value + slope * across) / (value_below + slope_below * across)).float()
         # The bits of positive float32 numbers sort as the numbers do.
         key = z.view(torch.int32).long() << 32 | _take(face, span)
-        nearest.scatter_reduce_(0, _take(line, span) + across, key, 'amin')
+        nearest.scatter_reduce_(0, at, key, 'amin')
 
     seen = (nearest != _NOTHING).nonzero().squeeze(1)
     nearest = _take(nearest, seen)
     face = nearest & 0xFFFFFFFF
-    offset = seen - _take(first_pixel - left.long(), face)
-    down = torch.div(offset, width, rounding_mode='floor')
-    across = offset - down * width - _take(left, face)
+    line = torch.div(seen, columns, rounding_mode='floor')
+    down, across = pixel_of(line % rows) - _take(top, face), pixel_of(seen - line * columns) - _take(left, face)
     slope, step, value = _take(edges, face)
     weights = (slope * across + step * down + value) / _take(divisor, face)
     out = Fragments(
-        torch.full((batch * height * width,), -1, device=device),
-        vertices.new_zeros(batch * height * width, 3),
-        vertices.new_zeros(batch * height * width),
+        torch.full((batch * rows * columns,), -1, device=device),
+        vertices.new_zeros(batch * rows * columns, 3),
+        vertices.new_zeros(batch * rows * columns),
     )
     out.face[seen] = _take(kept, face) % len(faces)
     out.barycentric[seen] = (weights / weights.sum(0)).to(vertices.dtype).T
     out.depth[seen] = (nearest >> 32).int().view(torch.float32).to(vertices.dtype)
-    return Fragments(*(values.unflatten(0, (batch, height, width)) for values in out))
+    return Fragments(*(values.unflatten(0, (batch, rows, columns)) for values in out))
 
 
 _NOTHING = torch.iinfo(torch.int64).max
