@@ -19,6 +19,7 @@ from dataset.prepared import (
     hands_without_numbers,
     partial_folder,
 )
+from utils.arrays import read_header
 from utils.errors import UserError
 from utils.files import read_json, sha256_of_file
 from utils.geometry import CROP_SIZE
@@ -73,14 +74,19 @@ class PackedDataset(PreparedSplit):
         path = self.folder / LABELS
         kind, stored = record_type(), self.manifest['samples']
         try:
-            found = np.load(path, mmap_mode='r', allow_pickle=False)
+            with open(path, 'rb') as file:
+                found = read_header(file)
         except OSError:
             raise
         except Exception as error:  # a damaged header can raise almost anything
             raise UserError(f'{path} cannot be read ({error}): {PACK_AGAIN}.') from None
-        if found.shape != (stored,) or found.dtype != kind:
+        if (
+            found.shape != (stored,)
+            or found.kind != kind
+            or found.begin + stored * kind.itemsize != path.stat().st_size
+        ):
             raise UserError(f'{path} does not hold the labels of {stored} samples: {PACK_AGAIN}.')
-        return _File(path, begin=path.stat().st_size - stored * kind.itemsize)
+        return _File(path, begin=found.begin)
 
     @cached_property
     def _samples_file(self) -> '_File':

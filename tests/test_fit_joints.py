@@ -2,6 +2,7 @@
 
 import io
 import signal
+import zipfile
 
 import numpy as np
 import pytest
@@ -206,7 +207,19 @@ def huge(path, joints):
     path.write_bytes(header.getvalue())
 
 
+def long_header(path, joints):
+    """Announce 4 GB of header, in a file or in a member of an archive."""
+    content = b'\x93NUMPY\2\0' + b'\xff' * 4 + bytes(100)
+    if path.suffix == '.npy':
+        path.write_bytes(content)
+    else:
+        with zipfile.ZipFile(path, 'w') as archive:
+            archive.writestr('joints.npy', content)
+
+
 BAD = {
+    'header.npy': (long_header, 'its header announces 4,294,967,295 bytes of itself'),
+    'header.npz': (long_header, 'its header announces 4,294,967,295 bytes of itself'),
     'units.npy': (lambda path, joints: save(path, joints * 1000), r'a hand spans 1\d\d m. Are the joints in mm'),
     'objects.npy': (lambda path, joints: save(path, np.array([{}]), allow_pickle=True), 'Python objects'),
     'objects.npz': (lambda path, joints: np.savez(path, joints=np.array([{}])), 'more than plain arrays of numbers'),

@@ -171,6 +171,7 @@ def test_power_cut_that_lost_pictures_costs_only_those(tiny_prepared, packed, tm
         (lambda f: change_manifest(f, samples=1), r'does not hold the labels of 1 samples'),
         (lambda f: change_manifest(f, samples=10**19), r'records 10{19} samples, for which labels\.npy is too short'),
         (lambda f: overwrite(f / 'labels.npy', 0, b'x'), r'labels\.npy cannot be read'),
+        (lambda f: overwrite(f / 'labels.npy', 6, b'\2\0\xff\xff\xff\xff'), r'announces 4,294,967,295 bytes of itself'),
         (
             lambda f: overwrite(f / 'samples.bin', 0, bytes(3000)),
             r'The img image of .*samples\.bin\[0\] is not an image',
