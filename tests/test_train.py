@@ -576,7 +576,7 @@ def test_two_processes_survive_the_loss_of_one_and_match_a_single_process(finish
     workers = children(process.pid)
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
-    output = process.communicate(timeout=240)[0]
+    output = process.communicate(timeout=600)[0]
     assert process.returncode == 0, output[-2000:]
     assert content(out / 'latest.pth')['progress']['epoch'] == 2
     assert len(lines(out, 'val_stage1')) == 2
