@@ -150,6 +150,15 @@ class PreparedSplit(Dataset):
         """
         raise NotImplementedError
 
+    def complete_labels(self, index: int) -> dict[str, np.ndarray]:
+        """'present' (2,) bool, then the arrays of ``labels`` by name, with placeholders for absent hands.
+
+        Raises like ``labels``.
+        """
+        labels = dict(zip(LABEL_SHAPES, self.labels(index), strict=True))
+        present = ~np.isnan(labels['pose'][:, 0])
+        return {'present': present} | (labels if present.all() else with_placeholders(labels, present))
+
     def entries(self, index: int) -> dict[str, dict]:
         """The sample's entries of data.json, 'image' and 'annotation'; empty if the preparation kept none. Raises like
         ``labels``."""
@@ -242,10 +251,7 @@ class PreparedSplit(Dataset):
             yield 'mask', self.mask(index)
         if self.with_dense:
             yield 'dense', self.image('dense', index)
-        labels = dict(zip(LABEL_SHAPES, self.labels(index), strict=True))
-        present = ~np.isnan(labels['pose'][:, 0])
-        yield 'present', present
-        yield from (labels if present.all() else with_placeholders(labels, present)).items()
+        yield from self.complete_labels(index).items()
 
     def _empty_batch(self, size: int) -> dict[str, Tensor]:
         """Uninitialised tensors of every array of a batch."""

@@ -18,6 +18,7 @@ from manopth import HandModel, HandPair, Hands, TwoHandLayer
 from models.predictions import Target
 from utils.geometry import CROP_SIZE, project, rotation_z, to_uv, world_to_camera
 from utils.hand import CHAIN_PARENTS, MANO_TO_JOINTS, MASK_THRESHOLD, NUM_CHAIN_JOINTS, NUM_FACES, NUM_JOINTS, WRIST
+from utils.masking import where_leading
 from utils.rasterizer import Fragments, interpolate, rasterize
 
 
@@ -137,7 +138,7 @@ def pixels_in_cells(of_cell: list[int], *, cell: int, size: int, device: torch.d
 
 def only_present(vertices: Tensor, present: Tensor | None) -> Tensor:
     """Vertices (B, 2, 778, 3) with absent hands behind the camera, where nothing is rendered. present: (B, 2) bool."""
-    return vertices if present is None else torch.where(present[:, :, None, None], vertices, -1.0)
+    return vertices if present is None else where_leading(present, vertices, -1.0)
 
 
 VISIBILITY_SIDE = 128  # pixels of the depth map

@@ -2,14 +2,13 @@
 
 from contextlib import closing
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from dataset.loader import Loader
-from dataset.prepared import LABEL_SHAPES, PreparedSplit, with_placeholders
+from dataset.prepared import PreparedSplit
 from manopth import TwoHandLayer
 from manopth.rotations import nearest_rotation
 from models.hand_head import HandHead
@@ -19,6 +18,7 @@ from models.preprocessing import Preprocessing
 from utils.errors import UserError
 from utils.geometry import project, to_uv, world_to_camera
 from utils.hand import HAND_SCALE, LEFT, RIGHT
+from utils.masking import where_leading
 
 
 class ConstantPrediction(nn.Module):
@@ -40,7 +40,7 @@ class ConstantPrediction(nn.Module):
 
 
 class _Annotations(Dataset):
-    """The annotations of a split, without images: the present hands (2,), then the arrays of LABEL_SHAPES."""
+    """The annotations of a split, without images: the values of ``PreparedSplit.complete_labels``."""
 
     def __init__(self, dataset: PreparedSplit):
         self.dataset = dataset
@@ -49,9 +49,7 @@ class _Annotations(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> list[Tensor]:
-        labels = dict(zip(LABEL_SHAPES, self.dataset.labels(index), strict=True))
-        present = ~np.isnan(labels['pose'][:, 0])
-        return list(map(torch.from_numpy, (present, *with_placeholders(labels, present).values())))
+        return list(map(torch.from_numpy, self.dataset.complete_labels(index).values()))
 
 
 @torch.no_grad()
@@ -91,6 +89,4 @@ def mean_prediction(
 
 def _sum_of(values: Tensor, chosen: Tensor) -> Tensor:
     """Sum over samples of those values (B, ...) that the leading axes of ``chosen`` select."""
-    if not chosen.all():
-        values = torch.where(chosen.view(*chosen.shape, *[1] * (values.ndim - chosen.ndim)), values, 0.0)
-    return values.sum(0)
+    return (values if chosen.all() else where_leading(chosen, values, 0.0)).sum(0)

@@ -22,9 +22,10 @@ from evaluation.metrics import (
     visible_shares,
 )
 from evaluation.penetration import PenetrationDepth
-from models.placement import Placement, place_hands
+from models.placement import Placement, counted_hands, place_hands
 from models.predictions import CAMERA, DIROutput, HandPrediction
 from utils.geometry import project
+from utils.masking import where_leading
 
 
 @dataclass
@@ -98,7 +99,7 @@ class Comparison:
     def placement(self) -> Placement:
         """Both hands placed in the camera by models.placement; a single hand is placed by itself."""
         hands, present = self.hands, self.batch.target.present
-        counted = None if present is None else present | ~present.any(1, keepdim=True)
+        counted = None if present is None else counted_hands(present)
         camera = hands.parameters[..., CAMERA]
         return place_hands(hands.joints, camera, hands.offset, self.batch.intrinsics, counted=counted)
 
@@ -182,14 +183,14 @@ class Comparison:
         present = self.batch.target.present
         if present is None:
             return values
-        return torch.where(present.view(*present.shape, *[1] * (values.ndim - 2)), values, torch.nan)
+        return where_leading(present, values, torch.nan)
 
     def _of_pairs(self, values: Tensor) -> Tensor:
         """Values (B, ...) with NaN for frames without both hands."""
         present = self.batch.target.present
         if present is None:
             return values
-        return torch.where(present.all(1).view(-1, *[1] * (values.ndim - 1)), values, torch.nan)
+        return where_leading(present.all(1), values, torch.nan)
 
     def _but_root(self, values: Tensor) -> Tensor:
         """Values (B, 2, 21, ...) with NaN at the network's root joint, whose error is 0."""

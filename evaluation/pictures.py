@@ -28,6 +28,7 @@ from utils.drawing import (
 )
 from utils.geometry import CROP_SIZE, from_uv
 from utils.hand import SIDES
+from utils.masking import where_leading
 
 
 class Seen(NamedTuple):
@@ -120,19 +121,14 @@ def prediction_sheet(seen: Seen, predicted: list[np.ndarray], true: list[np.ndar
     output, target = seen.output, seen.batch.target
     pixels, true_pixels = (from_uv(uv, CROP_SIZE) for uv in (output.stages[-1].joints_uv, target.joints_uv))
     if output.presence is not None:
-        pixels = _shown(pixels, output.presence > 0)
+        pixels = where_leading(output.presence > 0, pixels, torch.nan)  # which is not drawn
     if target.present is not None:
-        true_pixels = _shown(true_pixels, target.present)
+        true_pixels = where_leading(target.present, true_pixels, torch.nan)
     # A model without dense heads has no mask to show.
     logits = output.segmentation
     labels = torch.zeros(len(predicted), 1, 1) if logits is None else logits.argmax(1)
     rows = zip(seen.crops, pixels, true_pixels, predicted, true, labels, target.segmentation)
     return picture_sheet([prediction_row(RowInputs(*row)) for row in rows], seen.titles)
-
-
-def _shown(pixels: Tensor, present: Tensor) -> Tensor:
-    """Joints (B, 2, 21, 2) with NaN, which is not drawn, for absent hands."""
-    return torch.where(present[:, :, None, None], pixels, torch.nan)
 
 
 def stage_sheet(seen: Seen, stages: list[list[np.ndarray]], true: list[np.ndarray]) -> np.ndarray:

@@ -20,6 +20,7 @@ from utils.drawing import HAND_COLOURS_BGR, draw_joints, mesh_overlay, write_ima
 from utils.files import write_atomically, write_json
 from utils.geometry import project
 from utils.hand import JOINT_NAMES, SIDES
+from utils.masking import where_leading
 
 FORMAT = 'dir-hands-2'  # of hands.json; increment it when the meaning of a value changes
 LONGEST_SIDE = 1920  # pixels: larger images are reduced for their overlay
@@ -209,7 +210,7 @@ JOINT_COLUMNS = [f'{side}_{name}_{axis}' for side in SIDES for name in JOINT_NAM
 
 def joint_row(hands: Reconstruction) -> list[str]:
     """The joints of one reconstruction in the order of JOINT_COLUMNS; empty for an absent hand."""
-    joints = torch.where(hands.present[:, None, None], hands.joints, torch.nan)
+    joints = where_leading(hands.present, hands.joints, torch.nan)
     return ['' if value != value else f'{value:.6f}' for value in joints.flatten().tolist()]
 
 

@@ -15,7 +15,7 @@ from manopth import HandPair, Hands
 from manopth.rotations import symmetric_6d_to_matrix
 from models import DIR
 from models.checkpoint import SHIPPED, load_model, to_device
-from models.placement import place_hands
+from models.placement import counted_hands, place_hands
 from models.predictions import CAMERA, POSE, ROOT_ROTATION, SHAPE, DIROutput
 from utils.distributed import choose_device
 from utils.errors import UserError
@@ -76,8 +76,8 @@ class Reconstruction(NamedTuple):
 
     @property
     def counted(self) -> Tensor:
-        """(N, 2) bool: the hands that boxes and sizes are taken of: those present, or both where none is."""
-        return self.present | ~self.present.any(-1, keepdim=True)
+        """(N, 2) bool: see ``counted_hands``."""
+        return counted_hands(self.present)
 
 
 def assumed_intrinsics(width: int, height: int, focal: float | None = None) -> np.ndarray:
@@ -229,7 +229,7 @@ def placed_in_image(output: DIROutput, crops: Sequence[Crop]) -> Reconstruction:
     """The network's last estimate for each crop -> hands in the camera coordinates of the whole image."""
     hands, presence, confidence = output.stages[-1], output.presence, output.confidence
     present = torch.ones_like(hands.joints[:, :, 0, 0], dtype=torch.bool) if presence is None else presence > 0
-    counted = present | ~present.any(1, keepdim=True)
+    counted = counted_hands(present)
     to_crop, intrinsics = (
         torch.from_numpy(np.stack(matrices)).to(hands.joints.device)
         for matrices in zip(*((crop.matrix, crop.intrinsics) for crop in crops))

@@ -130,12 +130,9 @@ def _from_a_crop_each(found: Look, left: Look, right: Look) -> Reconstruction:
     """The left hand of one look and the right hand of another, with cameras of the crop in which both were found."""
     hands, crop = found.hands, found.crop.matrix
     one, other = left.hands, right.hands
-    values = {}
-    for name in ('vertices', 'joints', 'roots', 'joints_px', 'root_rotation', 'pose', 'shape', 'presence'):
-        values[name] = torch.stack([getattr(one, name)[LEFT], getattr(other, name)[RIGHT]])
-    if one.visible is not None and one.deviation is not None:
-        for name in ('visible', 'deviation'):
-            values[name] = torch.stack([getattr(one, name)[LEFT], getattr(other, name)[RIGHT]])
+    names = ['vertices', 'joints', 'roots', 'joints_px', 'root_rotation', 'pose', 'shape', 'presence']
+    names += [] if one.visible is None else ['visible', 'deviation']
+    values = {name: torch.stack([getattr(one, name)[LEFT], getattr(other, name)[RIGHT]]) for name in names}
     cameras = []
     for hand, look in ((LEFT, left), (RIGHT, right)):
         change = crop @ np.linalg.inv(look.crop.matrix)  # pixels of the one crop -> pixels of the other

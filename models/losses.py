@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manopth.rotations import unit_vectors
+from utils.masking import where_leading
 
 HUBER_DELTA = 0.01
 
@@ -16,7 +17,7 @@ def mean_per_hand(values: Tensor, present: Tensor | None = None) -> Tensor:
     without absent ones, so that the mean over a batch is that over its parts.
     """
     if present is not None:
-        values = torch.where(present.view(*present.shape, *[1] * (values.ndim - 2)), values, 0.0)
+        values = where_leading(present, values, 0.0)
     return values.transpose(0, 1).flatten(1).mean(1)
 
 
@@ -30,7 +31,7 @@ def huber(prediction: Tensor, target: Tensor, counted: Tensor | None = None) -> 
     if counted is None:
         return F.huber_loss(prediction, target, delta=HUBER_DELTA)
     values = F.huber_loss(prediction, target, reduction='none', delta=HUBER_DELTA)
-    return torch.where(counted.view(-1, *[1] * (values.ndim - 1)), values, 0.0).mean()
+    return where_leading(counted, values, 0.0).mean()
 
 
 def deviation_loss(deviation: Tensor, errors: Tensor) -> Tensor:

@@ -29,6 +29,11 @@ def relative_roots(offset: Tensor) -> Tensor:
     return torch.stack([torch.zeros_like(offset), offset * HAND_SCALE], 1)
 
 
+def counted_hands(present: Tensor) -> Tensor:
+    """The hands that place, box and size are taken of: (..., 2) bool, those present, or both where none is."""
+    return present | ~present.any(-1, keepdim=True)
+
+
 @torch.no_grad()
 def place_hands(
     joints: Tensor, camera: Tensor, offset: Tensor, intrinsics: Tensor, *, counted: Tensor | None = None
