@@ -39,6 +39,7 @@ from inference import load_reconstructor
 from inference.boxes import Boxes, BoxesFile
 from inference.detector import MODEL as DETECTOR_MODEL
 from inference.detector import HandDetector
+from inference.engine import ENGINES
 from inference.job import Job, Outcome, Settings
 from inference.live_view import LiveView
 from inference.media import find_inputs
@@ -61,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         boxes, detector = choose_boxes(args), open_detector(args, at_end)
         if args.model == SHIPPED:
             print(f'network: {SHIPPED.name}, trained on synthetic images of stand-in hands (docs/model_card.md)')
-        reconstruct = load_reconstructor(args.model, device=args.device, overrides=args.keys)
+        reconstruct = load_reconstructor(args.model, device=args.device, engine=args.engine, overrides=args.keys)
+        print(f'computed by {reconstruct.engine.description}')
         reconstruct.batch_size = args.batch
         if reconstruct.device.type == 'cpu':
             keep_freed_memory()
@@ -141,6 +143,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--frames', type=int, metavar='N', help='process only the first N frames of each video')
     parser.add_argument('--serve', type=int, metavar='PORT', help='show videos and cameras at http://localhost:PORT')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N (default: %(default)s)')
+    parser.add_argument(
+        '--engine', choices=ENGINES, default='auto', help='auto: ONNX Runtime on a CPU, once apps/export.py has run'
+    )
     args = parser.parse_intermixed_args(argv)
     separate_formats(args)
     # File names may look like keys, so only known keys begin the KEY VALUE pairs.

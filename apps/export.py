@@ -1,7 +1,8 @@
 """Export a trained network: FOLDER/dir.onnx (ONNX, opset 18) and FOLDER/dir.pt2 (torch.export) run without this code.
 
-    python apps/export.py --model CHECKPOINT --out FOLDER [--format onnx torch_export] [KEY VALUE ...]
+    python apps/export.py --model CHECKPOINT [--out FOLDER] [--format onnx torch_export] [KEY VALUE ...]
 
+FOLDER is by default beside the checkpoint (best_export/ of best.pth), where apps/demo.py finds dir.onnx and uses it.
 --format selects one or both (default: both); onnx needs `pip install -r requirements-export.txt`. A file is kept only
 if its vertices differ from the network's by less than 0.001 mm on random images in batches of 1 and 3.
 FOLDER/export.json describes inputs and outputs for this network and each file's differences.
@@ -50,6 +51,7 @@ import utils  # noqa: F401  # before PyTorch, see there
 # isort: split
 import torch
 
+from inference.engine import EXPORT_RECORD, export_folder
 from inference.export import (
     EXPORT_VERSION,
     FORMATS,
@@ -59,17 +61,17 @@ from inference.export import (
     require_packages,
     write_files,
 )
-from models.checkpoint import load_model
+from models.checkpoint import checkpoint_file, load_model
 from utils.config import split_off_pairs
 from utils.errors import user_facing
-from utils.files import write_json
+from utils.files import sha256_of_file, write_json
 
 
 @user_facing
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', required=True, metavar='CHECKPOINT', help='file, or a run folder (its best.pth)')
-    parser.add_argument('--out', required=True, metavar='FOLDER', help='output folder, created if missing')
+    parser.add_argument('--out', type=Path, metavar='FOLDER', help='default: beside the checkpoint')
     parser.add_argument(
         '--format', nargs='+', metavar='NAME', default=list(FORMATS), help=f'{", ".join(FORMATS)} (default: both)'
     )
@@ -81,14 +83,16 @@ def main(argv: list[str] | None = None) -> int:
     for name, kind in formats.items():
         require_packages(name, kind)
     model, cfg, _ = load_model(args.model, [*keys, *args.opts])
-    hand_model = model.hands.identity
+    digest = sha256_of_file(checkpoint_file(args.model))
+    hand_model, folder = model.hands.identity, args.out or export_folder(args.model)
     print(f'{args.model}: tracing; this takes a minute or two ...', flush=True)
-    files = write_files(model, cfg, Path(args.out), formats)
+    files = write_files(model, cfg, folder, formats)
     write_json(
-        Path(args.out) / 'export.json',
+        folder / EXPORT_RECORD,
         {
             'version': EXPORT_VERSION,
             'model': str(args.model),
+            'weights_sha256': digest,
             'hand_model': hand_model,
             'licence': licence(hand_model),
             'torch': torch.__version__,
@@ -96,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
             'files': files,
         },
     )
-    print(f'{Path(args.out) / "export.json"}: names, shapes and units')
+    print(f'{folder / EXPORT_RECORD}: names, shapes and units')
     print(licence(hand_model))
     return 0
 

@@ -1,12 +1,13 @@
 """Write a trained network as ONNX or torch.export, and check each file against PyTorch before it gets its name."""
 
+import hashlib
 import io
 import logging
 import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +20,7 @@ from yacs.config import CfgNode
 
 from inference.folding import for_inference
 from models import DIR
-from models.predictions import CAMERA, POSE, ROOT_ROTATION, SHAPE, DIROutput, HandPrediction
+from models.predictions import CAMERA, POSE, ROOT_ROTATION, SHAPE, DIROutput, HandPrediction, JointConfidence
 from models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from utils.errors import UserError
 from utils.files import atomic_file
@@ -70,6 +71,14 @@ def values_of(output: DIROutput) -> dict[str, Tensor]:
     if output.confidence is not None:
         values |= {'visible': output.confidence.visible.sigmoid(), 'deviation': output.confidence.deviation}
     return values
+
+
+def output_of(values: Sequence[Tensor]) -> DIROutput:
+    """Inverse of ``values_of`` for what a file yielded: an output with the last estimate alone."""
+    hands, rest = HandPrediction(*values[: len(OUTPUTS)]), list(values[len(OUTPUTS) :])
+    presence = rest.pop(0).logit() if len(rest) % 2 else None
+    confidence = JointConfidence(rest[0].logit(), rest[1]) if rest else None
+    return DIROutput([hands], segmentation=None, dense=None, presence=presence, confidence=confidence)
 
 
 def outputs_of(cfg: CfgNode) -> dict[str, Output]:
@@ -190,6 +199,7 @@ def write_files(model: DIR, cfg: CfgNode, folder: Path, formats: dict[str, Forma
             )
             entries[kind.file] = {
                 'format': name,
+                'sha256': hashlib.sha256(content).hexdigest(),
                 'batches_checked': CHECKED_BATCHES,
                 'largest_differences': {
                     output: {'value': value, 'unit': outputs[output].measured_in}

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inference.engine import Engine, choose_engine
+from inference.export import output_of
 from inference.folding import for_inference
 from inference.winograd import use_winograd
 from manopth import HandPair, Hands
@@ -157,12 +159,22 @@ def _warp(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 
 class Reconstructor:
-    """A trained network, prepared for inference on images."""
+    """A trained network, prepared for inference on images.
+
+    engine: what computes the estimates; None for PyTorch.
+    """
 
     def __init__(
-        self, model: DIR, *, precision: str = 'float32', device: str | torch.device = 'cpu', batch_size: int = 16
+        self,
+        model: DIR,
+        *,
+        precision: str = 'float32',
+        device: str | torch.device = 'cpu',
+        batch_size: int = 16,
+        engine: Engine | None = None,
     ):
         self.device, self.precision, self.batch_size = torch.device(device), precision, batch_size
+        self.engine = Engine(None, 'PyTorch') if engine is None else engine
         self.hand_models: HandPair = model.hands
         self.network = to_device(for_inference(model.eval()), self.device)
         if self.device.type == 'cpu' and precision != 'bfloat16':
@@ -210,8 +222,11 @@ class Reconstructor:
 
     def _part(self, crops: Sequence[Crop]) -> Reconstruction:
         images = torch.from_numpy(np.stack([crop.image for crop in crops]))
-        with autocast(self.precision, self.device):
-            output = self.network(self.network.preprocess(images))
+        if self.engine.run:
+            output = output_of(self.engine.run(self.network.preprocess(images)))
+        else:
+            with autocast(self.precision, self.device):
+                output = self.network(self.network.preprocess(images))
         if not bool(output.stages[-1].finite.all()):
             raise UserError(
                 'The network predicts NaN or infinity: the checkpoint is damaged, or its training diverged.'
@@ -267,13 +282,16 @@ def extent_of(points: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def load_reconstructor(
-    checkpoint: str | Path = SHIPPED, *, device: str = 'auto', overrides: Sequence[str] = ()
+    checkpoint: str | Path = SHIPPED, *, device: str = 'auto', engine: str = 'auto', overrides: Sequence[str] = ()
 ) -> Reconstructor:
     """Load a checkpoint (ours or the published one, a file or a run folder) as a ``Reconstructor``.
 
     The default is the network that is shipped with the code (docs/model_card.md). device: 'auto' (CUDA if there is
-    one), 'cpu', 'cuda' or 'cuda:N'. overrides: KEY VALUE ..., for instance MANO.PATH and the folder of the hand model's
-    files. Raises UserError if checkpoint, hand model or device cannot be used.
+    one), 'cpu', 'cuda' or 'cuda:N'. engine: 'auto', 'torch' or 'onnx', see ``choose_engine``. overrides: KEY VALUE ...,
+    for instance MANO.PATH and the folder of the hand model's files. Raises UserError if checkpoint, hand model, device
+    or engine cannot be used.
     """
     model, cfg, _ = load_model(checkpoint, [*overrides, 'DEVICE', device])
-    return Reconstructor(model, precision=cfg.EVAL.PRECISION, device=choose_device(cfg.DEVICE))
+    on = choose_device(cfg.DEVICE)
+    chosen = choose_engine(engine, checkpoint, cfg=cfg, hand_model=model.hands.identity, device=on)
+    return Reconstructor(model, precision=cfg.EVAL.PRECISION, device=on, engine=chosen)

@@ -76,7 +76,7 @@ def write_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
 
 def read_content(path: str | Path) -> Any:
     """The content of a .pth or .safetensors file, whoever wrote it; of a folder, its best.pth."""
-    path = _file_of(path)
+    path = checkpoint_file(path)
     if path.suffix != SUFFIX:
         return read_tensors(path)
     tensors, metadata = read_safetensors(path)
@@ -158,11 +158,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Its checksum is verified and parameter names of earlier versions are updated. Raises UserError if the file is
     missing, damaged, or has another format.
     """
-    path = _file_of(path)
+    path = checkpoint_file(path)
     return _require_ours(read_content(path), path)
 
 
-def _file_of(path: str | Path) -> Path:
+def checkpoint_file(path: str | Path) -> Path:
+    """The file itself, or best.pth of a run folder."""
     return Path(path) / BEST if Path(path).is_dir() else Path(path)
 
 
@@ -271,7 +272,7 @@ def load_model(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     Reads this project's checkpoints and the published one, which it converts. Raises UserError for a file that cannot
     be read, is neither, or was trained on another hand model, and for overrides that change the network.
     """
-    path = _file_of(path)
+    path = checkpoint_file(path)
     content = read_content(path)
     if published.is_published(content):
         model, cfg, rest = published.load_published(content, path=path, overrides=overrides)
