@@ -19,7 +19,7 @@ from models.predictions import Target
 from utils.geometry import CROP_SIZE, project, rotation_z, to_uv, world_to_camera
 from utils.hand import CHAIN_PARENTS, MANO_TO_JOINTS, MASK_THRESHOLD, NUM_CHAIN_JOINTS, NUM_FACES, NUM_JOINTS, WRIST
 from utils.masking import where_leading
-from utils.rasterizer import Fragments, interpolate, rasterize
+from utils.rasterizer import Fragments, interpolate, nearest_at, rasterize
 
 
 def camera_hands(hand_layer: TwoHandLayer, samples: Sample) -> Hands:
@@ -141,7 +141,7 @@ def only_present(vertices: Tensor, present: Tensor | None) -> Tensor:
     return vertices if present is None else where_leading(present, vertices, -1.0)
 
 
-VISIBILITY_SIDE = 128  # pixels of the depth map
+VISIBILITY_SIDE = 128  # pixels: the crop's side where joints are compared with surfaces
 THICKEST = 0.03  # m: a surface that lies further in front of a joint is not the joint's own
 
 
@@ -167,13 +167,11 @@ class JointVisibility(nn.Module):
         side = VISIBILITY_SIDE
         shrink = torch.diag(intrinsics.new_tensor([side / CROP_SIZE, side / CROP_SIZE, 1.0]))
         meshes = only_present(hands.vertices, present).flatten(1, 2)
-        surface = rasterize(meshes, self.faces, shrink @ intrinsics, (side, side))
         joints = hands.joints.flatten(1, 2)
         cell = (project(joints, intrinsics) * side / CROP_SIZE).floor()
         inside = ((cell >= 0) & (cell < side)).all(-1) & (joints[..., 2] > 0)
-        pixel = torch.where(inside[..., None], cell, 0.0).long()
-        pixel = pixel[..., 1] * side + pixel[..., 0]
-        face, depth = (values.flatten(1).gather(1, pixel) for values in (surface.face, surface.depth))
+        pixels = torch.where(inside[..., None], cell, 0.0).long()
+        face, depth = nearest_at(meshes, self.faces, shrink @ intrinsics, pixels)
         own = self.flesh[torch.arange(len(self.flesh), device=face.device), face.clamp_min(0)]
         own &= joints[..., 2] - depth < THICKEST
         visible = (inside & ((face < 0) | own)).unflatten(1, (2, NUM_JOINTS))

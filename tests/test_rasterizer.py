@@ -8,7 +8,7 @@ import torch
 from utils import rasterizer as render
 from utils.errors import UserError
 from utils.geometry import project
-from utils.rasterizer import interpolate, rasterize, rasterize_pytorch3d, shade, smooth_normals
+from utils.rasterizer import interpolate, nearest_at, rasterize, rasterize_pytorch3d, shade, smooth_normals
 
 HEIGHT, WIDTH = 20, 26
 CAMERA = torch.tensor([[30.0, 0.0, 13.0], [0.0, 28.0, 10.0], [0.0, 0.0, 1.0]])
@@ -133,6 +133,33 @@ def test_chosen_pixels_are_those_of_the_whole_image(monkeypatch, pixels, scale):
     for values, expected in zip(rasterize(vertices, faces, intrinsics, (20, 20), pixels=rows), whole):
         assert torch.equal(values, expected[:, rows[:, None], rows])
     assert (whole.face >= 0).any()
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_single_pixels_are_those_of_the_whole_image(seed):
+    vertices, faces = soup(seed)
+    vertices[1, :7, 2] = torch.tensor([-1.0, 0.0, torch.nan, torch.inf, 1e-9, -torch.inf, -1e-9])  # of faces to drop
+    intrinsics = CAMERA.expand(2, 3, 3)
+    whole = rasterize(vertices, faces, intrinsics, (HEIGHT, WIDTH))
+    row, column = torch.meshgrid(torch.arange(HEIGHT), torch.arange(WIDTH), indexing='ij')
+    everywhere = torch.stack([column, row], -1).flatten(0, 1).expand(2, -1, 2)
+    face, depth = nearest_at(vertices, faces, intrinsics, everywhere)
+    assert (face >= 0).float().mean() > 0.2
+    assert torch.equal(face, whole.face.flatten(1))
+    torch.testing.assert_close(depth, whole.depth.flatten(1), rtol=1e-6, atol=0)
+
+
+def test_a_pixel_outside_the_image_is_searched_too_and_may_be_empty():
+    vertices, faces = soup(0)
+    intrinsics = CAMERA.expand(2, 3, 3)
+    shifted = intrinsics.clone()
+    shifted[:, 0, 2] += 50
+    inside = torch.tensor([[WIDTH // 2, HEIGHT // 2]]).expand(2, 1, 2)
+    expected = nearest_at(vertices, faces, intrinsics, inside)
+    got = nearest_at(vertices, faces, shifted, inside + torch.tensor([50, 0]))
+    assert torch.equal(got[0], expected[0]) and torch.allclose(got[1], expected[1])
+    face, depth = nearest_at(vertices, faces, intrinsics, torch.full((2, 1, 2), 10_000))
+    assert face.tolist() == [[-1], [-1]] and depth.tolist() == [[0], [0]]
 
 
 def test_images_of_a_batch_are_independent_also_in_small_parts(monkeypatch):

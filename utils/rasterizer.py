@@ -49,16 +49,7 @@ def rasterize(
     def pixel_of(number: Tensor) -> Tensor:
         return number if pixels is None else _take(pixels, number)
 
-    homogeneous = vertices.double() @ intrinsics.double().transpose(1, 2)
-    usable = (vertices[..., 2] > 0) & (homogeneous[..., 2] > 0) & homogeneous.isfinite().all(-1)
-    homogeneous = torch.where(usable[..., None], homogeneous, 1.0)  # any valid place: the face is dropped below
-    projected = ((homogeneous[..., :2] / homogeneous[..., 2:] - 0.5) * SUBPIXELS).round() / SUBPIXELS
-    # Samples now lie at integers. Every quantity is (3 corners, B F): the long axis last, so that it vectorises.
-    x, y, depth, divisor, usable = (
-        _at_corners(values, faces)
-        for values in (projected[..., 0], projected[..., 1], vertices[..., 2].double(), homogeneous[..., 2], usable)
-    )
-
+    x, y, depth, divisor, usable = _projected_corners(vertices, faces, intrinsics)
     left, right = x.amin(0).ceil().clamp_min(0), x.amax(0).floor().clamp_max(width - 1)
     top, bottom = y.amin(0).ceil().clamp_min(0), y.amax(0).floor().clamp_max(height - 1)
     first_row, row_count = number(top), number(bottom + 1) - number(top)
@@ -67,8 +58,7 @@ def rasterize(
         _take(values, kept) for values in (x, y, depth, divisor, left, right, top, first_row, row_count)
     )
     edges = _edge_functions(x - left, y - top)
-    # On the screen, depth is the ratio of two affine functions, combined from those of the edges.
-    ratio = torch.stack([(edges * (depth / divisor)).sum(1), (edges / divisor).sum(1)], 1)  # (3 coefficients, 2, N)
+    ratio = _depth_ratio(edges, depth, divisor)
     image = torch.div(kept, len(faces), rounding_mode='floor')
 
     # Faces -> rows of pixels, and in each row the span in which all three edge functions are >= 0.
@@ -124,7 +114,60 @@ def rasterize(
     return Fragments(*(values.unflatten(0, (batch, rows, columns)) for values in out))
 
 
+@torch.no_grad()
+def nearest_at(vertices: Tensor, faces: Tensor, intrinsics: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """``rasterize`` at a few pixels of each image alone: pixels (B, P, 2) int64 columns and rows -> face, depth (B, P).
+
+    Any integers, also outside an image. face: -1 where there is none, with depth 0.
+    """
+    batch, count = pixels.shape[:2]
+    x, y, depth, divisor, usable = _projected_corners(vertices, faces, intrinsics)
+    column, row = pixels.to(x.dtype)[..., None].unbind(2)  # (B, P, 1) each
+    bounds = (x.amin(0), x.amax(0), y.amin(0), y.amax(0), usable.all(0))
+    left, right, top, bottom, kept = (values.view(batch, 1, -1) for values in bounds)
+    near = kept & (left <= column) & (column <= right) & (top <= row) & (row <= bottom)
+    image, point, face = near.nonzero().unbind(1)
+    which, at = image * len(faces) + face, image * count + point
+    x, y, depth, divisor = (_take(values, which) for values in (x, y, depth, divisor))
+    edges = _edge_functions(
+        x - _take(column.flatten(), at), y - _take(row.flatten(), at)
+    )  # their constants: at the pixel
+    inside = (edges[2] >= 0).all(0).nonzero().squeeze(1)
+    numerator, denominator = _take(_depth_ratio(edges, depth, divisor)[2], inside)
+    key = (numerator / denominator).float().view(torch.int32).long() << 32 | _take(face, inside)
+    nearest = torch.full((batch * count,), _NOTHING, device=vertices.device)
+    nearest.scatter_reduce_(0, _take(at, inside), key, 'amin')
+    seen = nearest != _NOTHING
+    depth = torch.where(seen, nearest >> 32, 0).int().view(torch.float32).to(vertices.dtype)
+    return torch.where(seen, nearest & 0xFFFFFFFF, -1).view(batch, count), depth.view(batch, count)
+
+
 _NOTHING = torch.iinfo(torch.int64).max
+
+
+class _Corners(NamedTuple):
+    """The corners of the faces on the screen, where samples lie at integers. Each is (3 corners, B F): the long axis
+    last, so that it vectorises."""
+
+    x: Tensor
+    y: Tensor
+    depth: Tensor  # m
+    divisor: Tensor  # of the projection
+    usable: Tensor  # bool
+
+
+def _projected_corners(vertices: Tensor, faces: Tensor, intrinsics: Tensor) -> _Corners:
+    homogeneous = vertices.double() @ intrinsics.double().transpose(1, 2)
+    usable = (vertices[..., 2] > 0) & (homogeneous[..., 2] > 0) & homogeneous.isfinite().all(-1)
+    homogeneous = torch.where(usable[..., None], homogeneous, 1.0)  # any valid place: the face is dropped
+    projected = ((homogeneous[..., :2] / homogeneous[..., 2:] - 0.5) * SUBPIXELS).round() / SUBPIXELS
+    values = (projected[..., 0], projected[..., 1], vertices[..., 2].double(), homogeneous[..., 2], usable)
+    return _Corners(*(_at_corners(each, faces) for each in values))
+
+
+def _depth_ratio(edges: Tensor, depth: Tensor, divisor: Tensor) -> Tensor:
+    """(3 coefficients, 2, N): on the screen, depth is the ratio of two affine functions, combined from the edges'."""
+    return torch.stack([(edges * (depth / divisor)).sum(1), (edges / divisor).sum(1)], 1)
 
 
 def _at_corners(values: Tensor, faces: Tensor) -> Tensor:
