@@ -383,6 +383,10 @@ def train_step(
         ) from None
 
 
+def mm(value: float) -> str:
+    return '-' if math.isnan(value) else f'{value:.2f} mm'  # NaN: the root error without a frame of both hands
+
+
 def validate_and_keep_best(session: Session) -> bool:
     """Validate the last finished epoch and write best.pth if it is the best; False if asked to stop before the end."""
     run, progress, log = session.run, session.progress, session.log
@@ -408,12 +412,10 @@ def validate_and_keep_best(session: Session) -> bool:
     if log:
         session.bar.write(
             f'epoch {progress.epoch}: validation joint {joint:.2f} mm, vert {vert:.2f} mm, '
-            f'root {summary["root_mm"]:.2f} mm'
+            f'root {mm(summary["root_mm"])}'
         )
         for folder, figures in summary.get('sets', {}).items():
-            session.bar.write(
-                f'    {folder}: joint {figures["joint_mm"]["all"]:.2f} mm, root {figures["root_mm"]:.2f} mm'
-            )
+            session.bar.write(f'    {folder}: joint {figures["joint_mm"]["all"]:.2f} mm, root {mm(figures["root_mm"])}')
     progress.tick()
     if math.isnan(joint):  # as without a validation split
         if log:

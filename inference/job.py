@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from inference.boxes import Boxes, smoothed
 from inference.clip import FILLED, FrameHands, Recording, smoothed_offline, smoothed_online
+from inference.detector import MODEL as DETECTOR_MODEL
 from inference.detector import Detection, HandDetector
 from inference.files import (
     IMAGE_RECORD,
@@ -50,6 +51,7 @@ class Settings(NamedTuple):
     box: list[float] | None = None  # x, y, width, height
     boxes: str | None = None  # file of boxes
     detect: bool = False
+    detector: str = DETECTOR_MODEL  # its file
     refine_box: bool = False  # look twice
     track: str = 'on'  # 'on' or 'off': whether a video's box follows the hands
     smooth: str = 'off'  # 'off', 'online' or 'offline'
@@ -66,8 +68,11 @@ class Settings(NamedTuple):
         model = Path(self.model)
         files = [model / 'best.pth' if model.is_dir() else model]
         files += [Path(self.boxes)] if self.boxes else []
+        files += [Path(self.detector)] if self.detect else []
         files += [source] if isinstance(source, Path) else []
         stats = [file.stat() for file in files]
+        optional = {'detector': printable(self.detector)} if self.detect else {}
+        optional |= {'export': list(self.export)} if self.export else {}
         return {
             'input': input_name(source),
             'model': printable(self.model),
@@ -84,7 +89,7 @@ class Settings(NamedTuple):
             'frames': self.frames,
             'modified': [stat.st_mtime_ns for stat in stats],
             'bytes': [stat.st_size for stat in stats],
-        } | ({'export': list(self.export)} if self.export else {})  # absent: as in results without these files
+        } | optional  # absent: as in results of earlier versions
 
     def intrinsics(self, image: np.ndarray, focal: float | None = None) -> np.ndarray:
         """(3, 3) of an image; ``focal`` is its EXIF value, which the settings override."""

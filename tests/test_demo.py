@@ -457,9 +457,12 @@ class BlobDetector:
 
 
 @pytest.fixture(params=[2, 1, 0], ids=['both', 'one', 'none'])
-def detector(request, monkeypatch):
+def detector(request, monkeypatch, tmp_path_factory):
     """What the demo detects hands with: it finds both, one of them, or none."""
     detector = BlobDetector(request.param)
+    file = tmp_path_factory.mktemp('detector') / 'hands.task'
+    file.touch()
+    monkeypatch.setattr(demo, 'DETECTOR_MODEL', str(file))
     monkeypatch.setattr(demo, 'HandDetector', lambda model: detector)
     return detector
 
@@ -650,6 +653,20 @@ def test_hands_that_a_detector_misses_are_found_by_the_network(run, blob_images,
     missed = {1: 'found one hand', 0: 'found no hands'}.get(detector.most)
     warnings = [each['warning'] for each in outcome(tmp_path)['warnings']]
     assert not warnings if missed is None else missed in warnings[0] and 'crop.jpg' in warnings[0]
+
+
+def test_another_detector_means_another_result(run, blob_images, tmp_path, detector):
+    image = tmp_path / 'hands.png'
+    cv2.imwrite(str(image), blob((120, 80, 90, 60)))
+    other = tmp_path / 'other.task'
+    other.write_bytes(b'1')
+    earlier = []
+    for words in ((), (), ('--detector', other), ('--detector', other)):
+        assert run(image, '--detect', *words) == 0
+        earlier.append(len(outcome(tmp_path)['earlier']))
+    other.write_bytes(b'12')
+    assert run(image, '--detect', '--detector', other) == 0
+    assert [*earlier, len(outcome(tmp_path)['earlier'])] == [0, 1, 0, 1, 0]
 
 
 def test_an_image_without_hands_is_a_failure(run, blob_images, tmp_path, detector):
