@@ -51,6 +51,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torchvision import __version__ as torchvision_version
 from yacs.config import CfgNode
 
@@ -84,8 +85,12 @@ from utils.training import autocast, build_optimizer, compiled, set_float32_prec
 SYNTHETIC_FRAMES = 320  # of the loader's data set
 REAL_FRAMES = 1_361_062  # of InterHand2.6M's train split, 5 fps
 PACKED_SAMPLES = 400_000
-CHECKPOINTED = ('TRAIN.CHECKPOINT', 'true')
-PEAKS = {'nothing': 'nothing', 'bare': 'ResNet-50', 'network': 'DIR', 'checkpointed': 'DIR, TRAIN.CHECKPOINT'}
+FORMS = {  # of a training step
+    'DIR': (),
+    'DIR, TRAIN.RECOMPUTE_NORMS': ('TRAIN.RECOMPUTE_NORMS', 'true'),
+    'DIR, TRAIN.CHECKPOINT': ('TRAIN.CHECKPOINT', 'true'),
+}
+PEAKS = ('nothing', 'ResNet-50', *FORMS)
 DRAWN = ('DATASET.TARGETS', 'render')
 
 
@@ -268,6 +273,8 @@ class SyntheticStep(NamedTuple):
 
     network: Callable[[], None]
     bare: Callable[[], None]
+    network_loss: Callable[[], Tensor]  # the forward half
+    bare_loss: Callable[[], Tensor]
 
 
 def synthetic_step(setting: Setting, batch: int, *words: str, compile: bool = False) -> SyntheticStep:
@@ -276,26 +283,34 @@ def synthetic_step(setting: Setting, batch: int, *words: str, compile: bool = Fa
     model, bare = make_network(setting, *words), to_device(Backbone('resnet50'), device)
     if cfg.TRAIN.CHECKPOINT:
         model.recompute_activations()
+    elif cfg.TRAIN.RECOMPUTE_NORMS:
+        model.recompute_norms()
     criterion, images = build_criterion(cfg, hand_models).to(device), make_images(setting, batch)
     optimizer, bare_optimizer = build_optimizer(model, cfg), build_optimizer(bare, cfg)
     called = compiled(model, device) if compile else model
     target = synthetic_target(setting, batch)
 
-    def network() -> None:
-        optimizer.zero_grad(set_to_none=True)
+    def network_loss() -> Tensor:
         with autocast(cfg.TRAIN.PRECISION, device):
             output = called(images)
-        sum(criterion(output, target).values()).backward()
+        return torch.stack(list(criterion(output, target).values())).sum()
+
+    def bare_loss() -> Tensor:
+        with autocast(cfg.TRAIN.PRECISION, device):
+            features = bare(images)[-1]
+        return features.float().square().mean()
+
+    def network() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        network_loss().backward()
         optimizer.step()
 
     def alone() -> None:
         bare_optimizer.zero_grad(set_to_none=True)
-        with autocast(cfg.TRAIN.PRECISION, device):
-            features = bare(images)[-1]
-        features.float().square().mean().backward()
+        bare_loss().backward()
         bare_optimizer.step()
 
-    return SyntheticStep(network, alone)
+    return SyntheticStep(network, alone, network_loss, bare_loss)
 
 
 def synthetic_target(setting: Setting, batch: int):
@@ -307,19 +322,17 @@ def synthetic_target(setting: Setting, batch: int):
 
 
 def step(setting: Setting) -> Table:
-    plain, checkpointed = (synthetic_step(setting, setting.batch, *words) for words in ((), CHECKPOINTED))
-    contestants: dict[str, Callable[[], object]] = {
-        'ResNet-50': plain.bare,
-        'DIR': plain.network,
-        'DIR, TRAIN.CHECKPOINT': checkpointed.network,
-    }
+    steps = {name: synthetic_step(setting, setting.batch, *words) for name, words in FORMS.items()}
+    contestants: dict[str, Callable[[], object]] = {'ResNet-50': steps['DIR'].bare}
+    contestants |= {name: each.network for name, each in steps.items()}
     rows = rows_of(in_turn(contestants, setting.repeats, setting.device), 'ResNet-50')
-    for name, run in contestants.items():
-        rows.append(Row(f'kept for the backward pass, {name}', kept_bytes(run) / setting.batch / 1e6, 'MB a sample'))
-    del plain, checkpointed, contestants, run
+    losses = {'ResNet-50': steps['DIR'].bare_loss, **{name: each.network_loss for name, each in steps.items()}}
+    for name, loss in losses.items():
+        rows.append(Row(f'kept for the backward pass, {name}', kept_bytes(loss) / setting.batch / 1e6, 'MB a sample'))
+    del steps, contestants, losses, loss
     here = ('--threads', str(torch.get_num_threads()), '--batch', str(setting.batch), *setting.opts)
-    for what, name in PEAKS.items():
-        command = [sys.executable, __file__, '--peak', what, '--data', str(synthetic_data(setting)), *here]
+    for name in PEAKS:
+        command = [sys.executable, __file__, '--peak', name, '--data', str(synthetic_data(setting)), *here]
         result = subprocess.run(command, capture_output=True, text=True, check=True)
         rows.append(Row(f'peak memory, {name}', float(result.stdout), 'GB'))
     return Table(
@@ -330,19 +343,14 @@ def step(setting: Setting) -> Table:
     )
 
 
-def kept_bytes(run: Callable[[], object]) -> int:
-    """Bytes that autograd keeps for the backward pass within ``run``, parameters and their views left out."""
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        run()
-    return sum(kept.values())
+def kept_bytes(forward: Callable[[], object]) -> int:
+    """Bytes that are allocated in ``forward`` and held by what it returns: what the backward pass will read."""
+    cuda = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda], profile_memory=True) as profiler:
+        held = forward()
+    events = profiler.key_averages()
+    del held
+    return sum(event.self_cpu_memory_usage + event.self_device_memory_usage for event in events)
 
 
 def _peak_memory() -> float:
@@ -352,9 +360,9 @@ def _peak_memory() -> float:
 
 def print_peak(setting: Setting, what: str) -> None:
     """Peak memory of three steps, in a process of its own."""
-    training = synthetic_step(setting, setting.batch, *(CHECKPOINTED if what == 'checkpointed' else ()))
+    training = synthetic_step(setting, setting.batch, *FORMS.get(what, ()))
     for _ in range(3 if what != 'nothing' else 0):
-        (training.bare if what == 'bare' else training.network)()
+        (training.bare if what == 'ResNet-50' else training.network)()
     if setting.device.type == 'cuda':
         print(torch.cuda.max_memory_allocated() / 1e9)
     else:

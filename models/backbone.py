@@ -43,7 +43,8 @@ class Backbone(nn.Module):
         if name not in BACKBONES:
             raise UserError(f'MODEL.BACKBONE is {name!r}; it must be one of {", ".join(BACKBONES)}.')
         network = _classifier(name)
-        self.frozen_levels, self.recomputes = 0, False
+        self.frozen_levels = 0
+        self.recomputes = self.recomputes_norms = False  # see models/recomputation.py
         self.feature_names = BACKBONES[name]
         parent, _, _ = self.feature_names[0].rpartition('.')
         self.step_names: list[str] = []
@@ -70,7 +71,10 @@ class Backbone(nn.Module):
         x, maps = image, []
         for name in self.step_names:
             step = self.get_submodule(name)
-            x = recomputed(step, step, x) if self.recomputes and len(list(step.children())) else step(x)
+            if (self.recomputes or self.recomputes_norms) and len(list(step.children())):
+                x = recomputed(step, step, x, keep_products=not self.recomputes)
+            else:
+                x = step(x)
             if name in self.feature_names:
                 maps.append(x.permute(0, 3, 1, 2) if self.channels_last else x)
         return maps

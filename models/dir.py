@@ -94,6 +94,10 @@ class DIR(nn.Module):
             if block is not None:
                 block.recomputes = True
 
+    def recompute_norms(self) -> None:
+        """Recompute the backbone's batch norms and activations in the backward pass, instead of keeping them."""
+        self.backbone.recomputes_norms = True
+
     def drop_auxiliary(self) -> None:
         """Remove everything that the last estimate, presence and confidence do not depend on."""
         self.dense_heads = None

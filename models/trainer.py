@@ -63,6 +63,8 @@ class Trainer:
         model.backbone.freeze(cfg.TRAIN.FROZEN_LAYERS)
         if cfg.TRAIN.CHECKPOINT:
             model.recompute_activations()
+        elif cfg.TRAIN.RECOMPUTE_NORMS:
+            model.recompute_norms()
         self.model: DIR = to_device(model, device)
         if world > 1 and cfg.TRAIN.SYNC_BN:
             self.model = distributed.synchronise_batch_norm(self.model, device)

@@ -16,18 +16,27 @@ OPTIONS = [*TINY, 'DEVICE', 'cpu', 'TRAIN.BATCH_SIZE', '3']
 
 
 def forward_and_backward(standin, *options: str):
-    """Loss, gradients and buffers of one pass over a fixed batch."""
+    """Bytes kept for the backward pass, then loss, gradients and buffers of one pass over a fixed batch."""
     cfg = load_config(None, [*OPTIONS, *options])
     torch.manual_seed(0)
     model = build_model(cfg, standin, pretrained=False).train()
     if cfg.TRAIN.CHECKPOINT:
         model.recompute_activations()
+    if cfg.TRAIN.RECOMPUTE_NORMS:
+        model.recompute_norms()
     size = cfg.MODEL.IMAGE_SIZE
-    output = model(torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1)))
-    last = output.stages[-1]
-    loss = last.vertices.square().sum() + last.joints_uv.sum() + output.segmentation.square().mean()
-    loss.backward()
-    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}, dict(model.named_buffers())
+    image = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1))
+    losses = []
+
+    def forward():
+        output = model(image)
+        last = output.stages[-1]
+        losses.append(last.vertices.square().sum() + last.joints_uv.sum() + output.segmentation.square().mean())
+        return losses[-1]
+
+    kept = kept_bytes(forward)
+    losses[0].backward()
+    return kept, losses[0].detach(), {name: p.grad for name, p in model.named_parameters()}, dict(model.named_buffers())
 
 
 @pytest.mark.parametrize(
@@ -36,32 +45,33 @@ def forward_and_backward(standin, *options: str):
     ids=['resnet', 'stochastic depth', 'neck'],
 )
 def test_nothing_changes_but_the_memory(standin, options):
-    results, kept = [], []
-    for on in ('false', 'true'):
-        run = lambda on=on: results.append(forward_and_backward(standin, *options, 'TRAIN.CHECKPOINT', on))  # noqa: E731
-        kept.append(kept_bytes(run))
-    plain, less = results
-    assert torch.equal(less[0], plain[0])
-    for ours, theirs in ((less[1], plain[1]), (less[2], plain[2])):
-        assert ours.keys() == theirs.keys()
-        for name, value in theirs.items():
-            assert (value is None and ours[name] is None) or torch.equal(ours[name], value), name
-    assert kept[1] < 0.6 * kept[0]
+    kept, *plain = forward_and_backward(standin, *options)
+    for key, share in (('TRAIN.RECOMPUTE_NORMS', 0.95), ('TRAIN.CHECKPOINT', 0.6)):
+        less, *results = forward_and_backward(standin, *options, key, 'true')
+        assert less < share * kept
+        assert torch.equal(results[0], plain[0])
+        for ours, theirs in zip(results[1:], plain[1:]):
+            assert ours.keys() == theirs.keys()
+            for name, value in theirs.items():
+                assert (value is None and ours[name] is None) or torch.equal(ours[name], value), name
 
 
 def test_a_step_with_it_ends_in_the_same_bits(standin):
     states = []
-    for on in ('false', 'true'):
-        cfg = load_config(None, [*OPTIONS, 'TRAIN.CHECKPOINT', on, 'TRAIN.EMA', '0.9', 'MODEL.PRETRAINED', 'false'])
+    for on in ((), ('TRAIN.CHECKPOINT', 'true'), ('TRAIN.RECOMPUTE_NORMS', 'true')):
+        cfg = load_config(None, [*OPTIONS, *on, 'TRAIN.EMA', '0.9', 'MODEL.PRETRAINED', 'false'])
         trainer = Trainer(cfg, standin, torch.device('cpu'))
         trainer.train()
         image = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(3)) * 255
         for _ in range(2):
             trainer.step([(image, made_target(3))], count=1, rate=1e-3)
-        assert {block.recomputes for block in (trainer.model.backbone, *trainer.model.stages)} == {on == 'true'}
+        blocks = (trainer.model.backbone, *trainer.model.stages)
+        assert {block.recomputes for block in blocks} == {'TRAIN.CHECKPOINT' in on}
+        assert trainer.model.backbone.recomputes_norms == ('TRAIN.RECOMPUTE_NORMS' in on)
         states.append(trainer.model.state_dict() | {f'average.{k}': v for k, v in trainer.result.state_dict().items()})
-    assert states[0].keys() == states[1].keys()
-    assert [key for key, value in states[0].items() if not torch.equal(states[1][key], value)] == []
+    for state in states[1:]:
+        assert states[0].keys() == state.keys()
+        assert [key for key, value in states[0].items() if not torch.equal(state[key], value)] == []
 
 
 def test_evaluation_and_inference_recompute_nothing():

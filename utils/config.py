@@ -114,6 +114,7 @@ _C.TRAIN.DECAY_ALL = True  # weight decay on norms, biases and position embeddin
 _C.TRAIN.DECAY_REGRESSORS = True  # weight decay on the layers that regress hand parameters and offset
 _C.TRAIN.CLIP_NORM = 0.0  # maximum gradient norm; 0: no clipping
 _C.TRAIN.ACCUMULATE = 1  # equal parts of a batch, processed one after the other to save memory
+_C.TRAIN.RECOMPUTE_NORMS = False  # of the backbone: a quarter less memory for activations, the same bits
 _C.TRAIN.CHECKPOINT = False  # activation checkpointing: less memory, a third more time, the same bits
 _C.TRAIN.EMA = 0.0  # decay per step of a moving average of the weights, stored in best.pth; 0: none
 _C.TRAIN.PRECISION = 'float32'  # 'float32', 'tf32', or 'bfloat16' (autocast; hands, rotations, losses stay float32)
