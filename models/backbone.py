@@ -4,13 +4,14 @@ import copy
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from models import efficientnet_lite
 from models.recomputation import recomputed
 from utils.errors import UserError
 
+# torchvision is imported only where a network is built: with it comes PyTorch's compiler, two seconds in each of the
+# processes that prepare data and need neither.
 _RESNET = ('layer1', 'layer2', 'layer3', 'layer4')
 # Name of the network, torchvision's but for EfficientNet-Lite0 -> its modules whose outputs are the feature maps at
 # strides 4, 8, 16 and 32. All four have the same parent, whose children run one after the other. A further network is
@@ -42,6 +43,8 @@ class Backbone(nn.Module):
         super().__init__()
         if name not in BACKBONES:
             raise UserError(f'MODEL.BACKBONE is {name!r}; it must be one of {", ".join(BACKBONES)}.')
+        from torchvision.models import SwinTransformer
+
         network = _classifier(name)
         self.frozen_levels = 0
         self.recomputes = self.recomputes_norms = False  # see models/recomputation.py
@@ -53,7 +56,7 @@ class Backbone(nn.Module):
             self._add(parent, child, module)
             if self.step_names[-1] == self.feature_names[-1]:
                 break
-        self.channels_last = isinstance(network, torchvision.models.SwinTransformer)  # its maps are (B, H, W, C)
+        self.channels_last = isinstance(network, SwinTransformer)  # its maps are (B, H, W, C)
         self.unused_keys = network.state_dict().keys() - self.state_dict().keys()
         with torch.no_grad():
             maps = copy.deepcopy(self).eval().to('meta')(torch.empty(1, 3, 64, 64, device='meta'))
@@ -109,7 +112,9 @@ class Backbone(nn.Module):
 def _classifier(name: str) -> nn.Module:
     if name == efficientnet_lite.NAME:
         return efficientnet_lite.efficientnet_lite0()
-    return torchvision.models.get_model(name, weights=None)
+    from torchvision.models import get_model
+
+    return get_model(name, weights=None)
 
 
 def load_imagenet(backbone: Backbone, name: str, weights_file: str = '') -> None:
@@ -132,13 +137,15 @@ def imagenet_state(name: str, weights_file: str = '') -> dict[str, Tensor]:
     From a local file, else from torchvision's cache or download; EfficientNet-Lite's from its Python package.
     Raises UserError if they cannot be loaded.
     """
+    from torchvision.models import get_model_weights
+
     lite = name == efficientnet_lite.NAME
     try:
         if lite or weights_file:
             path = Path(weights_file or efficientnet_lite.package_file())
             state = torch.load(path, map_location='cpu', weights_only=True)
         else:
-            state = torchvision.models.get_model_weights(name)['DEFAULT'].get_state_dict(progress=True, check_hash=True)
+            state = get_model_weights(name)['DEFAULT'].get_state_dict(progress=True, check_hash=True)
     except Exception as error:
         origin = (
             f'the Python package {efficientnet_lite.PACKAGE}' if lite else f"torchvision's ImageNet weights for {name}"

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.efficientnet import EfficientNet, MBConv, MBConvConfig
 
 from models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
@@ -27,8 +26,10 @@ _STAGES = (
 )
 
 
-def efficientnet_lite0() -> EfficientNet:
+def efficientnet_lite0() -> nn.Module:
     """The classification network, newly initialised, with torchvision's parameter names."""
+    from torchvision.models.efficientnet import EfficientNet, MBConv, MBConvConfig  # here: see models/backbone.py
+
     block = partial(MBConv, se_layer=lambda *args, **kwargs: nn.Identity())
     network = EfficientNet(
         [MBConvConfig(*stage, block=block) for stage in _STAGES],

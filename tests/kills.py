@@ -34,13 +34,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # fmt: off
 TINY = [
-    '--cfg', 'configs/demo.yaml', 'MODEL.IMAGE_SIZE', '64', 'MODEL.MAP_CHANNELS', '16', 'MODEL.STAGES', '1',
+    '--cfg', 'configs/demo.yaml', 'MODEL.BACKBONE', 'efficientnet_lite0', 'MODEL.IMAGE_SIZE', '64',
+    'MODEL.MAP_CHANNELS', '16', 'MODEL.STAGES', '1', 'MODEL.TOKEN_CHANNELS', '16', 'MODEL.JOINT_FEATURES', '8',
+    'MODEL.ATTENTION_CHANNELS', '16', 'MODEL.GRAPH_LAYERS', '1',
     'TRAIN.BATCH_SIZE', '4', 'TRAIN.EPOCHS', '3', 'TRAIN.VALIDATE_EVERY', '1', 'TRAIN.PICTURES', '2',
     'TRAIN.LOG_EVERY', '1', 'TRAIN.SAVE_EVERY', '2', 'TRAIN.EMA', '0.9', 'EVAL.BATCH_SIZE', '2', 'DEVICE', 'cpu',
 ]
 # fmt: on
 TRAIN_SAMPLES, VAL_SAMPLES, STEPS = 12, 6, 9
 PATIENCE_S = 300.0
+ENDING_S = 5.0
 MOST_ATTEMPTS = 5  # at a trial whose signal comes after the end of the run
 
 
@@ -110,6 +113,13 @@ class Job:
     def members(self) -> list[int]:
         """Ids of all its processes; loader processes have the command line of the process that forked them."""
         return [pid for pid, words in command_lines() if str(self.out) in words]
+
+    def lasting_members(self) -> list[int]:
+        """Its processes that are still there after seconds: loader processes look for their parent once a second."""
+        deadline = time.monotonic() + ENDING_S
+        while (left := self.members()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return left
 
     def ranks(self) -> list[int]:
         """Ids of the processes that train."""
@@ -313,8 +323,7 @@ def run(trial: Trial, data: Path, out: Path, whole: Reference) -> Result:
                 problems.append(f'not resumed ({code}): {again.text[-500:]}')
             else:
                 problems += differences(whole.out, out)
-            time.sleep(2)  # loader processes look for their parent once a second
-            if left := again.members():
+            if left := again.lasting_members():
                 problems.append(f'{len(left)} processes left')
             if left := sorted(path.name for path in out.parent.glob(f'.{out.name}*')) + sorted(
                 path.name for path in out.glob('.*')

@@ -101,7 +101,7 @@ def test_a_bare_machine_gets_all_advice_at_once(tmp_path):
         text=True,
         capture_output=True,
         env=os.environ | {'TORCH_HOME': str(tmp_path / 'torch')},
-        timeout=60,
+        timeout=600,
         check=False,
     )
     assert (done.returncode, done.stderr) == (2, '')
@@ -154,7 +154,7 @@ def test_packages_that_cannot_be_imported_are_one_sentence(tmp_path, said):
         [sys.executable, SCRIPT],
         text=True,
         capture_output=True,
-        timeout=60,
+        timeout=600,
         check=False,
         env=os.environ | {'PYTHONPATH': str(tmp_path)},
     )

@@ -40,26 +40,31 @@ def converted(net, tmp_path_factory):
     return paths
 
 
+@pytest.fixture(scope='module')
+def ours(converted):
+    """The network of the converted file, in evaluation mode; tests leave it as it is."""
+    return load_model(converted[1]).model
+
+
 def test_there_and_back_is_exact_to_the_bit(net, converted):
     back = torch.load(converted[2], weights_only=True)['net']
     assert back.keys() == net.keys() and len(net) == 963
     assert [key for key in net if back[key].dtype != net[key].dtype or not torch.equal(back[key], net[key])] == []
 
 
-def test_no_hand_array_is_in_ours_and_the_fingertip_is_recorded(converted, standin):
+def test_no_hand_array_is_in_ours_and_the_fingertip_is_recorded(converted, ours, standin):
     content = read_checkpoint(converted[1])
     tensors = content['model'] | content['published_rest']
     assert [key for key, value in tensors.items() if {778, 1538} & set(value.shape)] == []
     assert content['config']['MODEL']['LEFT_MIDDLE_TIP'] == 445
     assert content['hand_model'].startswith('standin')
-    layer = load_model(converted[1]).model.hand_head.hand_layer
-    assert layer.tip_vertices[:, 2].tolist() == [445, 444]
+    assert ours.hand_head.hand_layer.tip_vertices[:, 2].tolist() == [445, 444]
 
 
-def test_the_published_file_loads_directly_as_the_same_network(converted):
-    direct, ours = (load_model(path, HANDS).model.state_dict() for path in converted[:2])
-    assert direct.keys() == ours.keys()
-    assert all(torch.equal(direct[key], ours[key]) for key in ours)
+def test_the_published_file_loads_directly_as_the_same_network(converted, ours):
+    direct, expected = load_model(converted[0], HANDS).model.state_dict(), ours.state_dict()
+    assert direct.keys() == expected.keys()
+    assert all(torch.equal(direct[key], expected[key]) for key in expected)
 
 
 def test_wrong_ways_round_are_one_sentence(converted, tmp_path, capsys):
@@ -124,12 +129,12 @@ def test_published_to_safetensors_and_ours_is_exact_to_the_bit(converted, tmp_pa
     middle, path = tmp_path / 'a.safetensors', tmp_path / 'ours.pth'
     assert convert_checkpoint.main([str(converted[0]), str(middle), *HANDS]) == 0
     assert convert_checkpoint.main([str(middle), str(path)]) == 0
-    ours, other = read_checkpoint(converted[1]), read_checkpoint(path)
-    assert ours.keys() == other.keys()
-    assert ours['config'] == other['config'] and ours['hand_model'] == other['hand_model']
+    expected, other = read_checkpoint(converted[1]), read_checkpoint(path)
+    assert expected.keys() == other.keys()
+    assert expected['config'] == other['config'] and expected['hand_model'] == other['hand_model']
     for part in ('model', 'published_rest'):
-        assert ours[part].keys() == other[part].keys()
-        assert all(torch.equal(value, other[part][key]) for key, value in ours[part].items())
+        assert expected[part].keys() == other[part].keys()
+        assert all(torch.equal(value, other[part][key]) for key, value in expected[part].items())
 
 
 def test_safetensors_hold_no_training_state(standin, tmp_path, capsys):
@@ -154,12 +159,13 @@ def test_safetensors_hold_no_training_state(standin, tmp_path, capsys):
     assert 'Pass the checkpoint to convert and the file to write' in capsys.readouterr().err
 
 
-def test_half_precision_halves_the_file_and_loads_in_full(converted, tmp_path, capsys):
+def test_half_precision_halves_the_file_and_loads_in_full(converted, ours, tmp_path, capsys):
+    original = ours.state_dict()
     for name in ('half.safetensors', 'half.pth'):
         path = tmp_path / name
         assert convert_checkpoint.main([str(converted[1]), str(path), '--half']) == 0
         assert path.stat().st_size < 0.51 * converted[1].stat().st_size
-        loaded, original = (load_model(each).model.state_dict() for each in (path, converted[1]))
+        loaded = load_model(path).model.state_dict()
         for key, value in loaded.items():
             assert value.dtype == original[key].dtype
             assert torch.equal(value, original[key].half().to(value.dtype) if value.is_floating_point() else value)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from prepared_tree import write_prepared
+from tiny import TRAINING
 
 import train
 from dataset import damage, open_split
@@ -285,21 +286,18 @@ def test_subsets_keep_damaged_samples_for_the_evaluation_to_list(data):
 
 
 DEMO = {
-    'MODEL.IMAGE_SIZE': '64',
-    'MODEL.MAP_CHANNELS': '16',
     'MODEL.STAGES': '0',
     'TRAIN.BATCH_SIZE': '4',
     'TRAIN.EPOCHS': '2',
     'TRAIN.WORKERS': '0',
     'TRAIN.PICTURES': '2',
     'TRAIN.LOG_EVERY': '1',
-    'DEVICE': 'cpu',
 }
 
 
 def run(data, out, *more):
     pairs = DEMO | {'DATASET.PATH': str(data), 'OUTPUT_DIR': str(out)}
-    return train.main(['--cfg', 'configs/demo.yaml', *(word for pair in pairs.items() for word in pair), *more])
+    return train.main([*TRAINING, *(word for pair in pairs.items() for word in pair), *more])
 
 
 def lines(out, kind):

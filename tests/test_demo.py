@@ -21,7 +21,7 @@ from tiny import tiny_config, tiny_model
 from videos import write_frames, write_timed
 
 from apps import demo
-from inference import boxes, job, tracking
+from inference import boxes, job, load_reconstructor, tracking
 from inference.detector import detection
 from inference.tracking import overlap
 from manopth import ManoLayer
@@ -39,9 +39,20 @@ def checkpoint(standin, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope='module')
+def reconstructor(checkpoint):
+    return load_reconstructor(str(checkpoint), device='cpu')
+
+
 @pytest.fixture
-def run(checkpoint, tmp_path):
-    """run(*arguments) -> exit code; outputs go to tmp_path/out."""
+def run(checkpoint, reconstructor, tmp_path, monkeypatch):
+    """run(*arguments) -> exit code; outputs go to tmp_path/out. The network is loaded once for all tests."""
+
+    def load(path, *, device, overrides):
+        known = (path, device, list(overrides)) == (str(checkpoint), 'cpu', [])
+        return reconstructor if known else load_reconstructor(path, device=device, overrides=overrides)
+
+    monkeypatch.setattr(demo, 'load_reconstructor', load)
     return lambda *arguments: demo.main(
         [*map(str, arguments), '--model', str(checkpoint), '--out', str(tmp_path / 'out'), '--device', 'cpu']
     )

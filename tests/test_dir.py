@@ -181,7 +181,8 @@ def test_identity_is_exact_when_the_small_weights_are_zero(standin):
 
 
 def test_published_initialisation_has_the_stated_spread(standin):
-    model = tiny_model(standin, INIT='published', MAP_CHANNELS=64, STAGES=1)
+    wide = {'MAP_CHANNELS': 64, 'TOKEN_CHANNELS': 128, 'JOINT_FEATURES': 64, 'ATTENTION_CHANNELS': 0}
+    model = tiny_model(standin, INIT='published', STAGES=1, **wide)
     heads = [m for part in (model.initial_regressor, model.stages) for m in part.modules()]
     linear = [m for m in heads if isinstance(m, (torch.nn.Linear, PerHandLinear))]
     assert len(linear) == 2 + 2 + 1 + 3 * 4  # regressors, token head, transformer

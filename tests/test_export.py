@@ -239,7 +239,8 @@ def test_wrong_arguments_are_one_sentence(checkpoint, tmp_path, capsys):
 
 
 def test_presence_and_confidence_are_outputs_of_networks_that_predict_them(standin, tmp_path):
-    cfg = load_config(None, [*IDENTITY, 'MODEL.PRESENCE', 'true', 'MODEL.CONFIDENCE', 'true'])
+    heads = ['MODEL.PRESENCE', 'true', 'MODEL.CONFIDENCE', 'true']
+    cfg = load_config(None, [*IDENTITY, *heads, 'MODEL.STAGES', '0'])  # test_compact traces stages
     torch.manual_seed(0)
     model = build_model(cfg, standin, pretrained=False).eval()
     torch.nn.init.normal_(model.presence_head.evidence[-1].weight, std=0.1)

@@ -259,10 +259,11 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, example, capsys, ar
     assert code == 2 and message in error and 'Traceback' not in error
 
 
-def test_script_without_hand_model_or_joints(tmp_path, example):
+def test_script_without_hand_model_or_joints(tmp_path, example, capsys):
     root = write_raw_tree(tmp_path, example[0])
-    done = run('--data_path', root, 'MANO.PATH', tmp_path / 'no_mano')
-    assert done.returncode == 2 and 'MANO_LEFT.pkl is missing' in done.stderr and 'Traceback' not in done.stderr
+    assert fit_mano.main(['--data_path', str(root), 'MANO.PATH', str(tmp_path / 'no_mano')]) == 2
+    error = capsys.readouterr().err
+    assert 'MANO_LEFT.pkl is missing' in error and 'Traceback' not in error
     path = root / 'annotations/test/InterHand2.6M_test_joint_3d.json'
     path.write_text(path.read_text()[:500])
     with pytest.raises(UserError, match='joint_3d'):

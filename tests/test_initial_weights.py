@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from tiny import TINY, tiny_config, tiny_model
+from tiny import TINY, TRAINING, tiny_config, tiny_model
 
 import train
 from manopth import HandPair
@@ -181,8 +181,7 @@ def test_training_records_its_source_and_resumes_without_it(tiny_prepared, tmp_p
     """Slow: three trainings."""
     # fmt: off
     words = [
-        '--cfg', 'configs/demo.yaml', 'MODEL.IMAGE_SIZE', '64', 'MODEL.MAP_CHANNELS', '16', 'MODEL.STAGES', '0',
-        'TRAIN.BATCH_SIZE', '4', 'TRAIN.EPOCHS', '1', 'TRAIN.PICTURES', '0', 'DEVICE', 'cpu',
+        *TRAINING, 'MODEL.STAGES', '0', 'TRAIN.BATCH_SIZE', '4', 'TRAIN.EPOCHS', '1', 'TRAIN.PICTURES', '0',
         'DATASET.PATH', str(tiny_prepared), 'TRAIN.EMA', '0.5',
     ]
     # fmt: on

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from prepared_tree import write_prepared
+from tiny import TRAINING
 
 import train
 from dataset import loader, mixture, open_split, pack
@@ -227,9 +228,8 @@ def test_training_on_two_sets_resumes_exactly_and_reports_each(sets, tmp_path, c
     """Slow: three trainings."""
     # fmt: off
     words = [
-        '--cfg', 'configs/demo.yaml', 'MODEL.IMAGE_SIZE', '64', 'MODEL.MAP_CHANNELS', '16', 'MODEL.STAGES', '0',
-        'TRAIN.BATCH_SIZE', '5', 'TRAIN.EPOCHS', '2', 'TRAIN.PICTURES', '0', 'TRAIN.SAVE_EVERY', '1',
-        'TRAIN.VALIDATE_EVERY', '1', 'DEVICE', 'cpu', 'DATASET.PATH', f'[{sets[0]}, {sets[1]}]',
+        *TRAINING, 'MODEL.STAGES', '0', 'TRAIN.BATCH_SIZE', '5', 'TRAIN.EPOCHS', '2', 'TRAIN.PICTURES', '0',
+        'TRAIN.SAVE_EVERY', '1', 'TRAIN.VALIDATE_EVERY', '1', 'DATASET.PATH', f'[{sets[0]}, {sets[1]}]',
         'DATASET.WEIGHTS', '[1, 2]',
     ]
     # fmt: on

@@ -81,7 +81,7 @@ def prepared(raw, tmp_path_factory):
         '--workers',
         '2',
     ]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert f'train: {2 * STEPS} of {2 * STEPS} frames kept' in done.stdout
     return save_path / 'train'

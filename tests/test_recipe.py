@@ -11,6 +11,7 @@ from utils.config import default_config, flatten, load_config
 # fmt: off
 TINY = [
     'MODEL.IMAGE_SIZE', '32', 'MODEL.MAP_CHANNELS', '8', 'MODEL.STAGES', '1', 'MODEL.GRAPH_LAYERS', '1',
+    'MODEL.TOKEN_CHANNELS', '16', 'MODEL.JOINT_FEATURES', '8', 'MODEL.ATTENTION_CHANNELS', '16',
     'TRAIN.BATCH_SIZE', '4', 'TRAIN.EPOCHS', '2', 'TRAIN.LOG_EVERY', '1', 'DEVICE', 'cpu',
 ]
 # fmt: on

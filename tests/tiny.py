@@ -10,7 +10,14 @@ from utils.hand import NUM_JOINTS, NUM_VERTICES
 # fmt: off
 TINY = [
     'MODEL.BACKBONE', 'resnet18', 'MODEL.IMAGE_SIZE', '64', 'MODEL.MAP_CHANNELS', '16', 'MODEL.PRETRAINED', 'false',
-    'MANO.SOURCE', 'standin',
+    'MODEL.TOKEN_CHANNELS', '16', 'MODEL.JOINT_FEATURES', '8', 'MODEL.ATTENTION_CHANNELS', '16',
+    'MODEL.GRAPH_LAYERS', '2', 'MANO.SOURCE', 'standin',
+]
+# Commands that train: 3 million weights, since saving them takes longer than a step.
+TRAINING = [
+    '--cfg', 'configs/demo.yaml', 'MODEL.BACKBONE', 'efficientnet_lite0', 'MODEL.IMAGE_SIZE', '64',
+    'MODEL.MAP_CHANNELS', '16', 'MODEL.TOKEN_CHANNELS', '16', 'MODEL.JOINT_FEATURES', '8',
+    'MODEL.ATTENTION_CHANNELS', '16', 'MODEL.GRAPH_LAYERS', '1', 'DEVICE', 'cpu',
 ]
 # fmt: on
 
