@@ -71,7 +71,7 @@ class Settings(NamedTuple):
         files += [Path(self.detector)] if self.detect else []
         files += [source] if isinstance(source, Path) else []
         stats = [file.stat() for file in files]
-        optional = {'detector': printable(self.detector)} if self.detect else {}
+        optional: dict[str, Any] = {'detector': printable(self.detector)} if self.detect else {}
         optional |= {'export': list(self.export)} if self.export else {}
         return {
             'input': input_name(source),
