@@ -22,14 +22,17 @@ def axis_angle_to_matrix(axis_angle: Tensor) -> Tensor:
     half = axis_angle / 2
     # The smallest positive number turns 0 / 0 into 1 and changes no other angle.
     angle = torch.linalg.vector_norm(half, dim=-1, keepdim=True) + torch.finfo(half.dtype).tiny
-    cross = cross_product_matrix(half * (angle.sin() / angle))
     identity = torch.eye(3, dtype=half.dtype, device=half.device)
+    cross = _cross_products(identity, half * (angle.sin() / angle))
     return torch.add(identity, torch.addcmul(cross, angle.cos()[..., None], identity) @ cross, alpha=2)
 
 
 def cross_product_matrix(vector: Tensor) -> Tensor:
     """Vector v (..., 3) -> skew-symmetric matrix K (..., 3, 3) with K x = v x x."""
-    identity = torch.eye(3, dtype=vector.dtype, device=vector.device)
+    return _cross_products(torch.eye(3, dtype=vector.dtype, device=vector.device), vector)
+
+
+def _cross_products(identity: Tensor, vector: Tensor) -> Tensor:
     return torch.linalg.cross(identity.expand(*vector.shape[:-1], 3, 3), vector[..., None, :])  # row i: e_i x v
 
 

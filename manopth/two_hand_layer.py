@@ -88,10 +88,13 @@ class TwoHandLayer(nn.Module):
         self, root: Tensor, pose: Tensor, betas: Tensor, *, use_pca: bool = True, root_joint: int | None = None
     ) -> Tensor:
         """As ``forward``, but the 21 joints and then the 778 vertices in one tensor, (B, 2, 799, 3)."""
-        if pose.shape[-2:] != (3, 3):
-            axis_angle = self.pose_from_pca(pose) if use_pca else pose
-            pose = axis_angle_to_matrix(axis_angle.unflatten(-1, (15, 3)))
-        root, pose, betas = (x.transpose(0, 1) for x in (_root_matrix(root), pose, betas))
+        if use_pca and pose.ndim == 3:
+            pose = self.pose_from_pca(pose)
+        root, pose, betas = (x.transpose(0, 1) for x in (root, pose, betas))  # hand first, as in pose_fingers
+        if pose.ndim == 3:
+            pose = axis_angle_to_matrix(pose.unflatten(-1, (15, 3)))
+        if root.ndim == 3:
+            root = symmetric_6d_to_matrix(root) if root.shape[-1] == 6 else axis_angle_to_matrix(root)
         points, wrist = pose_fingers(HandArrays(*(getattr(self, name) for name in HandArrays._fields)), pose, betas)
         if root_joint is None:
             points = turn_about(wrist, points, root)
@@ -103,9 +106,3 @@ class TwoHandLayer(nn.Module):
         """PCA coefficients (B, 2, 45) -> axis-angle (B, 2, 45) rad: mean + coefficients @ components."""
         by_hand = torch.baddbmm(self.pose_mean[:, None], coefficients.transpose(0, 1), self.pose_components)
         return by_hand.transpose(0, 1)
-
-
-def _root_matrix(root: Tensor) -> Tensor:
-    if root.shape[-2:] == (3, 3):
-        return root
-    return symmetric_6d_to_matrix(root) if root.shape[-1] == 6 else axis_angle_to_matrix(root)

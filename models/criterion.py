@@ -119,6 +119,8 @@ class DIRCriterion(nn.Module):
         self, stages: Sequence[HandPrediction], target: Target, truth: '_CentredTruth'
     ) -> dict[str, Tensor]:
         """The terms of all stages, computed together: the first axis of every tensor is the stage."""
+        if not stages or not self.hand_terms:
+            return {}
         fields = ('joints', 'vertices', 'joints_uv', 'vertices_uv', 'offset')
         joints, vertices, joints_uv, vertices_uv, offset = (
             torch.stack([getattr(hands, field) for hands in stages]) for field in fields
@@ -139,8 +141,6 @@ class DIRCriterion(nn.Module):
             # One vector per sample, which counts where both hands are present.
             'offset': losses.huber_per_hand(offset[:, :, None, None], truth.offset[:, None, None], both),
         }
-        if not self.hand_terms:
-            return {}
         weighted = torch.cat([values[name] for name in self.hand_terms], 1) * self.hand_weights
         if self.stage_weights is not None:
             weighted = weighted * self.stage_weights[: len(stages)]

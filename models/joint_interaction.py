@@ -73,6 +73,7 @@ class SkeletonGraph(nn.Sequential):
                 tokens = layer(tokens, neighbours)
         return tokens
 
+
 class TransformerBlock(nn.Module):
     """Pre-norm block: x + attention(norm(x)), x + mlp(norm(x)); exact GELU, no dropout."""
 
@@ -88,7 +89,9 @@ class TransformerBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, -1))
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, -1)
+        )
         x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 

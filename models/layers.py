@@ -88,8 +88,8 @@ class PerHandMLP(nn.Sequential):
 class SharedMLP(nn.Sequential):
     """Linear BN ReLU Linear on joint tokens, one set of weights for both hands: (B, 2, J, a) -> (B, 2, J, b).
 
-    In training, the batch norm runs on the left hand, then on the right: each is normalised by its own batch statistics,
-    and the running ones are updated twice a step. All else sees both hands at once.
+    In training, the batch norm runs on the left hand, then on the right: each is normalised by its own batch
+    statistics, and the running ones are updated twice a step. All else sees both hands at once.
     """
 
     def __init__(self, a: int, hidden: int, b: int):
