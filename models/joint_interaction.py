@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import SharedMLP
+from models.layers import SharedMLP, fold_hands, unfold_hands
 from models.predictions import HandPrediction
 from utils.hand import BONES, HAND_SCALE, NUM_JOINTS
 
@@ -53,12 +53,12 @@ class SkeletonGraphLayer(nn.Module):
         """neighbours (2, J, J): ``neighbour_weights``; None to compute them."""
         neighbours = self.neighbour_weights() if neighbours is None else neighbours
         batch = tokens.shape[0]  # not len(tokens), which torch.export would make a constant
-        by_joint = tokens.permute(1, 2, 3, 0).flatten(0, 1)  # (2 J, a, B)
-        both = torch.bmm(self.weight.flatten(0, 1).mT, by_joint)  # (2 J, 2 b, B)
-        own, around = both.view(2, NUM_JOINTS, 2, self.out_features * batch).unbind(2)
-        mixed = torch.baddbmm(own.mT, around.mT, neighbours.mT).view(2, self.out_features, batch, NUM_JOINTS)
-        channels = (mixed + self.bias[:, :, None, None]).view(1, 2 * self.out_features, batch * NUM_JOINTS)
-        mixed = F.relu(self.norm(channels)).view_as(mixed).permute(2, 0, 3, 1)
+        by_joint = tokens.permute(1, 2, 0, 3).flatten(0, 1)  # (2 J, B, a)
+        both = torch.bmm(by_joint, self.weight.flatten(0, 1)).view(2, NUM_JOINTS, batch, 2, self.out_features)
+        own, around = both.permute(3, 0, 1, 2, 4).flatten(3).unbind()  # (2, J, B b)
+        mixed = torch.baddbmm(own, neighbours, around).view(2, NUM_JOINTS, batch, self.out_features)
+        mixed = mixed.permute(2, 0, 1, 3) + self.bias[:, None]
+        mixed = F.relu(unfold_hands(self.norm(fold_hands(mixed))))
         return tokens + mixed if self.skip else mixed
 
 
