@@ -129,7 +129,7 @@ class ManoLayer(nn.Module):
         elif bool(share_betas):
             betas = betas.mean(0, keepdim=True)
         shaped = self.th_v_template + torch.einsum('vck,bk->bvc', self.th_shapedirs, betas)
-        corrective = torch.einsum('vck,bk->bvc', self.th_posedirs, pose_features(rotations))
+        corrective = torch.einsum('vck,bk->bvc', self.th_posedirs, pose_features(rotations[:, 1:]))
         vertices, chain = skin_mesh(
             rest_vertices=shaped + corrective,
             rest_joints=(self.th_J_regressor @ shaped).expand(batch, -1, -1),

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SMALL = 1e-3  # rad^2: below it the series is exact to float64 rounding, and the closed form tends to 0 / 0
 _SHORTEST = 1e-8
 _HALF = (torch.float16, torch.bfloat16)  # LAPACK computes in float32 at least
 
@@ -17,26 +16,24 @@ _HALF = (torch.float16, torch.bfloat16)  # LAPACK computes in float32 at least
 def axis_angle_to_matrix(axis_angle: Tensor) -> Tensor:
     """Axis-angle (..., 3) rad -> rotation matrix (..., 3, 3).
 
-    Rodrigues' formula R = I + sin(t)/t K + (1 - cos t)/t^2 K^2, with the series about t = 0.
+    R = I + 2 (w I + U) U with the unit quaternion of the rotation: real part w, cross product matrix U of its vector
+    part. Half angles, because 1 - cos t loses half its digits in float32.
     """
-    squared = (axis_angle * axis_angle).sum(-1)[..., None, None]
-    small = squared < _SMALL
-    safe = torch.where(small, torch.ones_like(squared), squared)
-    angle = safe.sqrt()
-    sinc = torch.where(small, 1 - squared / 6 * (1 - squared / 20 * (1 - squared / 42)), angle.sin() / angle)
-    # (1 - cos t) / t^2 loses half its digits in float32; 2 sin^2(t / 2) / t^2 does not.
-    versine = torch.where(
-        small, 0.5 - squared / 24 * (1 - squared / 30 * (1 - squared / 56)), 2 * (angle / 2).sin() ** 2 / safe
-    )
-    cross = cross_product_matrix(axis_angle)
-    return torch.eye(3, dtype=axis_angle.dtype, device=axis_angle.device) + sinc * cross + versine * (cross @ cross)
+    half = axis_angle / 2
+    # The smallest positive number turns 0 / 0 into 1 and changes no other angle.
+    angle = torch.linalg.vector_norm(half, dim=-1, keepdim=True) + torch.finfo(half.dtype).tiny
+    identity = torch.eye(3, dtype=half.dtype, device=half.device)
+    cross = _cross_products(identity, half * (angle.sin() / angle))
+    return torch.add(identity, torch.addcmul(cross, angle.cos()[..., None], identity) @ cross, alpha=2)
 
 
 def cross_product_matrix(vector: Tensor) -> Tensor:
     """Vector v (..., 3) -> skew-symmetric matrix K (..., 3, 3) with K x = v x x."""
-    x, y, z = vector.unbind(-1)
-    zero = torch.zeros_like(x)
-    return torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
+    return _cross_products(torch.eye(3, dtype=vector.dtype, device=vector.device), vector)
+
+
+def _cross_products(identity: Tensor, vector: Tensor) -> Tensor:
+    return torch.linalg.cross(identity.expand(*vector.shape[:-1], 3, 3), vector[..., None, :])  # row i: e_i x v
 
 
 def matrix_to_axis_angle(matrix: Tensor) -> Tensor:
@@ -92,10 +89,10 @@ def symmetric_6d_to_matrix(six: Tensor) -> Tensor:
     m = norm(a + b), o = norm(a - b) after normalising a and b; columns are x = norm(m + o), y = norm(m - o),
     z = norm(x x y). For zero or parallel vectors, some columns are zero: see ``unit_vectors``.
     """
-    a, b = (unit_vectors(part) for part in six.unflatten(-1, (2, 3)).unbind(-2))
-    middle, outer = unit_vectors(a + b), unit_vectors(a - b)
-    x, y = unit_vectors(middle + outer), unit_vectors(middle - outer)
-    return torch.stack([x, y, unit_vectors(torch.linalg.cross(x, y))], -1)
+    a, b = unit_vectors(six.unflatten(-1, (2, 3))).unbind(-2)
+    middle, outer = unit_vectors(torch.stack([a + b, a - b], -2)).unbind(-2)
+    x, y = middle + outer, middle - outer
+    return unit_vectors(torch.stack([x, y, torch.linalg.cross(x, y)], -2)).mT
 
 
 def gram_schmidt_6d_to_matrix(six: Tensor) -> Tensor:
@@ -154,4 +151,4 @@ def unit_vectors(vectors: Tensor) -> Tensor:
     multiply it by 1e8, from which the moments of Adam recover only after thousands of steps.
     """
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    return vectors / length.masked_fill(length < _SHORTEST, math.inf)
+    return vectors / F.threshold(length, _SHORTEST, math.inf)

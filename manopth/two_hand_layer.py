@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from manopth.assets import HandModel, HandPair
 from manopth.errors import ManoError
-from manopth.lbs import HandArrays, linear_blend_skinning
+from manopth.lbs import HandArrays, pose_fingers, turn_about
 from manopth.rotations import axis_angle_to_matrix, symmetric_6d_to_matrix
-from manopth.tables import MANO_TO_JOINTS, SIDES, TIP_VERTICES
+from manopth.tables import MANO_TO_JOINTS, NUM_CHAIN_JOINTS, NUM_JOINTS, NUM_VERTICES, SIDES, TIP_VERTICES
 
 
 class Hands(NamedTuple):
@@ -35,7 +35,6 @@ class TwoHandLayer(nn.Module):
     rest_joints: Tensor
     joint_shape_dirs: Tensor
     tip_vertices: Tensor
-    joint_order: Tensor
     faces: Tensor
     pose_mean: Tensor
     pose_components: Tensor
@@ -57,11 +56,13 @@ class TwoHandLayer(nn.Module):
         def stack(name: str) -> Tensor:
             return torch.from_numpy(np.stack([getattr(model, name) for model in self.models]))
 
-        tips = torch.tensor(np.broadcast_to(np.asarray(tip_vertices), (2, 5)))
+        tips = np.broadcast_to(np.asarray(tip_vertices), (2, 5))
+        chain, vertices = (np.arange(count)[None].repeat(2, 0) for count in (NUM_CHAIN_JOINTS, NUM_VERTICES))
+        joints = np.concatenate([chain, NUM_CHAIN_JOINTS + tips], 1)[:, MANO_TO_JOINTS]
+        points = np.concatenate([joints, NUM_CHAIN_JOINTS + vertices], 1)
         buffers = {
-            **HandArrays.from_models(self.models, dtype)._asdict(),
-            'tip_vertices': tips,
-            'joint_order': torch.tensor(MANO_TO_JOINTS),
+            **HandArrays.from_models(self.models, dtype, points=points)._asdict(),
+            'tip_vertices': torch.tensor(tips),
             'faces': stack('faces'),
             'pose_mean': stack('pose_mean').to(dtype),
             'pose_components': stack('pose_components').to(dtype),
@@ -79,29 +80,29 @@ class TwoHandLayer(nn.Module):
         (B, 2, 15, 3, 3) matrices. betas: (B, 2, 10).
         Returns Hands in metres; re-centred on joint ``root_joint`` of the 21 unless that is None.
         """
-        if pose.shape[-2:] != (3, 3):
-            axis_angle = self.pose_from_pca(pose) if use_pca else pose
-            pose = axis_angle_to_matrix(axis_angle.unflatten(-1, (15, 3)))
-        rotations = torch.cat([_root_matrix(root)[:, :, None], pose], 2)
-        arrays = HandArrays(*(getattr(self, name) for name in HandArrays._fields))
-        vertices, chain = linear_blend_skinning(arrays, rotations, betas)
-        index = self.tip_vertices[None, :, :, None].expand(vertices.shape[0], -1, -1, 3)
-        joints = torch.cat([chain, vertices.gather(2, index)], 2)[:, :, self.joint_order]
-        hands = Hands(vertices, joints)
-        return hands if root_joint is None else recentre(hands, root_joint)
+        points = self.points(root, pose, betas, use_pca=use_pca, root_joint=root_joint)
+        joints, vertices = points.split((NUM_JOINTS, NUM_VERTICES), 2)
+        return Hands(vertices, joints)
+
+    def points(
+        self, root: Tensor, pose: Tensor, betas: Tensor, *, use_pca: bool = True, root_joint: int | None = None
+    ) -> Tensor:
+        """As ``forward``, but the 21 joints and then the 778 vertices in one tensor, (B, 2, 799, 3)."""
+        if use_pca and pose.ndim == 3:
+            pose = self.pose_from_pca(pose)
+        root, pose, betas = (x.transpose(0, 1) for x in (root, pose, betas))  # hand first, as in pose_fingers
+        if pose.ndim == 3:
+            pose = axis_angle_to_matrix(pose.unflatten(-1, (15, 3)))
+        if root.ndim == 3:
+            root = symmetric_6d_to_matrix(root) if root.shape[-1] == 6 else axis_angle_to_matrix(root)
+        points, wrist = pose_fingers(HandArrays(*(getattr(self, name) for name in HandArrays._fields)), pose, betas)
+        if root_joint is None:
+            points = turn_about(wrist, points, root)
+        else:  # what is re-centred may be turned about any point
+            points = (points - points[:, :, root_joint : root_joint + 1]) @ root.mT
+        return points.transpose(0, 1)
 
     def pose_from_pca(self, coefficients: Tensor) -> Tensor:
         """PCA coefficients (B, 2, 45) -> axis-angle (B, 2, 45) rad: mean + coefficients @ components."""
-        return self.pose_mean + torch.einsum('bhk,hkn->bhn', coefficients, self.pose_components)
-
-
-def recentre(hands: Hands, joint: int) -> Hands:
-    """Move each hand so that its own ``joint`` lies at the origin."""
-    origin = hands.joints[:, :, joint : joint + 1]
-    return Hands(hands.vertices - origin, hands.joints - origin)
-
-
-def _root_matrix(root: Tensor) -> Tensor:
-    if root.shape[-2:] == (3, 3):
-        return root
-    return symmetric_6d_to_matrix(root) if root.shape[-1] == 6 else axis_angle_to_matrix(root)
+        by_hand = torch.baddbmm(self.pose_mean[:, None], coefficients.transpose(0, 1), self.pose_components)
+        return by_hand.transpose(0, 1)

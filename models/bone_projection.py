@@ -29,7 +29,7 @@ def bone_weights(joints_uv: Tensor, *, size: int, radius: float) -> Tensor:
     parent |g - c| / (|g - p| + |g - c|), child |g - p| / (...), for cells closer than ``radius`` cells to the segment,
     else 0. A bone of zero length contributes nothing. Differentiable but for the mask.
     """
-    ends = bone_ends((joints_uv + 1) / 2 * size)  # (B, 2, 20, 2, 2) cells
+    ends = bone_ends(joints_uv * (size / 2) + size / 2)  # (B, 2, 20, 2, 2) cells
     to_end = cell_centres(size, ends) - ends[..., None, None, :]  # (B, 2, 20, 2, S, S, 2)
     distance = torch.linalg.vector_norm(to_end, dim=-1)
     total = distance.sum(3, keepdim=True)
@@ -37,9 +37,9 @@ def bone_weights(joints_uv: Tensor, *, size: int, radius: float) -> Tensor:
         bone = (ends[..., 1, :] - ends[..., 0, :])[..., None, None, :]
         length_squared = (bone * bone).sum(-1)
         along = ((to_end[:, :, :, 0] * bone).sum(-1) / length_squared.clamp_min(1e-12)).clamp(0, 1)
-        beside = torch.linalg.vector_norm(to_end[:, :, :, 0] - along[..., None] * bone, dim=-1)
-        inside = (beside < radius) & (length_squared > 0)
-    return torch.where(inside[:, :, :, None], distance.flip(3) / total.clamp_min(1e-12), 0)
+        beside = torch.linalg.vector_norm(torch.addcmul(to_end[:, :, :, 0], along[..., None], bone, value=-1), dim=-1)
+        outside = ~((beside < radius) & (length_squared > 0))
+    return (distance.flip(3) / total.clamp_min(1e-12)).masked_fill(outside[:, :, :, None], 0)
 
 
 def joint_weights(joints_uv: Tensor, *, size: int, radius: float) -> Tensor:
@@ -47,7 +47,7 @@ def joint_weights(joints_uv: Tensor, *, size: int, radius: float) -> Tensor:
 
     1 at the joint, falling linearly to 0 at ``radius`` + 1 cells.
     """
-    centres = ((joints_uv + 1) / 2 * size)[..., None, None, :]
+    centres = (joints_uv * (size / 2) + size / 2)[..., None, None, :]
     distance = torch.linalg.vector_norm(cell_centres(size, centres) - centres, dim=-1)
     return (1 - distance / (radius + 1)).clamp_min(0)[:, :, :, None]
 

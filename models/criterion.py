@@ -15,6 +15,17 @@ from utils.geometry import scale_to_truth
 from utils.hand import HAND_SCALE, LEFT, RIGHT, SIDES
 
 SEGMENTATION_CLASS_WEIGHTS = (0.1, 0.45, 0.45)  # background, left, right
+_SIDED = tuple(f'_{side}' for side in SIDES)
+# The terms of every stage -> endings of their names, one per value.
+HAND_TERMS = {
+    'joint_uv': _SIDED,
+    'vertex_uv': _SIDED,
+    'joint_xyz': _SIDED,
+    'vertex_xyz': _SIDED,
+    'edge': _SIDED,
+    'normal': _SIDED,
+    'offset': ('',),
+}
 
 
 class DIRCriterion(nn.Module):
@@ -29,6 +40,8 @@ class DIRCriterion(nn.Module):
 
     faces: Tensor
     class_weights: Tensor
+    hand_weights: Tensor
+    stage_weights: Tensor | None
 
     def __init__(
         self,
@@ -41,21 +54,22 @@ class DIRCriterion(nn.Module):
         scale_to_truth: bool = False,
     ):
         super().__init__()
-        self.weights, self.stage_weights, self.root_joint = weights, stage_weights, root_joint
+        self.weights, self.root_joint = weights, root_joint
         self.lovasz_on_probabilities, self.scale_to_truth = lovasz_on_probabilities, scale_to_truth
         self.register_buffer('faces', torch.from_numpy(hand_models.faces), persistent=False)
         self.register_buffer('class_weights', torch.tensor(SEGMENTATION_CLASS_WEIGHTS), persistent=False)
+        self.hand_terms = [name for name in HAND_TERMS if weights[name]]
+        row = [weights[name] for name in self.hand_terms for _ in HAND_TERMS[name]]
+        self.register_buffer('hand_weights', torch.tensor(row), persistent=False)
+        factors = None if stage_weights is None or set(stage_weights) == {1} else torch.tensor(stage_weights)[:, None]
+        self.register_buffer('stage_weights', factors, persistent=False)
 
     def forward(self, output: DIROutput, target: Target) -> dict[str, Tensor]:
         """-> {'joint_uv_left_0': value, ...}: every term already weighted; their sum is the objective."""
-        terms = self._dense_terms(output.segmentation, output.dense, target)
         truth = self._centred_truth(target)
+        terms = self._dense_terms(output.segmentation, output.dense, target)
         terms |= self._confidence_terms(output, target, truth)
-        for stage, hands in enumerate(output.stages):
-            factor = 1.0 if self.stage_weights is None else self.stage_weights[stage]
-            values = self._by_hand(self._hand_terms(hands, target, truth))
-            terms |= {f'{name}_{stage}': value if factor == 1 else factor * value for name, value in values.items()}
-        return terms
+        return terms | self._hand_terms(output.stages, target, truth)
 
     def _dense_terms(self, logits: Tensor | None, dense: Tensor | None, target: Target) -> dict[str, Tensor]:
         if logits is None or dense is None:
@@ -101,24 +115,38 @@ class DIRCriterion(nn.Module):
             (roots[:, RIGHT, 0] - roots[:, LEFT, 0]) / HAND_SCALE,
         )
 
-    def _hand_terms(self, hands: HandPrediction, target: Target, truth: '_CentredTruth') -> dict[str, Tensor]:
-        joints, vertices = hands.joints / HAND_SCALE, hands.vertices / HAND_SCALE
+    def _hand_terms(
+        self, stages: Sequence[HandPrediction], target: Target, truth: '_CentredTruth'
+    ) -> dict[str, Tensor]:
+        """The terms of all stages, computed together: the first axis of every tensor is the stage."""
+        if not stages or not self.hand_terms:
+            return {}
+        fields = ('joints', 'vertices', 'joints_uv', 'vertices_uv', 'offset')
+        joints, vertices, joints_uv, vertices_uv, offset = (
+            torch.stack([getattr(hands, field) for hands in stages]) for field in fields
+        )
+        joints, vertices = joints / HAND_SCALE, vertices / HAND_SCALE
         if self.scale_to_truth:
             scale = scale_to_truth(joints, truth.joints)
             joints, vertices = joints * scale, vertices * scale
         edges, present = losses.face_edges(vertices, self.faces), target.present
-        both = None if present is None else present.all(1)
-        return self._weighted(
-            {
-                'joint_uv': losses.huber_per_hand(hands.joints_uv, target.joints_uv, present),
-                'vertex_uv': losses.huber_per_hand(hands.vertices_uv, target.vertices_uv, present),
-                'joint_xyz': losses.huber_per_hand(joints, truth.joints, present),
-                'vertex_xyz': losses.huber_per_hand(vertices, truth.vertices, present),
-                'edge': losses.edge_length_loss(edges, truth.edges, present),
-                'normal': losses.normal_loss(edges, truth.edges, present),
-                'offset': losses.huber(hands.offset, truth.offset, both),
-            }
-        )
+        both = None if present is None else present.all(1, keepdim=True)
+        values = {
+            'joint_uv': losses.huber_per_hand(joints_uv, target.joints_uv, present),
+            'vertex_uv': losses.huber_per_hand(vertices_uv, target.vertices_uv, present),
+            'joint_xyz': losses.huber_per_hand(joints, truth.joints, present),
+            'vertex_xyz': losses.huber_per_hand(vertices, truth.vertices, present),
+            'edge': losses.edge_length_loss(edges, truth.edges, present),
+            'normal': losses.normal_loss(edges, truth.edges, present),
+            # One vector per sample, which counts where both hands are present.
+            'offset': losses.huber_per_hand(offset[:, :, None, None], truth.offset[:, None, None], both),
+        }
+        weighted = torch.cat([values[name] for name in self.hand_terms], 1) * self.hand_weights
+        if self.stage_weights is not None:
+            weighted = weighted * self.stage_weights[: len(stages)]
+        columns = [f'{name}{ending}' for name in self.hand_terms for ending in HAND_TERMS[name]]
+        names = [f'{column}_{stage}' for stage in range(len(stages)) for column in columns]
+        return dict(zip(names, weighted.flatten().unbind(), strict=True))
 
     def _weighted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: self.weights[name] * value for name, value in terms.items() if self.weights[name]}
@@ -128,8 +156,13 @@ class DIRCriterion(nn.Module):
         """Split every term that has one value per hand."""
         split: dict[str, Tensor] = {}
         for name, value in terms.items():
-            split |= {f'{name}_{side}': value[hand] for hand, side in enumerate(SIDES)} if value.ndim else {name: value}
+            split |= dict(zip([f'{name}_{side}' for side in SIDES], value)) if value.ndim else {name: value}
         return split
+
+
+def objective(terms: dict[str, Tensor]) -> Tensor:
+    """The sum of all terms, which training minimises."""
+    return torch.stack(list(terms.values())).sum()
 
 
 class _CentredTruth(NamedTuple):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from manopth import HandPair
 from models.backbone import Backbone
+from models.batch_counting import BatchCounters
 from models.confidence import ConfidenceHead, PresenceHead
 from models.hand_head import HandHead
 from models.initial_regressor import InitialRegressor
@@ -72,8 +73,16 @@ class DIR(nn.Module):
         self.stages = cast(Sequence[RefinementStage], nn.ModuleList(stages))
         self.dense_heads, self.detach = dense_heads, detach
         self.presence_head, self.confidence_head = presence_head, confidence_head
+        self.batch_counters = BatchCounters(self)
+
+    def train(self, mode: bool = True) -> 'DIR':
+        super().train(mode)
+        self.batch_counters = BatchCounters(self)  # batch norms may have been replaced by synchronised ones
+        return self
 
     def forward(self, image: Tensor) -> DIROutput:
+        if self.training:
+            self.batch_counters.count()
         *skips, x = self.backbone(image)
         estimates = [self.hand_head(*self.initial_regressor(x))]
         finer = reversed(skips)

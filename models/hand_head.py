@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from manopth import TwoHandLayer
-from models.predictions import CAMERA, POSE, ROOT_ROTATION, SHAPE, HandPrediction
+from models.predictions import PARAMETER_SIZES, HandPrediction
+from utils.hand import NUM_JOINTS, NUM_VERTICES
 
 
 def full_precision(device_type: str) -> AbstractContextManager:
@@ -27,12 +28,10 @@ class HandHead(nn.Module):
         """parameters (B, 2, 64), offset (B, 3) -> HandPrediction, in the hand layer's precision even under autocast."""
         parameters, offset = (x.to(self.hand_layer.template.dtype) for x in (parameters, offset))
         with full_precision(parameters.device.type):
-            hands = self.hand_layer(
-                parameters[..., ROOT_ROTATION],
-                parameters[..., POSE],
-                parameters[..., SHAPE],
-                root_joint=self.root_joint,
-            )
-            camera = parameters[..., None, CAMERA]
-            vertices_uv, joints_uv = (camera[..., :1] * xyz[..., :2] + camera[..., 1:] for xyz in hands)
-        return HandPrediction(parameters, offset, hands.vertices, hands.joints, vertices_uv, joints_uv)
+            root, pose, shape, camera = parameters.split(PARAMETER_SIZES, -1)
+            points = self.hand_layer.points(root, pose, shape, root_joint=self.root_joint)
+            scale, shift = camera[:, :, None].split((1, 2), -1)
+            points_uv = torch.addcmul(shift, scale, points[..., :2])
+            joints, vertices = points.split((NUM_JOINTS, NUM_VERTICES), 2)
+            joints_uv, vertices_uv = points_uv.split((NUM_JOINTS, NUM_VERTICES), 2)
+        return HandPrediction(parameters, offset, vertices, joints, vertices_uv, joints_uv)

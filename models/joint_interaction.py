@@ -1,5 +1,7 @@
 """The 3D joint space: tokens interact along each hand's skeleton, then across the hands (paper, section 3.3)."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,21 +39,39 @@ class SkeletonGraphLayer(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.ones_(self.neighbour_logits)
 
-    def neighbour_weights(self) -> Tensor:
-        """(2, J, J): row i holds the weights of joint i's neighbours; rows sum to 1."""
-        scores = self.neighbour_logits.new_full((2, NUM_JOINTS, NUM_JOINTS), -9e15)
-        scores[:, self.edges[0], self.edges[1]] = self.neighbour_logits
+    def neighbour_weights(self, logits: Tensor | None = None) -> Tensor:
+        """(..., 2, J, J): row i holds the weights of joint i's neighbours; rows sum to 1.
+
+        logits (..., 2, edges): of several layers at once; None for this layer's.
+        """
+        logits = self.neighbour_logits if logits is None else logits
+        scores = logits.new_full((*logits.shape[:-1], NUM_JOINTS, NUM_JOINTS), -9e15)
+        scores[..., self.edges[0], self.edges[1]] = logits
         return scores.softmax(-1)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, neighbours: Tensor | None = None) -> Tensor:
+        """neighbours (2, J, J): ``neighbour_weights``; None to compute them."""
+        neighbours = self.neighbour_weights() if neighbours is None else neighbours
         batch = tokens.shape[0]  # not len(tokens), which torch.export would make a constant
         by_joint = tokens.permute(1, 2, 0, 3).flatten(0, 1)  # (2 J, B, a)
         both = torch.bmm(by_joint, self.weight.flatten(0, 1)).view(2, NUM_JOINTS, batch, 2, self.out_features)
-        own, around = both.unbind(3)  # (2, J, B, b)
-        mixed = own + (self.neighbour_weights() @ around.flatten(2)).view_as(own)
+        own, around = both.permute(3, 0, 1, 2, 4).flatten(3).unbind()  # (2, J, B b)
+        mixed = torch.baddbmm(own, neighbours, around).view(2, NUM_JOINTS, batch, self.out_features)
         mixed = mixed.permute(2, 0, 1, 3) + self.bias[:, None]
         mixed = F.relu(unfold_hands(self.norm(fold_hands(mixed))))
         return tokens + mixed if self.skip else mixed
+
+
+class SkeletonGraph(nn.Sequential):
+    """Graph layers, one after the other; all their neighbour weights are computed at once."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        layers = cast(list[SkeletonGraphLayer], list(self))
+        if layers:
+            logits = torch.stack([layer.neighbour_logits for layer in layers])
+            for layer, neighbours in zip(layers, layers[0].neighbour_weights(logits).unbind()):
+                tokens = layer(tokens, neighbours)
+        return tokens
 
 
 class TransformerBlock(nn.Module):
@@ -69,7 +89,9 @@ class TransformerBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, -1)
+        )
         x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
@@ -112,7 +134,7 @@ class JointInteraction(nn.Module):
     ):
         super().__init__()
         layers = graph_layers if graph else 0
-        self.graph = nn.Sequential(*[SkeletonGraphLayer(a, a, skip=graph_skip) for _ in range(layers)])
+        self.graph = SkeletonGraph(*[SkeletonGraphLayer(a, a, skip=graph_skip) for _ in range(layers)])
         self.global_position = SharedMLP(3, a, a)
         self.transformer = CrossHandTransformer(a) if transformer else nn.Identity()
         self.head = nn.Sequential(nn.LayerNorm(a), nn.Linear(a, b))

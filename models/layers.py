@@ -64,7 +64,7 @@ class PerHandLinear(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum('bha,hca->bhc', x, self.weight) + self.bias
+        return torch.baddbmm(self.bias[..., None], self.weight, x.permute(1, 2, 0)).permute(2, 0, 1)
 
 
 class PerHandMLP(nn.Sequential):
@@ -88,8 +88,8 @@ class PerHandMLP(nn.Sequential):
 class SharedMLP(nn.Sequential):
     """Linear BN ReLU Linear on joint tokens, one set of weights for both hands: (B, 2, J, a) -> (B, 2, J, b).
 
-    Runs on the left hand, then on the right: in training each is normalised by its own batch statistics, and the
-    running ones are updated twice a step. Stacking the hands into the batch would change both.
+    In training, the batch norm runs on the left hand, then on the right: each is normalised by its own batch
+    statistics, and the running ones are updated twice a step. All else sees both hands at once.
     """
 
     def __init__(self, a: int, hidden: int, b: int):
@@ -98,9 +98,10 @@ class SharedMLP(nn.Sequential):
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return torch.stack(
-            [super(SharedMLP, self).forward(hand.transpose(1, 2)).transpose(1, 2) for hand in tokens.unbind(1)], 1
-        )
+        first, norm, activation, last = self
+        x = first(tokens.permute(1, 0, 3, 2).flatten(0, 1))  # (2 B, hidden, J)
+        x = torch.cat([norm(hand) for hand in x.chunk(2)]) if self.training else norm(x)
+        return last(activation(x)).unflatten(0, (2, -1)).permute(1, 0, 3, 2)
 
 
 def fold_hands(tokens: Tensor) -> Tensor:

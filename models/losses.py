@@ -1,37 +1,35 @@
-"""Loss functions. Those on (B, H, ...) return one value per hand, (H,)."""
+"""Loss functions. Those on (..., B, H, ...) return one value per hand, (..., H): leading axes are the stages."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from manopth.rotations import unit_vectors
-from utils.masking import where_leading
 
 HUBER_DELTA = 0.01
 
 
 def mean_per_hand(values: Tensor, present: Tensor | None = None) -> Tensor:
-    """Mean over batch and coordinates, (B, H, ...) -> (H,).
+    """Mean over batch and coordinates, (..., B, H, N) -> (..., H).
 
     present: (B, H) bool. An absent hand counts as zero and gets no gradient; the others weigh as much as in a batch
     without absent ones, so that the mean over a batch is that over its parts.
     """
     if present is not None:
-        values = where_leading(present, values, 0.0)
-    return values.transpose(0, 1).flatten(1).mean(1)
+        values = torch.where(present[..., None], values, 0.0)
+    return values.mean((-3, -1))
 
 
 def huber_per_hand(prediction: Tensor, target: Tensor, present: Tensor | None = None) -> Tensor:
-    """Huber loss per hand, (B, H, ...) twice -> (H,): mean of 0.5 z^2 if |z| < d else d (|z| - d / 2) with d = 0.01."""
-    return mean_per_hand(F.huber_loss(prediction, target, reduction='none', delta=HUBER_DELTA), present)
+    """Huber loss per hand, (..., B, H, N, C) and target (B, H, N, C) -> (..., H): mean of 0.5 z^2 if |z| < d else
+    d (|z| - d / 2) with d = 0.01."""
+    values = F.huber_loss(prediction, target.expand_as(prediction), reduction='none', delta=HUBER_DELTA)
+    return mean_per_hand(values.flatten(-2), present)
 
 
-def huber(prediction: Tensor, target: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Huber loss over all elements -> (). counted: (B,) bool; other samples count as zero."""
-    if counted is None:
-        return F.huber_loss(prediction, target, delta=HUBER_DELTA)
-    values = F.huber_loss(prediction, target, reduction='none', delta=HUBER_DELTA)
-    return where_leading(counted, values, 0.0).mean()
+def huber(prediction: Tensor, target: Tensor) -> Tensor:
+    """Huber loss over all elements -> ()."""
+    return F.huber_loss(prediction, target, delta=HUBER_DELTA)
 
 
 def deviation_loss(deviation: Tensor, errors: Tensor) -> Tensor:
@@ -45,22 +43,23 @@ def deviation_loss(deviation: Tensor, errors: Tensor) -> Tensor:
 
 
 def face_edges(vertices: Tensor, faces: Tensor) -> Tensor:
-    """Edge vectors of every face: vertices (B, H, V, 3), faces (H, F, 3) -> (B, H, F, 3, 3)."""
-    corners = torch.stack([vertices[:, hand, faces[hand]] for hand in range(len(faces))], 1)  # (B, H, F, 3, 3)
-    return corners.roll(-1, dims=3) - corners
+    """Edge vectors of every face: vertices (..., H, V, 3), faces (H, F, 3) -> (..., H, F, 3, 3)."""
+    index = faces.flatten(1)[..., None].expand(*vertices.shape[:-2], -1, 3)
+    corners = vertices.gather(-2, index).unflatten(-2, (-1, 3))
+    return corners.roll(-1, dims=-2) - corners
 
 
 def edge_length_loss(edges: Tensor, true_edges: Tensor, present: Tensor | None = None) -> Tensor:
-    """Mean absolute difference of edge lengths per hand: (B, H, F, 3, 3) twice -> (H,)."""
+    """Mean absolute difference of edge lengths per hand: (..., B, H, F, 3, 3), true (B, H, F, 3, 3) -> (..., H)."""
     difference = torch.linalg.vector_norm(edges, dim=-1) - torch.linalg.vector_norm(true_edges, dim=-1)
-    return mean_per_hand(difference.abs(), present)
+    return mean_per_hand(difference.abs().flatten(-2), present)
 
 
 def normal_loss(edges: Tensor, true_edges: Tensor, present: Tensor | None = None) -> Tensor:
-    """Mean |cosine| of predicted edges and the true normal of their face, per hand: (B, H, F, 3, 3) twice -> (H,)."""
+    """Mean |cosine| of predicted edges and the true normal of their face, per hand: edges as above -> (..., H)."""
     normals = F.normalize(torch.linalg.cross(true_edges[..., 0, :], true_edges[..., 1, :]), dim=-1)
     cosine = (unit_vectors(edges) * normals[..., None, :]).sum(-1)
-    return mean_per_hand(cosine.abs(), present)
+    return mean_per_hand(cosine.abs().flatten(-2), present)
 
 
 def lovasz_softmax(scores: Tensor, labels: Tensor) -> Tensor:

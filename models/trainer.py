@@ -3,8 +3,6 @@
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from functools import reduce
-from operator import add
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,6 +15,7 @@ from yacs.config import CfgNode
 from manopth import HandPair
 from models import DIR, build_criterion, build_model
 from models.checkpoint import load_state, to_device
+from models.criterion import objective
 from models.initial_weights import InitialWeights, check_not_own_output, load_initial_weights, needs_imagenet
 from models.predictions import Target
 from utils import distributed
@@ -153,7 +152,7 @@ class Trainer:
             with autocast(self.cfg.TRAIN.PRECISION, self.device):
                 output = self.parallel(normalised)
             terms = self.criterion(output, target)
-            (share * reduce(add, terms.values())).backward()
+            (share * objective(terms)).backward()
         return {name: value.detach() for name, value in terms.items()}
 
     def state(self) -> dict[str, Any]:

@@ -103,10 +103,11 @@ def bone_ends(joints: Tensor) -> Tensor:
 
     Slicing avoids an index tensor, whose copy to the device would synchronise.
     """
-    fingers = joints[..., 1:, :].unflatten(-2, (5, 4))
-    wrist = joints[..., None, :1, :].expand(*fingers.shape[:-2], 1, -1)
+    wrist, children = joints.split((1, 20), -2)
+    fingers = children.unflatten(-2, (5, 4))
+    wrist = wrist[..., None, :, :].expand(*fingers.shape[:-2], 1, -1)
     parents = torch.cat([wrist, fingers[..., :3, :]], -2).flatten(-3, -2)
-    return torch.stack([parents, joints[..., 1:, :]], -2)
+    return torch.stack([parents, children], -2)
 
 
 def bone_length(joints: Tensor) -> Tensor:
