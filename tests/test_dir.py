@@ -52,7 +52,7 @@ VARIANTS = [
     {'STAGES': 1, 'INIT': 'published'},
     {'STAGES': 0, 'FIRST_STRIDE': 8},
     {'STAGES': 1, 'FIRST_STRIDE': 4},
-    {'FIRST_STRIDE': 8, 'ENHANCE_LAST': 'false', 'GRAPH_LAYERS': 2, 'GRAPH_SKIP': 'true'},
+    {'FIRST_STRIDE': 8, 'ENHANCE_LAST': 'false', 'GRAPH_LAYERS': 3, 'GRAPH_SKIP': 'true'},
     {'STAGES': 1, 'TOKEN_CHANNELS': 32, 'JOINT_FEATURES': 16, 'ATTENTION_CHANNELS': 8, 'DENSE_CHANNELS': 8},
 ]
 LEVELS_BEFORE = {16: 0, 8: 1, 4: 2}  # FIRST_STRIDE -> levels of the neck

@@ -30,7 +30,7 @@ class OperatorCalls(TorchDispatchMode):
 
 def test_a_step_of_the_published_network_launches_few_operators(standin):
     """Channels and image are small, which changes no operator."""
-    cfg = load_config(None, [*TINY, 'MODEL.BACKBONE', 'resnet50'])
+    cfg = load_config(None, [*TINY, 'MODEL.BACKBONE', 'resnet50', 'MODEL.GRAPH_LAYERS', '4'])
     model, criterion = build_model(cfg, standin).train(), build_criterion(cfg, standin)
     image, target, counts = torch.randn(2, 3, 64, 64), made_target(2), {}
     with OperatorCalls() as calls:
