@@ -48,9 +48,9 @@ def reconstructor(checkpoint):
 def run(checkpoint, reconstructor, tmp_path, monkeypatch):
     """run(*arguments) -> exit code; outputs go to tmp_path/out. The network is loaded once for all tests."""
 
-    def load(path, *, device, overrides):
-        known = (path, device, list(overrides)) == (str(checkpoint), 'cpu', [])
-        return reconstructor if known else load_reconstructor(path, device=device, overrides=overrides)
+    def load(path, **options):
+        known = (path, options) == (str(checkpoint), {'device': 'cpu', 'engine': 'auto', 'overrides': []})
+        return reconstructor if known else load_reconstructor(path, **options)
 
     monkeypatch.setattr(demo, 'load_reconstructor', load)
     return lambda *arguments: demo.main(
