@@ -213,8 +213,8 @@ def test_a_worker_ends_when_its_parent_is_killed(prctl):
     parent = script(
         'import time; from multiprocessing import get_context; from utils import stopping\n'
         f'stopping.PARENT_CHECKS_S = 0.05\n{"" if prctl else no_prctl}'
-        'def work():\n    stopping.shield_worker(); print("shielded", flush=True); time.sleep(30)\n'
-        'p = get_context("fork").Process(target=work); p.start(); print(p.pid, flush=True); p.join()'
+        'def work():\n    stopping.shield_worker(); print("shielded\\n", end="", flush=True); time.sleep(30)\n'
+        'p = get_context("fork").Process(target=work); p.start(); print(f"{p.pid}\\n", end="", flush=True); p.join()'
     )
     lines = {parent.first_line, parent.stdout.readline().strip()}
     (worker,) = lines - {'shielded'}
