@@ -62,7 +62,7 @@ def _exported_graph(checkpoint: str | Path, cfg: CfgNode, hand_model: str, devic
     path = folder / _ONNX.file
     export = f'python apps/export.py --model {printable(checkpoint)} --format onnx'
     if not path.exists():
-        raise _UnusableGraph(f'for ONNX Runtime, which is faster, once: {export}')
+        raise _UnusableGraph(f'ONNX Runtime is faster: to use it, run {export}')
     if importlib.util.find_spec('onnxruntime') is None:
         raise _UnusableGraph(f'{path} needs onnxruntime: pip install -r requirements-export.txt')
     try:
