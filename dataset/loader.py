@@ -104,6 +104,7 @@ class Loader(DataLoader):
                 before = set(multiprocessing.active_children())
                 with holding_stop_signals():
                     iterator = super().__iter__()
+                iterator._workers_done_event = _DoneEvent(iterator._workers_done_event)  # type: ignore[attr-defined]
                 self.processes = set(multiprocessing.active_children()) - before
                 _child_signals.install()
                 if self.limit_s:
@@ -213,6 +214,24 @@ def _end_hung(loader: 'weakref.ref[Loader]', processes: set[Any], limit_s: float
                 process.kill()
             return
         del owner
+
+
+class _DoneEvent:
+    """This process's view of the event that ends the workers: reading it takes no lock.
+
+    A worker that is killed while it reads the shared event keeps its lock for ever, and PyTorch reads the event when it
+    reports that worker.
+    """
+
+    def __init__(self, shared: Any):
+        self.shared, self.done = shared, False
+
+    def is_set(self) -> bool:
+        return self.done
+
+    def set(self) -> None:
+        self.done = True
+        self.shared.set()
 
 
 class _ChildSignals:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -99,6 +100,26 @@ def test_a_hanging_process_is_reported_within_the_limit_and_ended():
         list(batches)
     numbers.close()
     assert processes() == [] and time.monotonic() - begin < 10
+
+
+def test_a_process_killed_with_the_lock_of_the_shared_event_blocks_nobody():
+    """PyTorch reads that event when it reports a dead worker."""
+    numbers = loader()
+    batches = iter(numbers)
+    next(batches)
+    event = numbers._iterator._workers_done_event
+    lock = getattr(event, 'shared', event)._cond._lock
+    holder = multiprocessing.get_context('fork').Process(target=lock.acquire)
+    holder.start()
+    holder.join()
+    reader = threading.Thread(target=event.is_set, daemon=True)
+    reader.start()
+    reader.join(5)
+    assert not reader.is_alive()
+    for process in processes():
+        process.kill()
+    numbers.failed = True
+    numbers.close()
 
 
 @pytest.mark.parametrize(
