@@ -74,8 +74,9 @@ from models import DIR, build_criterion, build_model
 from models.backbone import Backbone
 from models.bone_projection import ProjectedConvolution, bone_weights, draw
 from models.checkpoint import to_device
+from models.criterion import objective
 from models.hands import load_hands
-from models.trainer import Trainer
+from models.trainer import Trainer, recompute_as_configured
 from utils.config import load_config, split_off_pairs
 from utils.distributed import choose_device, keep_freed_memory, torch_threads, usable_cores
 from utils.errors import UserError, user_facing
@@ -281,10 +282,7 @@ def synthetic_step(setting: Setting, batch: int, *words: str, compile: bool = Fa
     cfg = setting.config(*words)
     hand_models, device = load_hands('standin'), setting.device
     model, bare = make_network(setting, *words), to_device(Backbone('resnet50'), device)
-    if cfg.TRAIN.CHECKPOINT:
-        model.recompute_activations()
-    elif cfg.TRAIN.RECOMPUTE_NORMS:
-        model.recompute_norms()
+    recompute_as_configured(model, cfg)
     criterion, images = build_criterion(cfg, hand_models).to(device), make_images(setting, batch)
     optimizer, bare_optimizer = build_optimizer(model, cfg), build_optimizer(bare, cfg)
     called = compiled(model, device) if compile else model
@@ -293,7 +291,7 @@ def synthetic_step(setting: Setting, batch: int, *words: str, compile: bool = Fa
     def network_loss() -> Tensor:
         with autocast(cfg.TRAIN.PRECISION, device):
             output = called(images)
-        return torch.stack(list(criterion(output, target).values())).sum()
+        return objective(criterion(output, target))
 
     def bare_loss() -> Tensor:
         with autocast(cfg.TRAIN.PRECISION, device):

@@ -1,6 +1,7 @@
 """Choose what computes a network's estimates: PyTorch, or the graph that apps/export.py wrote, through ONNX Runtime."""
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,16 +83,9 @@ def _describes(record: Any, checkpoint: str | Path, cfg: CfgNode, hand_model: st
         'version': EXPORT_VERSION,
         'weights_sha256': sha256_of_file(checkpoint_file(checkpoint)),
         'hand_model': hand_model,
-        **plain(description(cfg)),
+        **json.loads(json.dumps(description(cfg))),
     }
     try:
         return {name: record[name] for name in expected} == expected and isinstance(record['files'][_ONNX.file], dict)
     except (LookupError, TypeError):
         return False
-
-
-def plain(value: Any) -> Any:
-    """As JSON yields it: tuples are lists."""
-    if isinstance(value, dict):
-        return {key: plain(each) for key, each in value.items()}
-    return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value

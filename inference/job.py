@@ -35,6 +35,7 @@ from inference.media import Camera, Frame, Inputs, Video, read_photo, video_writ
 from inference.motion import motion_recorder, write_image_motion
 from inference.reconstruct import SMALL_HANDS, Box, Crop, Reconstruction, Reconstructor, assumed_intrinsics, cut_crop
 from inference.tracking import Tracker, box_around_both, box_in_image, look, look_again
+from models.checkpoint import checkpoint_file
 from utils.errors import UserError, printable
 from utils.files import atomic_file, read_json, remove_stale_partials, write_json
 from utils.hand import SIDES
@@ -65,8 +66,7 @@ class Settings(NamedTuple):
 
     def record(self, source: Path | int) -> dict[str, Any]:
         """What the results of an input depend on: if a file records the same, they need not be computed again."""
-        model = Path(self.model)
-        files = [model / 'best.pth' if model.is_dir() else model]
+        files = [checkpoint_file(self.model)]
         files += [Path(self.boxes)] if self.boxes else []
         files += [Path(self.detector)] if self.detect else []
         files += [source] if isinstance(source, Path) else []

@@ -177,7 +177,7 @@ class Reconstructor:
         self.engine = Engine(None, 'PyTorch') if engine is None else engine
         self.hand_models: HandPair = model.hands
         self.network = to_device(for_inference(model.eval()), self.device)
-        if self.device.type == 'cpu' and precision != 'bfloat16':
+        if self.engine.run is None and self.device.type == 'cpu' and precision != 'bfloat16':
             use_winograd(self.network)
 
     def __call__(

@@ -90,9 +90,14 @@ def forward_kinematics(rotations: Tensor, rest_joints: Tensor) -> tuple[Tensor, 
     """
     root, fingers = rotations.split((1, 15), -3)
     transforms = finger_transforms(fingers, rest_joints)
+    positions = turn_about(rest_joints[..., :1, :], _joint_positions(transforms, rest_joints), root.squeeze(-3))
+    return root @ transforms[..., :3, :3].mT, positions
+
+
+def _joint_positions(transforms: Tensor, rest_joints: Tensor) -> Tensor:
+    """The joints (..., 16, 3) moved by ``finger_transforms``."""
     turns, shifts = transforms[..., :3].split((3, 1), -2)
-    positions = (rest_joints[..., None, :] @ turns + shifts).squeeze(-2)
-    return root @ turns.mT, turn_about(rest_joints[..., :1, :], positions, root.squeeze(-3))
+    return (rest_joints[..., None, :] @ turns + shifts).squeeze(-2)
 
 
 def turn_about(centre: Tensor, points: Tensor, rotation: Tensor) -> Tensor:
@@ -129,8 +134,9 @@ def skin_mesh(
     """
     transforms = finger_transforms(rotations[:, 1:], rest_joints)
     vertices = skin_points(rest_vertices.mT[None], transforms[None], skinning_weights.mT[None])[0]
-    _, joints = forward_kinematics(rotations, rest_joints)
-    return turn_about(rest_joints[:, :1], vertices, rotations[:, 0]), joints
+    joints = _joint_positions(transforms, rest_joints)
+    wrist, root = rest_joints[:, :1], rotations[:, 0]
+    return turn_about(wrist, vertices, root), turn_about(wrist, joints, root)
 
 
 def pose_fingers(hand: HandArrays, rotations: Tensor, betas: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from manopth import HandPair
 from models import DIR, published
-from models.checkpoint import read_checkpoint, read_content
+from models.checkpoint import checkpoint_file, read_checkpoint, read_content
 from utils.errors import UserError
 from utils.files import sha256_of_file
 
@@ -70,8 +70,7 @@ def load_initial_weights(model: DIR, path: str, *, without: Sequence[str] = (), 
     if broken := [name for name, value in loaded.items() if not bool(value.isfinite().all())]:
         raise UserError(f'{path} holds NaN or infinity in {broken[0]} and {len(broken) - 1} other tensors.')
     model.load_state_dict(own | loaded)
-    file = Path(path) / 'best.pth' if Path(path).is_dir() else Path(path)
-    return InitialWeights(str(path), sha256_of_file(file), hand_model, len(loaded), list(without))
+    return InitialWeights(str(path), sha256_of_file(checkpoint_file(path)), hand_model, len(loaded), list(without))
 
 
 def _read_weights(path: str, hands: HandPair) -> tuple[dict[str, Tensor], str]:

@@ -11,7 +11,7 @@ POSE = slice(6, 51)  # PCA coefficients
 SHAPE = slice(51, 61)  # MANO betas
 CAMERA = slice(61, 64)  # weak perspective: scale, then translation (right, down)
 NUM_PARAMETERS = 64
-PARAMETER_SIZES = (6, 45, 10, 3)
+PARAMETER_SIZES = tuple(part.stop - part.start for part in (ROOT_ROTATION, POSE, SHAPE, CAMERA))
 
 
 class HandPrediction(NamedTuple):

@@ -38,6 +38,14 @@ class Update(NamedTuple):
     stop: bool  # whether any process was asked to stop; the same on all of them
 
 
+def recompute_as_configured(model: DIR, cfg: CfgNode) -> None:
+    """Save the memory that TRAIN.CHECKPOINT or TRAIN.RECOMPUTE_NORMS ask for."""
+    if cfg.TRAIN.CHECKPOINT:
+        model.recompute_activations()
+    elif cfg.TRAIN.RECOMPUTE_NORMS:
+        model.recompute_norms()
+
+
 class Trainer:
     """The network in training. Build it after ``utils.distributed.start`` has joined the other processes, if any.
 
@@ -60,10 +68,7 @@ class Trainer:
         else:
             model = build_model(cfg, hands, pretrained=pretrained)
         model.backbone.freeze(cfg.TRAIN.FROZEN_LAYERS)
-        if cfg.TRAIN.CHECKPOINT:
-            model.recompute_activations()
-        elif cfg.TRAIN.RECOMPUTE_NORMS:
-            model.recompute_norms()
+        recompute_as_configured(model, cfg)
         self.model: DIR = to_device(model, device)
         if world > 1 and cfg.TRAIN.SYNC_BN:
             self.model = distributed.synchronise_batch_norm(self.model, device)

@@ -31,14 +31,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
+from tiny import TRAINING
+
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # fmt: off
 TINY = [
-    '--cfg', 'configs/demo.yaml', 'MODEL.BACKBONE', 'efficientnet_lite0', 'MODEL.IMAGE_SIZE', '64',
-    'MODEL.MAP_CHANNELS', '16', 'MODEL.STAGES', '1', 'MODEL.TOKEN_CHANNELS', '16', 'MODEL.JOINT_FEATURES', '8',
-    'MODEL.ATTENTION_CHANNELS', '16', 'MODEL.GRAPH_LAYERS', '1',
-    'TRAIN.BATCH_SIZE', '4', 'TRAIN.EPOCHS', '3', 'TRAIN.VALIDATE_EVERY', '1', 'TRAIN.PICTURES', '2',
-    'TRAIN.LOG_EVERY', '1', 'TRAIN.SAVE_EVERY', '2', 'TRAIN.EMA', '0.9', 'EVAL.BATCH_SIZE', '2', 'DEVICE', 'cpu',
+    *TRAINING, 'MODEL.STAGES', '1', 'TRAIN.BATCH_SIZE', '4', 'TRAIN.EPOCHS', '3', 'TRAIN.VALIDATE_EVERY', '1',
+    'TRAIN.PICTURES', '2', 'TRAIN.LOG_EVERY', '1', 'TRAIN.SAVE_EVERY', '2', 'TRAIN.EMA', '0.9', 'EVAL.BATCH_SIZE', '2',
 ]
 # fmt: on
 TRAIN_SAMPLES, VAL_SAMPLES, STEPS = 12, 6, 9

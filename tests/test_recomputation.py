@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from benchmarks.run import kept_bytes
 from models import build_model
 from models.recomputation import recomputed
-from models.trainer import Trainer
+from models.trainer import Trainer, recompute_as_configured
 from utils.config import load_config
 
 OPTIONS = [*TINY, 'DEVICE', 'cpu', 'TRAIN.BATCH_SIZE', '3']
@@ -20,10 +20,7 @@ def forward_and_backward(standin, *options: str):
     cfg = load_config(None, [*OPTIONS, *options])
     torch.manual_seed(0)
     model = build_model(cfg, standin, pretrained=False).train()
-    if cfg.TRAIN.CHECKPOINT:
-        model.recompute_activations()
-    if cfg.TRAIN.RECOMPUTE_NORMS:
-        model.recompute_norms()
+    recompute_as_configured(model, cfg)
     size = cfg.MODEL.IMAGE_SIZE
     image = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1))
     losses = []

@@ -91,14 +91,12 @@ def rasterize(
         if pixels is not None:
             across = pixel_of(at % columns) - _take(start, span)
         slope, slope_below, value, value_below = _take(spans_depth, span)
-        z = ((value + slope * across) / (value_below + slope_below * across)).float()
-        # The bits of positive float32 numbers sort as the numbers do.
-        key = z.view(torch.int32).long() << 32 | _take(face, span)
+        z = (value + slope * across) / (value_below + slope_below * across)
+        key = _sort_key(z, _take(face, span))
         nearest.scatter_reduce_(0, at, key, 'amin')
 
     seen = (nearest != _NOTHING).nonzero().squeeze(1)
-    nearest = _take(nearest, seen)
-    face = nearest & 0xFFFFFFFF
+    face, seen_depth = _face_and_depth(_take(nearest, seen))
     line = torch.div(seen, columns, rounding_mode='floor')
     down, across = pixel_of(line % rows) - _take(top, face), pixel_of(seen - line * columns) - _take(left, face)
     slope, step, value = _take(edges, face)
@@ -110,7 +108,7 @@ def rasterize(
     )
     out.face[seen] = _take(kept, face) % len(faces)
     out.barycentric[seen] = (weights / weights.sum(0)).to(vertices.dtype).T
-    out.depth[seen] = (nearest >> 32).int().view(torch.float32).to(vertices.dtype)
+    out.depth[seen] = seen_depth.to(vertices.dtype)
     return Fragments(*(values.unflatten(0, (batch, rows, columns)) for values in out))
 
 
@@ -129,20 +127,30 @@ def nearest_at(vertices: Tensor, faces: Tensor, intrinsics: Tensor, pixels: Tens
     image, point, face = near.nonzero().unbind(1)
     which, at = image * len(faces) + face, image * count + point
     x, y, depth, divisor = (_take(values, which) for values in (x, y, depth, divisor))
-    edges = _edge_functions(
-        x - _take(column.flatten(), at), y - _take(row.flatten(), at)
-    )  # their constants: at the pixel
+    # Relative to its pixel, an edge function's constant is its value there.
+    edges = _edge_functions(x - _take(column.flatten(), at), y - _take(row.flatten(), at))
     inside = (edges[2] >= 0).all(0).nonzero().squeeze(1)
     numerator, denominator = _take(_depth_ratio(edges, depth, divisor)[2], inside)
-    key = (numerator / denominator).float().view(torch.int32).long() << 32 | _take(face, inside)
+    key = _sort_key(numerator / denominator, _take(face, inside))
     nearest = torch.full((batch * count,), _NOTHING, device=vertices.device)
     nearest.scatter_reduce_(0, _take(at, inside), key, 'amin')
     seen = nearest != _NOTHING
-    depth = torch.where(seen, nearest >> 32, 0).int().view(torch.float32).to(vertices.dtype)
-    return torch.where(seen, nearest & 0xFFFFFFFF, -1).view(batch, count), depth.view(batch, count)
+    face, depth = _face_and_depth(nearest)
+    face, depth = torch.where(seen, face, -1), torch.where(seen, depth, 0).to(vertices.dtype)
+    return face.view(batch, count), depth.view(batch, count)
 
 
 _NOTHING = torch.iinfo(torch.int64).max
+
+
+def _sort_key(depth: Tensor, face: Tensor) -> Tensor:
+    """int64 that is smallest for the nearest face: the bits of positive float32 numbers sort as the numbers do."""
+    return depth.float().view(torch.int32).long() << 32 | face
+
+
+def _face_and_depth(key: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse of ``_sort_key``."""
+    return key & 0xFFFFFFFF, (key >> 32).int().view(torch.float32)
 
 
 class _Corners(NamedTuple):
