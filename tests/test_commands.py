@@ -19,9 +19,10 @@ PROGRAM = """
 import json, runpy, sys
 from pathlib import Path
 root, path, found = Path(sys.argv[1]), sys.path[1:], {}
+ours = f'{root}/'  # less what is installed in an environment there: NumPy cannot be loaded twice
 for script in sys.argv[2:]:
     for name, module in list(sys.modules.items()):
-        if str(getattr(module, '__file__', None)).startswith(f'{root}/'):
+        if str(getattr(module, '__file__', None)).startswith(ours) and not module.__file__.startswith(sys.prefix):
             del sys.modules[name]
     sys.path[:] = [str((root / script).parent), *path]
     sys.argv[:] = [script, '--help']
