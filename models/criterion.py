@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from manopth import HandPair
 from models import losses
+from models.mesh_losses import MeshLosses
 from models.predictions import DIROutput, HandPrediction, Target
 from utils.distributed import whole_batch
 from utils.geometry import scale_to_truth
@@ -38,7 +39,6 @@ class DIRCriterion(nn.Module):
     predicted hand is scaled by true / predicted length of bone 0-9, with gradient through the scale.
     """
 
-    faces: Tensor
     class_weights: Tensor
     hand_weights: Tensor
     stage_weights: Tensor | None
@@ -56,7 +56,7 @@ class DIRCriterion(nn.Module):
         super().__init__()
         self.weights, self.root_joint = weights, root_joint
         self.lovasz_on_probabilities, self.scale_to_truth = lovasz_on_probabilities, scale_to_truth
-        self.register_buffer('faces', torch.from_numpy(hand_models.faces), persistent=False)
+        self.mesh_losses = MeshLosses(hand_models.faces)
         self.register_buffer('class_weights', torch.tensor(SEGMENTATION_CLASS_WEIGHTS), persistent=False)
         self.hand_terms = [name for name in HAND_TERMS if weights[name]]
         row = [weights[name] for name in self.hand_terms for _ in HAND_TERMS[name]]
@@ -108,12 +108,7 @@ class DIRCriterion(nn.Module):
     def _centred_truth(self, target: Target) -> '_CentredTruth':
         roots = target.joints[:, :, self.root_joint : self.root_joint + 1]
         joints, vertices = ((points - roots) / HAND_SCALE for points in (target.joints, target.vertices))
-        return _CentredTruth(
-            joints,
-            vertices,
-            losses.face_edges(vertices, self.faces),
-            (roots[:, RIGHT, 0] - roots[:, LEFT, 0]) / HAND_SCALE,
-        )
+        return _CentredTruth(joints, vertices, (roots[:, RIGHT, 0] - roots[:, LEFT, 0]) / HAND_SCALE)
 
     def _hand_terms(
         self, stages: Sequence[HandPrediction], target: Target, truth: '_CentredTruth'
@@ -129,15 +124,16 @@ class DIRCriterion(nn.Module):
         if self.scale_to_truth:
             scale = scale_to_truth(joints, truth.joints)
             joints, vertices = joints * scale, vertices * scale
-        edges, present = losses.face_edges(vertices, self.faces), target.present
+        present = target.present
+        edge, normal = self.mesh_losses(vertices, truth.vertices, present)
         both = None if present is None else present.all(1, keepdim=True)
         values = {
             'joint_uv': losses.huber_per_hand(joints_uv, target.joints_uv, present),
             'vertex_uv': losses.huber_per_hand(vertices_uv, target.vertices_uv, present),
             'joint_xyz': losses.huber_per_hand(joints, truth.joints, present),
             'vertex_xyz': losses.huber_per_hand(vertices, truth.vertices, present),
-            'edge': losses.edge_length_loss(edges, truth.edges, present),
-            'normal': losses.normal_loss(edges, truth.edges, present),
+            'edge': edge,
+            'normal': normal,
             # One vector per sample, which counts where both hands are present.
             'offset': losses.huber_per_hand(offset[:, :, None, None], truth.offset[:, None, None], both),
         }
@@ -168,5 +164,4 @@ def objective(terms: dict[str, Tensor]) -> Tensor:
 class _CentredTruth(NamedTuple):
     joints: Tensor  # (B, 2, 21, 3) in HAND_SCALE about the root joint
     vertices: Tensor  # (B, 2, 778, 3)
-    edges: Tensor  # (B, 2, 1538, 3, 3)
     offset: Tensor  # (B, 3)

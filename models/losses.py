@@ -4,8 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manopth.rotations import unit_vectors
-
 HUBER_DELTA = 0.01
 
 
@@ -40,26 +38,6 @@ def deviation_loss(deviation: Tensor, errors: Tensor) -> Tensor:
     """
     squared = (errors.detach() ** 2).sum(-1)
     return 3 * deviation.log() + squared / (2 * deviation**2)
-
-
-def face_edges(vertices: Tensor, faces: Tensor) -> Tensor:
-    """Edge vectors of every face: vertices (..., H, V, 3), faces (H, F, 3) -> (..., H, F, 3, 3)."""
-    index = faces.flatten(1)[..., None].expand(*vertices.shape[:-2], -1, 3)
-    corners = vertices.gather(-2, index).unflatten(-2, (-1, 3))
-    return corners.roll(-1, dims=-2) - corners
-
-
-def edge_length_loss(edges: Tensor, true_edges: Tensor, present: Tensor | None = None) -> Tensor:
-    """Mean absolute difference of edge lengths per hand: (..., B, H, F, 3, 3), true (B, H, F, 3, 3) -> (..., H)."""
-    difference = torch.linalg.vector_norm(edges, dim=-1) - torch.linalg.vector_norm(true_edges, dim=-1)
-    return mean_per_hand(difference.abs().flatten(-2), present)
-
-
-def normal_loss(edges: Tensor, true_edges: Tensor, present: Tensor | None = None) -> Tensor:
-    """Mean |cosine| of predicted edges and the true normal of their face, per hand: edges as above -> (..., H)."""
-    normals = F.normalize(torch.linalg.cross(true_edges[..., 0, :], true_edges[..., 1, :]), dim=-1)
-    cosine = (unit_vectors(edges) * normals[..., None, :]).sum(-1)
-    return mean_per_hand(cosine.abs().flatten(-2), present)
 
 
 def lovasz_softmax(scores: Tensor, labels: Tensor) -> Tensor:

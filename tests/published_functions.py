@@ -19,6 +19,7 @@ from manopth import TwoHandLayer
 from manopth.rotations import axis_angle_to_matrix, symmetric_6d_to_matrix
 from models import build_criterion, losses
 from models.bone_projection import bone_weights, draw
+from models.mesh_losses import MeshLosses
 from models.predictions import CAMERA, POSE, SHAPE, DIROutput, Target
 from utils.config import load_config
 from utils.hand import BONES, PUBLISHED_LEFT_MIDDLE_TIP, SIDES, TIP_VERTICES
@@ -138,11 +139,10 @@ def test_pixelwise_losses(hands, units):
 
 def test_mesh_losses(hands, units):
     close(losses.huber(*(units(f'smoothl1/{key}') for key in 'ab')), units('smoothl1/out'), 1e-8)
-    faces = torch.from_numpy(hands.faces)
-    ours, theirs = (losses.face_edges(units(f'mesh/{key}')[:, None].expand(-1, 2, -1, -1), faces) for key in 'ab')
+    ours, theirs = (units(f'mesh/{key}')[:, None].expand(-1, 2, -1, -1) for key in 'ab')
     edge, normal = ([units(f'mesh/{name}{side}') for side in ('', '_r')] for name in ('edge', 'normal'))
-    close(losses.edge_length_loss(ours, theirs), torch.stack(edge), 1e-6)
-    close(losses.normal_loss(ours, theirs), torch.stack(normal), 1e-6)
+    for values, expected in zip(MeshLosses(hands.faces)(ours, theirs), (edge, normal)):
+        close(values, torch.stack(expected), 1e-6)
 
 
 # Outputs, losses and figures by their published names
