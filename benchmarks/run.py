@@ -1,7 +1,7 @@
 """Measure speed and memory on this machine, as ratios within one run; writes Markdown tables and JSON.
 
     python benchmarks/run.py [--only NAME ...] [--out FOLDER] [--batch 8] [--repeats 7] [--threads N] [--busy]
-        [KEY VALUE ...]
+        [--cfg FILE] [KEY VALUE ...]
 
 Every measurement alternates its contestants, so that a slower machine slows all of them, and reports median and
 quartiles. Times of different runs are not comparable; ratios to the yardstick of the same run are: the bare ResNet-50
@@ -77,7 +77,7 @@ from models.checkpoint import to_device
 from models.criterion import objective
 from models.hands import load_hands
 from models.trainer import Trainer, recompute_as_configured
-from utils.config import load_config, split_off_pairs
+from utils.config import add_config_arguments, load_config, split_off_pairs
 from utils.distributed import choose_device, keep_freed_memory, torch_threads, usable_cores
 from utils.errors import UserError, user_facing
 from utils.files import write_atomically, write_json
@@ -99,15 +99,24 @@ class Setting(NamedTuple):
     """Settings of all measurements."""
 
     device: torch.device
-    cfg: CfgNode
+    files: list[str | Path]  # of the configuration
     opts: list[str]
     batch: int
     repeats: int
     compile: bool
     work: Path  # temporary folder
 
+    @property
+    def cfg(self) -> CfgNode:
+        return self.config()
+
     def config(self, *words: str) -> CfgNode:
-        return load_config(None, ['MANO.SOURCE', 'standin', 'MODEL.PRETRAINED', 'false', *self.opts, *words])
+        return load_config(self.files, ['MANO.SOURCE', 'standin', 'MODEL.PRETRAINED', 'false', *self.opts, *words])
+
+    def words(self) -> list[str]:
+        """The command line that yields the same configuration, threads and batch."""
+        threads = ['--threads', str(torch.get_num_threads()), '--batch', str(self.batch)]
+        return [*threads, *(word for path in self.files for word in ('--cfg', str(path))), *self.opts]
 
 
 class Row(NamedTuple):
@@ -328,9 +337,8 @@ def step(setting: Setting) -> Table:
     for name, loss in losses.items():
         rows.append(Row(f'kept for the backward pass, {name}', kept_bytes(loss) / setting.batch / 1e6, 'MB a sample'))
     del steps, contestants, losses, loss
-    here = ('--threads', str(torch.get_num_threads()), '--batch', str(setting.batch), *setting.opts)
     for name in PEAKS:
-        command = [sys.executable, __file__, '--peak', name, '--data', str(synthetic_data(setting)), *here]
+        command = [sys.executable, __file__, '--peak', name, '--data', str(synthetic_data(setting)), *setting.words()]
         result = subprocess.run(command, capture_output=True, text=True, check=True)
         rows.append(Row(f'peak memory, {name}', float(result.stdout), 'GB'))
     return Table(
@@ -670,8 +678,7 @@ def with_default_allocator(table: Table, name: str, setting: Setting) -> Table:
     """Measure again in a process that leaves the C library's allocator alone -> the table with both."""
     folder = setting.work / f'default-{name}'
     words = ['--only', name, '--default-allocator', '--busy', '--out', str(folder)]
-    words += ['--batch', str(setting.batch), '--repeats', str(setting.repeats)]
-    words += ['--threads', str(torch.get_num_threads()), *['--compile'] * setting.compile, *setting.opts]
+    words += ['--repeats', str(setting.repeats), *['--compile'] * setting.compile, *setting.words()]
     subprocess.run([sys.executable, __file__, *words], capture_output=True, check=True)
     [again] = json.loads((folder / 'benchmark.json').read_text())['tables']
     found = {row['what']: row for row in again['rows']}
@@ -764,7 +771,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--data', help=argparse.SUPPRESS)  # both for processes that measure their own memory
     parser.add_argument('--peak', help=argparse.SUPPRESS)
     parser.add_argument('--default-allocator', action='store_true', help=argparse.SUPPRESS)
-    parser.add_argument('opts', nargs='*', metavar='KEY VALUE', help='configuration keys, e.g. DEVICE cuda')
+    add_config_arguments(parser)
     args = parser.parse_intermixed_args(argv)
     names, keys = split_off_pairs(args.only)
     if unknown := [name for name in names if name not in MEASUREMENTS]:
@@ -778,15 +785,13 @@ def main(argv: list[str] | None = None) -> int:
         print_annotations(Path(args.data))
         return 0
     opts = [*keys, *args.opts]
-    cfg = load_config(None, ['MANO.SOURCE', 'standin', 'MODEL.PRETRAINED', 'false', *opts])
-    on_cpu = choose_device(cfg.DEVICE).type == 'cpu'
+    device = choose_device(load_config(args.cfg, opts).DEVICE)
+    on_cpu = device.type == 'cpu'
     if on_cpu and not args.default_allocator:
         keep_freed_memory()  # as the commands themselves do
     others = OtherProcesses()
     with tempfile.TemporaryDirectory() as work:
-        setting = Setting(
-            choose_device(cfg.DEVICE), cfg, opts, args.batch, args.repeats, args.compile, Path(args.data or work)
-        )
+        setting = Setting(device, args.cfg or [], opts, args.batch, args.repeats, args.compile, Path(args.data or work))
         if args.peak:
             print_peak(setting, args.peak)
             return 0

@@ -25,7 +25,19 @@ def test_measurements_are_written_with_the_machine_and_ratios(tmp_path, monkeypa
     monkeypatch.setattr(run, 'WITH_BOTH_ALLOCATORS', ())
     monkeypatch.setattr(run, 'inference_forms', lambda model, *_: {'DIR, eager': model})  # exports are tested elsewhere
     names = ['forward', 'projection', 'throughput', 'loader', 'opening', 'augmentation', 'waiting', 'preparation']
-    assert run.main(['--only', *names, '--batch', '2', '--repeats', '1', '--busy', '--out', str(tmp_path), *SMALL]) == 0
+    (tmp_path / 'small.yaml').write_text('MODEL:\n  STAGES: 1\nTRAIN:\n  BATCH_SIZE: 4\n')
+    options = [
+        '--cfg',
+        str(tmp_path / 'small.yaml'),
+        '--batch',
+        '2',
+        '--repeats',
+        '1',
+        '--busy',
+        '--out',
+        str(tmp_path),
+    ]
+    assert run.main(['--only', *names, *options, *TINY, 'DEVICE', 'cpu']) == 0
     content = json.loads((tmp_path / 'benchmark.json').read_text())
     assert content['machine']['torch'] and content['machine']['cores'] >= 1
     assert len(content['tables']) == len(names)
@@ -70,7 +82,7 @@ def test_other_processes_are_those_outside_this_group(tmp_path, monkeypatch):
 
 @pytest.mark.slow  # starts a process that imports torch
 def test_a_table_is_measured_again_with_the_default_allocator(tmp_path):
-    setting = run.Setting(torch.device('cpu'), tiny_config(), SMALL, 1, 1, False, tmp_path)
+    setting = run.Setting(torch.device('cpu'), [], SMALL, 1, 1, False, tmp_path)
     table = run.projection(setting)
     again = run.with_default_allocator(table, 'projection', setting)
     assert [row.what for row in again.rows] == [row.what for row in table.rows]
