@@ -51,16 +51,8 @@ import utils  # noqa: F401  # before PyTorch, see there
 # isort: split
 import torch
 
-from inference.engine import EXPORT_RECORD, export_folder
-from inference.export import (
-    EXPORT_VERSION,
-    FORMATS,
-    chosen_formats,
-    description,
-    licence,
-    require_packages,
-    write_files,
-)
+from inference.engine import EXPORT_RECORD, export_folder, exported_from, files_of_earlier_export
+from inference.export import FORMATS, chosen_formats, licence, require_packages, write_files
 from models.checkpoint import checkpoint_file, load_model
 from utils.config import split_off_pairs
 from utils.errors import user_facing
@@ -86,19 +78,12 @@ def main(argv: list[str] | None = None) -> int:
     digest = sha256_of_file(checkpoint_file(args.model))
     hand_model, folder = model.hands.identity, args.out or export_folder(args.model)
     print(f'{args.model}: tracing; this takes a minute or two ...', flush=True)
-    files = write_files(model, cfg, folder, formats)
+    about = exported_from(digest, cfg, hand_model)
+    earlier = files_of_earlier_export(folder / EXPORT_RECORD, about)
+    files = earlier | write_files(model, cfg, folder, formats)
     write_json(
         folder / EXPORT_RECORD,
-        {
-            'version': EXPORT_VERSION,
-            'model': str(args.model),
-            'weights_sha256': digest,
-            'hand_model': hand_model,
-            'licence': licence(hand_model),
-            'torch': torch.__version__,
-            **description(cfg),
-            'files': files,
-        },
+        {'model': str(args.model), 'licence': licence(hand_model), 'torch': torch.__version__, **about, 'files': files},
     )
     print(f'{folder / EXPORT_RECORD}: names, shapes and units')
     print(licence(hand_model))

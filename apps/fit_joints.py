@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
             remove_stale_partials(out.parent, of=out.name)
             fit = fit_track(track, note, models, device)
             rows = as_rows(track, fit, models)
-            write_npz(out, rows, models, without=('time_s', 'intrinsics'), more=columns(track, fit, note))
+            write_npz(out, rows, models, without=('time_s', 'filled', 'intrinsics'), more=columns(track, fit, note))
     print(summary(track, fit, note))
     print(f'written: {printable(out)}')
 

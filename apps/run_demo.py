@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
 
     out = Path(args.out)
+    if Path.cwd() != ROOT:  # where the steps run
+        out = out.absolute()
     with owned(out), obey_stop_signals():
         return run_demo(out, args)
 

@@ -23,23 +23,23 @@ class BoxesFile:
         self.path, table = path, read_json(path)
         if not isinstance(table, dict):
             raise UserError(f'{printable(path)} must hold {{"image.jpg": [x, y, width, height], ...}}.')
-        self.table = {_composed(name): boxes for name, boxes in table.items()}
+        self.table = {_composed(Path(name)): boxes for name, boxes in table.items()}
         if len(self.table) < len(table):
-            raise UserError(f'{printable(path)} lists a name twice, in different Unicode forms. Remove one of them.')
+            raise UserError(f'{printable(path)} lists a name twice, spelled differently. Remove one of them.')
 
     def __call__(self, source: Path, image: np.ndarray) -> list[Box]:
         names, resolved, folder = [source, Path(source.name)], source.resolve(), self.path.resolve().parent
         if resolved.is_relative_to(folder):
             names.insert(1, resolved.relative_to(folder))
-        found = next((self.table[name] for name in map(_composed, map(printable, names)) if name in self.table), None)
+        found = next((self.table[name] for name in map(_composed, names) if name in self.table), None)
         if not isinstance(found, list) or not found:
             raise UserError(f'{printable(self.path)} has no box for it.')
         return found if isinstance(found[0], list) else [found]  # type: ignore[list-item]  # checked when cropping
 
 
-def _composed(name: str) -> str:
+def _composed(name: Path) -> str:
     """Equal for the forms of a name that look alike: macOS writes 'a' and a combining mark where others write 'ä'."""
-    return unicodedata.normalize('NFC', name)
+    return unicodedata.normalize('NFC', printable(name))
 
 
 def smoothed(before: Box | None, now: Box | None) -> Box | None:

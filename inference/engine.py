@@ -79,13 +79,27 @@ def _exported_graph(checkpoint: str | Path, cfg: CfgNode, hand_model: str, devic
 
 def _describes(record: Any, checkpoint: str | Path, cfg: CfgNode, hand_model: str) -> bool:
     """Whether export.json is that of this checkpoint, configured as it is now."""
-    expected = {
-        'version': EXPORT_VERSION,
-        'weights_sha256': sha256_of_file(checkpoint_file(checkpoint)),
-        'hand_model': hand_model,
-        **json.loads(json.dumps(description(cfg))),
-    }
+    expected = exported_from(sha256_of_file(checkpoint_file(checkpoint)), cfg, hand_model)
     try:
-        return {name: record[name] for name in expected} == expected and isinstance(record['files'][_ONNX.file], dict)
+        return _agrees(record, expected) and isinstance(record['files'][_ONNX.file], dict)
     except (LookupError, TypeError):
         return False
+
+
+def exported_from(weights_sha256: str, cfg: CfgNode, hand_model: str) -> dict[str, Any]:
+    """What export.json records of the network, as JSON; a graph serves for no other."""
+    origin = {'version': EXPORT_VERSION, 'weights_sha256': weights_sha256, 'hand_model': hand_model}
+    return origin | json.loads(json.dumps(description(cfg)))
+
+
+def files_of_earlier_export(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
+    """The files that export.json at ``path`` lists, if it is that of the same network; {} otherwise."""
+    try:
+        record = read_json(path) if path.exists() else {}
+        return dict(record['files']) if _agrees(record, expected) else {}
+    except (UserError, LookupError, TypeError, ValueError):
+        return {}
+
+
+def _agrees(record: Any, expected: dict[str, Any]) -> bool:
+    return {name: record[name] for name in expected} == expected

@@ -34,7 +34,7 @@ from inference.live_view import LiveView
 from inference.media import Camera, Frame, Inputs, Video, read_photo, video_writer
 from inference.motion import motion_recorder, write_image_motion
 from inference.reconstruct import SMALL_HANDS, Box, Crop, Reconstruction, Reconstructor, assumed_intrinsics, cut_crop
-from inference.tracking import Tracker, box_around_both, box_in_image, look, look_again
+from inference.tracking import SceneCuts, Tracker, box_around_both, box_in_image, hands_box, jumped, look, look_again
 from models.checkpoint import checkpoint_file
 from utils.errors import UserError, printable
 from utils.files import atomic_file, read_json, remove_stale_partials, write_json
@@ -344,7 +344,9 @@ class Job(NamedTuple):
         """Warn of a file's damage -> what video.json records of it."""
         damage = video.timing.damage
         if video.timing.truncated:
-            self.outcome.warn(name, f'The file is truncated: the video ends early, after {video.timing.frames} frames.')
+            count = video.timing.frames
+            after = '' if count == self.settings.frames else f', after {count} frames'  # no more were read
+            self.outcome.warn(name, f'The file is truncated: the video ends early{after}.')
         if damage:
             first, broken = damage[0], sum(place.broken for place in damage)
             self.outcome.warn(
@@ -390,7 +392,7 @@ class Job(NamedTuple):
                     lost += 1
                 elif written == lost:
                     self.warn_of_small_hands(name, frame.box, hands)
-                motion.add(hands, frame=written, time_s=last)
+                motion.add(hands, frame=written, time_s=last, filled=frame.filled)
                 filled += frame.filled
                 written += 1
                 bar.update()
@@ -398,11 +400,10 @@ class Job(NamedTuple):
                 raise _NothingWritten
             remove_results(folder)
         if lost:
-            other = '--box' if self.detector else '--box or --detect'
             self.outcome.warn(
                 name,
                 f'No hands were found in {lost} of {written} frames, first at {first_lost:.2f} s; {TABLE} and {LINES} '
-                f'have gaps there. Pass {other} to find them, or --track off to reconstruct every frame.',
+                f'have gaps there{self.advice_for_lost_frames()}',
             )
         measured = (written - 1) / last if last else rate
         return {
@@ -413,6 +414,15 @@ class Job(NamedTuple):
             'overlay_frames_per_second': rate,
             **motion.summary,
         }
+
+    def advice_for_lost_frames(self) -> str:
+        """The end of a sentence."""
+        if self.settings.track == 'off':  # only the network itself leaves frames out
+            return ', because the network finds no hands in their crops.'
+        if self.settings.box or self.settings.boxes:
+            return '. Pass --track off to keep to the box in every frame.'
+        other = '--box' if self.detector else '--box or --detect'
+        return f'. Pass {other} to find them, or --track off to keep to one crop in every frame.'
 
     def video_hands(self, frames: Iterable[Frame], name: Path, folder: Path) -> Iterator[FrameHands]:
         """Frames with their hands, tracked, smoothed and filled as the settings ask."""
@@ -433,9 +443,13 @@ class Job(NamedTuple):
     def predicted_hands(self, frames: Iterable[Frame], name: Path, folder: Path) -> Iterator[FrameHands]:
         """Frames with the hands that the network predicts, until a stop is requested."""
         if self.settings.track == 'off':
+            is_cut, before = SceneCuts(), None
             for item, predicted in self.reconstructed(self.video_items(frames, name, folder)):
                 hands = predicted if predicted.present.any() else None
-                yield FrameHands(item.image, item.about['time_s'], item.about['box'], hands)
+                now = None if hands is None else hands_box(hands)
+                cut = is_cut(item.image) or jumped(before, now)
+                before = now
+                yield FrameHands(item.image, item.about['time_s'], item.about['box'], hands, cut=cut)
             return
         tracker = Tracker(
             self.reconstruct, lambda image: self.first_boxes(name, image), refine=self.settings.refine_box
@@ -482,7 +496,7 @@ def frame_record(frame: FrameHands, number: int) -> dict[str, Any]:
         return about
     numbers = as_numbers(frame.hands)
     if frame.state == FILLED:
-        numbers |= dict.fromkeys(('to_crop', 'residual_px', 'size_in_crop'))
+        numbers |= dict.fromkeys({'presence', 'to_crop', 'residual_px', 'size_in_crop'} & numbers.keys())
         for side in SIDES:
             if numbers[side]:
                 numbers[side] |= dict.fromkeys({'camera', 'visible', 'deviation_m'} & numbers[side].keys())

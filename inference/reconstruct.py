@@ -116,10 +116,10 @@ def cut_crop(image: np.ndarray, box: Box | None = None, intrinsics: np.ndarray |
 def check_box(box: Sequence[float], width: int, height: int) -> np.ndarray:
     """(4,) x, y, width, height. Raises UserError unless the box overlaps a width x height image."""
     try:
-        numbers = np.asarray(box, np.float64)
-    except (TypeError, ValueError):
+        numbers = np.asarray(box)
+    except ValueError:
         numbers = np.empty(0)
-    if numbers.shape != (4,) or not (np.abs(numbers) < LARGEST_BOX).all():
+    if numbers.shape != (4,) or numbers.dtype.kind not in 'iuf' or not (np.abs(numbers) < LARGEST_BOX).all():
         raise UserError(f'A box must be four numbers, x y width height in pixels, not {box!r}.')
     left, top, across, down = numbers
     if min(across, down) < SMALLEST_SIDE:
@@ -132,7 +132,7 @@ def check_box(box: Sequence[float], width: int, height: int) -> np.ndarray:
             f'The box {_words(numbers)} (x y width height) lies outside of the image, which is {width} x '
             f'{height} pixels.'
         )
-    return numbers
+    return numbers.astype(np.float64)
 
 
 def _words(numbers: np.ndarray) -> str:
@@ -271,6 +271,25 @@ def placed_in_image(output: DIROutput, crops: Sequence[Crop]) -> Reconstruction:
         presence=None if presence is None else presence.float().sigmoid(),
         visible=None if confidence is None else confidence.visible.float().sigmoid(),
         deviation=None if confidence is None else confidence.deviation.float(),
+    )
+
+
+def with_present(hands: Reconstruction, present: Tensor) -> Reconstruction:
+    """The same prediction with other hands taken to be in the image, (N, 2) bool: placed, and measured, by these."""
+    counted, to_crop = counted_hands(present), hands.to_crop
+    relative = hands.joints - hands.roots[:, :, None]
+    placement = place_hands(
+        relative, hands.camera, hands.offset / HAND_SCALE, to_crop @ hands.intrinsics, counted=counted
+    )
+    move = (placement.roots - hands.roots)[:, :, None]
+    low, high = extent_of(hands.joints_px * to_crop[:, None, None, :1, 0], counted)
+    return hands._replace(
+        vertices=hands.vertices + move,
+        joints=hands.joints + move,
+        roots=placement.roots,
+        residual_px=placement.residual_px,
+        size_in_crop=(high - low).amax(-1) / CROP_SIZE,
+        present=present,
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from inference.detector import Detection
-from inference.reconstruct import Box, Crop, Reconstruction, Reconstructor, check_box, cut_crop, extent_of
+from inference.reconstruct import Box, Crop, Reconstruction, Reconstructor, check_box, cut_crop, extent_of, with_present
 from utils.errors import UserError
 from utils.geometry import CROP_SIZE, HANDS_IN_CROP, from_uv, to_uv
 from utils.hand import LEFT, RIGHT
@@ -161,6 +161,11 @@ class SceneCuts:
         return before is not None and float(np.abs(colours - before).sum()) / 2 > CUT
 
 
+def jumped(before: Box | None, now: Box | None) -> bool:
+    """Whether the hands of a frame, in box ``now``, are others than those of the frame before."""
+    return before is not None and now is not None and overlap(before, now) < NEAR
+
+
 class Sight(NamedTuple):
     """What a tracker finds in one frame."""
 
@@ -196,14 +201,14 @@ class Tracker:
         if found is not None:
             found = found._replace(hands=self._without_flicker(found.hands))
         before, self.box = self.box, None if found is None else hands_box(found.hands)
-        jump = before is not None and self.box is not None and overlap(before, self.box) < NEAR
-        return Sight(found, cut or jump)
+        return Sight(found, cut or jumped(before, self.box))
 
     def _without_flicker(self, hands: Reconstruction) -> Reconstruction:
         """Let a hand come and go only where its presence is beyond doubt."""
         if hands.presence is not None and self.present is not None:
             present = hands.presence > torch.where(self.present, STAYS, APPEARS)
-            hands = hands._replace(present=torch.where(present.any(), present, hands.present))
+            if present.any() and not torch.equal(present, hands.present):
+                hands = with_present(hands.with_leading_axis(), present[None]).one(0)
         self.present = hands.present
         return hands
 

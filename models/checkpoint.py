@@ -18,7 +18,7 @@ from manopth import HandPair
 from models import DIR, build_model, efficientnet_lite, published
 from models.hands import load_hands
 from utils import distributed
-from utils.config import flatten, load_config
+from utils.config import flatten, load_config, refuse_other_network
 from utils.errors import UserError
 from utils.files import partial_path
 from utils.safetensors_file import SUFFIX, read_safetensors, write_safetensors
@@ -279,17 +279,11 @@ def load_model(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
         return Loaded(model, cfg, {REST: rest, 'hand_model': model.hands.identity})
     content = _require_ours(content, path)
     try:
-        trained = flatten(load_config(None, base=content['config']))
+        trained = load_config(None, base=content['config'])
     except UserError as error:
         raise UserError(f'{path} cannot be used: {error}') from None
     cfg = load_config(None, overrides, base=content['config'])
-    now = flatten(cfg)
-    changed = [key for key in now if now[key] != trained[key] and (key.startswith('MODEL.') or key == 'ROOT_JOINT')]
-    if changed:
-        raise UserError(
-            f'{path} was trained with {changed[0]} {trained[changed[0]]}, which is part of the network and '
-            'cannot be changed afterwards (--root_joint sets the root joint of an evaluation).'
-        )
+    refuse_other_network(trained, cfg, path=path)
     hand_models = load_hands(cfg.MANO.SOURCE, cfg.MANO.PATH)
     check_hand_model(content, hand_models, path=path)
     model = build_model(cfg, hand_models, pretrained=False)

@@ -24,7 +24,7 @@ from models.bone_projection import ProjectedConvolution
 from models.criterion import SEGMENTATION_CLASS_WEIGHTS
 from models.hands import load_hands
 from models.refinement import JOINT_FEATURES
-from utils.config import flatten, load_config
+from utils.config import flatten, load_config, refuse_other_network
 from utils.errors import UserError
 from utils.hand import PUBLISHED_LEFT_MIDDLE_TIP, SIDES
 
@@ -221,6 +221,7 @@ def load_published(
     """
     net, state = content['net'], published_state(content, path=path)
     cfg = load_config(None, [*CONFIGURATION, *overrides])
+    refuse_other_network(load_config(None, CONFIGURATION), cfg, path=path)
     hand_models = load_hands(cfg.MANO.SOURCE, cfg.MANO.PATH)
     if key := differing_array(net, hand_models):
         raise UserError(

@@ -84,6 +84,14 @@ def test_two_norms_that_the_published_code_counts_apart_come_back_apart(net, sta
     assert published.whole_published(model.state_dict(), cfg, rest)[key] == 7
 
 
+@pytest.mark.parametrize(
+    'key, value', [('MODEL.PRESENCE', 'true'), ('MODEL.BONE_RADIUS', '[1, 1, 1]'), ('ROOT_JOINT', '9')]
+)
+def test_what_is_part_of_the_published_network_cannot_be_changed(net, key, value):
+    with pytest.raises(UserError, match=rf'DIR\.pth was trained with {key} .* cannot be changed afterwards'):
+        published.load_published({'net': net}, path='DIR.pth', overrides=[*HANDS, key, value])
+
+
 def test_published_weights_of_another_type_are_listed(net):
     key = next(key for key in net if key.endswith('num_batches_tracked'))
     changed = net | {'decoder.seg.3.bias': net['decoder.seg.3.bias'].half(), key: net[key].float()}

@@ -135,6 +135,12 @@ def test_a_file_of_boxes_lists_one_or_several_for_an_image(run, images, tmp_path
     assert [failed['reason'] for failed in outcome(tmp_path)['failed']] == [f'{boxes} has no box for it.']
     boxes.write_text(json.dumps({'a.jpg': two[0], 'b.png': two}))  # a corrected box is processed again
     assert run(images / 'a.jpg', '--boxes', boxes) == 0 and hands(tmp_path, 'a')['box'] == two[0]
+    boxes.write_text(json.dumps({'./a.jpg': one, f'{images}//b.png': two[1]}))  # other ways of writing a name
+    assert run(images / 'a.jpg', images / 'b.png', '--boxes', boxes) == 0
+    assert [hands(tmp_path, name)['box'] for name in 'ab'] == [one, two[1]]
+    boxes.write_text(json.dumps({'a.jpg': [str(number) for number in one]}))
+    assert run(images / 'a.jpg', '--boxes', boxes) == 1
+    assert 'must be four numbers' in outcome(tmp_path)['failed'][0]['reason']
     boxes.write_text('[1, 2]')
     assert run(images / 'a.jpg', '--boxes', boxes) == 2
     assert 'must hold' in capsys.readouterr().err
@@ -447,6 +453,37 @@ def test_a_video_without_hands_is_one_gap_and_one_warning(run, blob_clip, tmp_pa
         assert len(outcome(tmp_path)['warnings']) == 1
 
 
+@pytest.mark.parametrize(
+    'options, advice',
+    [
+        ([], 'Pass --box or --detect to find them, or --track off'),
+        (['--box', 20, 80, 80, 60], 'there. Pass --track off to keep to the box'),
+        (['--track', 'off'], 'because the network finds no hands'),
+    ],
+)
+def test_the_advice_for_frames_without_hands_fits_the_command(run, blob_clip, tmp_path, monkeypatch, options, advice):
+    def unseen(self, crops):  # as a network with MODEL.PRESENCE
+        return BlobReconstructor().from_crops(crops)._replace(present=torch.zeros(len(crops), 2, dtype=torch.bool))
+
+    monkeypatch.setattr('inference.reconstruct.Reconstructor.from_crops', unseen)
+    assert run(blob_clip, *options) == 0
+    assert advice in outcome(tmp_path)['warnings'][0]['warning']
+
+
+def test_scenes_are_told_apart_without_tracking(run, blob_clip, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(job, 'smoothed_online', lambda frames, reconstruct: (seen.append(f.cut) or f for f in frames))
+    bright = [np.full((240, 320, 3), value, np.uint8) for value in (40, 40, 110, 110)]
+    for image in bright:
+        image[80:140, 20:100] = 255
+    writer = cv2.VideoWriter(str(tmp_path / 'two.mp4'), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*'mp4v'), 25, (320, 240))
+    for image in bright:
+        writer.write(image)
+    writer.release()
+    assert run(tmp_path / 'two.mp4', '--box', 20, 80, 80, 60, '--track', 'off', '--smooth', 'online') == 0
+    assert seen == [False, False, True, False]
+
+
 class BlobDetector:
     """In place of MediaPipe: finds bright pixels as two hands, or their left half as one, or none."""
 
@@ -549,7 +586,9 @@ def test_a_truncated_video_causes_a_warning(run, tmp_path):
     assert run(tmp_path / 'clip.avi') == 0
     frames = json.loads((tmp_path / 'out' / 'clip' / 'video.json').read_text())['frames']
     assert 0 < frames < 12
-    assert any('ends early' in each['warning'] for each in outcome(tmp_path)['warnings'])
+    assert any(f'ends early, after {frames} frames' in each['warning'] for each in outcome(tmp_path)['warnings'])
+    assert run(tmp_path / 'clip.avi', '--frames', 2) == 0
+    assert any('the video ends early.' in each['warning'] for each in outcome(tmp_path)['warnings'])
 
 
 @pytest.mark.parametrize('number', STOP_SIGNALS)

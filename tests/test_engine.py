@@ -9,7 +9,7 @@ from tiny import TINY
 
 from inference import engine as module
 from inference import load_reconstructor
-from inference.engine import EXPORT_RECORD, choose_engine, export_folder
+from inference.engine import EXPORT_RECORD, choose_engine, export_folder, exported_from, files_of_earlier_export
 from inference.export import EXPORT_VERSION, LastEstimate, description, output_of, values_of
 from models import build_model
 from models.checkpoint import save_checkpoint
@@ -107,6 +107,20 @@ def test_pytorch_computes_where_it_is_asked_for_or_a_graph_would_not_run(checkpo
 def test_a_missing_package_is_named(checkpoint, exported, trained, standin, monkeypatch):
     monkeypatch.setattr(module.importlib.util, 'find_spec', lambda name: None)
     assert 'pip install -r requirements-export.txt' in chosen('auto', checkpoint, trained, standin).description
+
+
+def test_another_export_of_the_same_network_keeps_the_first_ones_graph(checkpoint, exported, trained, standin):
+    folder, (_, cfg) = exported[0], trained
+    about = exported_from(sha256_of_file(checkpoint), cfg, standin.identity)
+    kept = files_of_earlier_export(folder / EXPORT_RECORD, about)
+    assert list(kept) == ['dir.onnx']
+    write_json(folder / EXPORT_RECORD, {**about, 'files': kept | {'dir.pt2': {}}})
+    assert chosen('onnx', checkpoint, trained, standin).run is not None
+    for other in (about | {'weights_sha256': '0' * 64}, about | {'hand_model': 'mano'}):
+        assert files_of_earlier_export(folder / EXPORT_RECORD, other) == {}
+    (folder / EXPORT_RECORD).write_text('{"files": ')
+    assert files_of_earlier_export(folder / EXPORT_RECORD, about) == {}
+    assert files_of_earlier_export(folder / 'none.json', about) == {}
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
-from utils.images import ImageError, decode_image, read_image
+from utils.images import ImageError, decode_image, exif_orientation, focal_length, read_image
 
 RNG = np.random.default_rng(0)
 PHOTO = cv2.resize(RNG.integers(0, 255, (24, 24, 3), np.uint8), (192, 192), interpolation=cv2.INTER_CUBIC)
@@ -266,6 +266,19 @@ def test_orientation_is_found_behind_another_app1_segment():
     xmp = name + b'<x:xmpmeta/>' + b' ' * 3000
     content = content[:2] + b'\xff\xe1' + (len(xmp) + 2).to_bytes(2, 'big') + xmp + content[2:]
     assert decode_image(content).shape == (40, 60, 3)
+
+
+def test_metadata_of_an_image_that_pillow_takes_to_be_too_large_are_read():
+    image, exif = Image.new('RGB', (64, 48)), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.FocalLengthIn35mmFilm] = 24
+    content = bytearray(encoded(image, 'JPEG', exif=exif))
+    size = content.index(b'\xff\xc0') + 5
+    content[size : size + 4] = (12240).to_bytes(2, 'big') + (16320).to_bytes(2, 'big')  # a phone's 200 megapixels
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(io.BytesIO(content))
+    assert exif_orientation(bytes(content)) == 6
+    assert focal_length(bytes(content), height=12240, width=16320) == pytest.approx(24 * 20400 / 43.267, 1e-4)
 
 
 @pytest.mark.parametrize('orientation', [0, 9, 65535])

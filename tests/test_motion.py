@@ -102,6 +102,7 @@ def test_parameters_reproduce_the_meshes_of_a_video_in_a_mano_layer(standin, tmp
     assert {name: arrays[name].shape for name in ROW.names} == {
         'frame': (6,),
         'time_s': (6,),
+        'filled': (6,),
         'global_orient': (6, 2, 3),
         'hand_pose': (6, 2, 45),
         'betas': (6, 2, 10),
@@ -224,11 +225,21 @@ def test_joints_of_a_bvh_file_are_those_of_the_hands(standin, tmp_path, hands):
 
 
 def test_frames_without_hands_at_either_end_are_gaps(standin, tmp_path, hands):
-    with motion_recorder(tmp_path, ('npz',), standin, rate=30.0) as recorder:
-        for frame in range(4):
-            recorder.add(hands.one(0) if frame == 1 else None, frame=frame, time_s=frame / 30)
-    assert recorder.summary['motion']['gaps'] == {side: [(0, 0), (2, 3)] for side in SIDES}
-    assert np.load(tmp_path / 'hands.npz')['frame'].tolist() == [1]
+    with motion_recorder(tmp_path, ('npz', 'bvh'), standin, rate=30.0) as recorder:
+        for frame in range(5):
+            recorder.add(hands.one(0) if 0 < frame < 3 else None, frame=frame, time_s=frame / 30, filled=frame == 2)
+    assert recorder.summary['motion']['gaps'] == {side: [(0, 0), (3, 4)] for side in SIDES}
+    arrays = np.load(tmp_path / 'hands.npz')
+    assert arrays['frame'].tolist() == [1, 2] and arrays['filled'].tolist() == [False, True]
+    assert len(read_bvh(tmp_path / 'left.bvh').values) == 5
+
+
+def test_a_video_without_hands_is_recorded_as_one(standin, tmp_path):
+    with motion_recorder(tmp_path, FORMATS, standin, rate=RATE) as recorder:
+        for frame in range(3):
+            recorder.add(None, frame=frame, time_s=frame / RATE)
+    assert recorder.summary['motion'] == {'formats': list(FORMATS), 'gaps': {'left': None, 'right': None}}
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_euler_angles_restore_rotations_where_two_axes_coincide():

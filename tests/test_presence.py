@@ -10,7 +10,7 @@ from blobs import BlobReconstructor, blob
 from test_clip import clip, offline, states
 from tiny import images, tiny_model
 
-from inference.clip import smoothed_online
+from inference.clip import FrameHands, smoothed_online
 from inference.files import (
     JOINT_COLUMNS,
     VIEWS,
@@ -22,7 +22,8 @@ from inference.files import (
     view,
     write_image_files,
 )
-from inference.reconstruct import Reconstructor, assumed_intrinsics, cut_crop, placed_in_image
+from inference.job import frame_record
+from inference.reconstruct import Reconstructor, assumed_intrinsics, cut_crop, placed_in_image, with_present
 from inference.tracking import APPEARS, STAYS, Tracker, hands_box, look, look_again
 from models.placement import place_hands
 from models.predictions import DIROutput
@@ -84,6 +85,16 @@ def test_an_absent_hand_moves_neither_the_other_nor_its_box(standin):
     assert hands_box(one) == pytest.approx(hands_box(changed))
 
 
+def test_hands_that_come_to_be_present_are_placed_like_those_that_were(standin):
+    crops = [cut_crop(IMAGE)]
+    left, both = (placed_in_image(output_of(standin, [logits]), crops) for logits in ([5.0, -0.5], [5.0, 5.0]))
+    assert (left.roots - both.roots).abs().max() > 0.01  # m
+    for before, after in ((left, both), (both, left)):
+        again = with_present(before, after.present)
+        for name in ('vertices', 'joints', 'roots', 'present', 'residual_px', 'size_in_crop'):
+            torch.testing.assert_close(getattr(again, name), getattr(after, name), rtol=1e-4, atol=1e-5)
+
+
 def test_placing_all_hands_is_placing_without_saying_which():
     generator = torch.Generator().manual_seed(0)
     joints = 0.05 * torch.randn(3, 2, 21, 3, generator=generator)
@@ -142,6 +153,8 @@ def test_hidden_joints_are_hollow(standin, hands):
 def test_confidence_is_in_the_numbers_where_there_is_any(hands):
     numbers = as_numbers(hands)
     assert len(numbers['left']['visible']) == len(numbers['left']['deviation_m']) == 21
+    filled = frame_record(FrameHands(IMAGE, 0.0, None, hands, filled=True), 0)
+    assert filled['presence'] is filled['left']['visible'] is filled['left']['deviation_m'] is None
     without = as_numbers(hands._replace(presence=None, visible=None, deviation=None))
     assert 'presence' not in without and 'visible' not in without['left']
 
@@ -170,6 +183,23 @@ def test_a_tracked_hand_comes_and_goes_only_beyond_doubt():
         seen.append(None if found is None else found.hands.present.tolist())
     alone, both = [True, False], [True, True]
     assert seen == [alone, alone, both, both, alone, None, [False, True]]
+
+
+def test_a_tracked_hand_that_stays_is_placed_beside_the_other(standin):
+    class Doubtful(SomeHands):
+        def from_crops(self, crops):
+            hands = placed_in_image(output_of(standin, [self.presence.logit().tolist()]), crops)
+            return hands._replace(vertices=hands.roots[:, :, None] + super().from_crops(crops).vertices, camera=CAMERA)
+
+    CAMERA = torch.tensor([1.0, 0.0, 0.0]).expand(1, 2, 3)
+    reconstruct, box = Doubtful(), (120, 80, 80, 50)
+    tracker, apart = Tracker(reconstruct, lambda image: [box]), []
+    for presence in (0.9, 0.45):
+        reconstruct.presence = torch.tensor([0.9, presence])
+        hands = tracker(blob(box), assumed_intrinsics(320, 240)).look.hands
+        assert hands.present.all()
+        apart.append(hands.roots[RIGHT] - hands.roots[LEFT])
+        torch.testing.assert_close(apart[-1], hands.offset)
 
 
 @pytest.fixture(scope='module')

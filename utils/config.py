@@ -263,6 +263,17 @@ def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = 
     )
 
 
+def refuse_other_network(trained: CfgNode, now: CfgNode, *, path: str | Path) -> None:
+    """Raises UserError if ``now`` describes another network than that of the checkpoint at ``path``."""
+    before, after = flatten(trained), flatten(now)
+    changed = [key for key in after if after[key] != before[key] and (key.startswith('MODEL.') or key == 'ROOT_JOINT')]
+    if changed:
+        raise UserError(
+            f'{path} was trained with {changed[0]} {before[changed[0]]}, which is part of the network and '
+            'cannot be changed afterwards (--root_joint sets the root joint of an evaluation).'
+        )
+
+
 def add_flag(parser: argparse.ArgumentParser, name: str, **options: Any) -> None:
     """Add a hyphenated flag, and without help the spelling with underscores of earlier versions."""
     parser.add_argument(name, **options)

@@ -34,6 +34,7 @@ _WARNING = re.compile(
 )
 _MARKER = re.compile(rb'\xff[^\x00\xff\xd0-\xd7]')  # behind a scan's data, in which FF is followed by 00 or RST
 _PROGRESSIVE, _SCAN, _END, _APP1 = 0xC2, 0xDA, 0xD9, 0xE1
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of segments that hold the size
 
 
 class ImageError(Exception):
@@ -81,7 +82,7 @@ def decode_image(content: bytes | memoryview) -> np.ndarray:
             'Copy or download it again; if a viewer shows it whole, save it there as PNG.',
         )
     # EXIF and XMP lie in APP1. Asking Pillow takes as long as decoding a crop.
-    return upright(image, _orientation(whole)) if _APP1 in header else image
+    return upright(image, exif_orientation(whole)) if _APP1 in header else image
 
 
 def upright(image: np.ndarray, orientation: int) -> np.ndarray:
@@ -102,7 +103,7 @@ def focal_length(content: bytes, *, height: int, width: int) -> float | None:
     """
     try:
         with warnings.catch_warnings(action='ignore'):
-            exif = Image.open(io.BytesIO(content)).getexif()
+            exif = _metadata(content)
             equivalent = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.FocalLengthIn35mmFilm)
     except Exception:  # damaged metadata, where Pillow raises almost anything, is treated like missing metadata
         return None
@@ -111,12 +112,28 @@ def focal_length(content: bytes, *, height: int, width: int) -> float | None:
     return equivalent * math.hypot(width, height) / DIAGONAL_35MM
 
 
-def _orientation(content: bytes) -> int:
+def exif_orientation(content: bytes) -> int:
+    """EXIF's orientation of an image file, 1 (upright) where there is none."""
     try:
         with warnings.catch_warnings(action='ignore'):
-            return int(Image.open(io.BytesIO(content)).getexif().get(ExifTags.Base.Orientation, 1))
+            return int(_metadata(content).get(ExifTags.Base.Orientation, 1))
     except Exception:  # as above
         return 1
+
+
+def _metadata(content: bytes) -> Image.Exif:
+    """EXIF of an image file. Pillow reads only the header of a JPEG, in which it finds a single pixel: it would refuse
+    the size of images that OpenCV decodes."""
+    if content[:2] == _JPEG:
+        header = bytearray()
+        for segment in _segments(content):
+            if segment.marker in _FRAMES:
+                header[:] = content[: segment.end]
+                header[segment.begin + 1 : segment.begin + 5] = 0, 1, 0, 1  # height, width
+            if segment.marker == _SCAN:
+                content = bytes(header) + content[len(header) : segment.end]
+                break
+    return Image.open(io.BytesIO(content)).getexif()
 
 
 # JPEG
@@ -180,7 +197,7 @@ def _decode_other(content: bytes) -> np.ndarray:
     try:
         with warnings.catch_warnings(action='ignore'):
             image = Image.open(io.BytesIO(content))
-            kind, orientation = image.format, _orientation(content)
+            kind, orientation = image.format, exif_orientation(content)
             image.load()
     except UnidentifiedImageError:
         return _decode_by_opencv(content)

@@ -32,15 +32,15 @@ class MotionRecorder:
 
     def __init__(self, file: BinaryIO | None, models: HandPair):
         self.file, self.models, self.count = file, models, 0
-        self.frames = 0  # of the video so far
+        self.last: tuple[int, float] | None = None  # number and time of the last frame
         self.summary: dict[str, Any] = {}  # what video.json records, after the files are written
 
-    def add(self, hands: Reconstruction | None, *, frame: int, time_s: float) -> None:
+    def add(self, hands: Reconstruction | None, *, frame: int, time_s: float, filled: bool = False) -> None:
         """hands: one reconstruction, without the leading axis and on the CPU, None where the frame shows none; frame
-        and time_s increase."""
-        self.frames = frame + 1
+        and time_s increase; filled: the hands are interpolated."""
+        self.last = frame, time_s
         if self.file is not None and hands is not None:
-            self.file.write(row(hands, self.models, frame=frame, time_s=time_s).tobytes())
+            self.file.write(row(hands, self.models, frame=frame, time_s=time_s, filled=filled).tobytes())
             self.count += 1
 
 
@@ -50,7 +50,8 @@ def motion_recorder(
 ) -> Iterator[MotionRecorder]:
     """Record a video's hands in the block; at its end, write them to ``folder`` in each of ``formats``.
 
-    rate: frames/s of the BVH files. Nothing is written if the block fails or no frame was added.
+    rate: frames/s of the BVH files. Nothing is written if the block fails or adds no frame, and no
+    file if no frame shows hands.
     """
     if not formats:
         yield MotionRecorder(None, models)
@@ -59,38 +60,41 @@ def motion_recorder(
     with tempfile.TemporaryFile(dir=folder) as file:
         recorder = MotionRecorder(cast(BinaryIO, file), models)
         yield recorder
-        if recorder.count:
+        if recorder.last is not None:
             file.flush()
-            rows = np.memmap(file, ROW, 'r', shape=(recorder.count,))
-            motion = write_motion(folder, formats, rows, models, rate=rate, frames=recorder.frames)
-            recorder.summary = {'motion': motion}
+            count = recorder.count
+            rows = np.memmap(file, ROW, 'r', shape=(count,)) if count else np.zeros(0, ROW)
+            recorder.summary = {'motion': write_motion(folder, formats, rows, models, rate=rate, last=recorder.last)}
 
 
 def write_motion(
-    folder: Path, formats: tuple[str, ...], rows: np.ndarray, models: HandPair, *, rate: float, frames: int
+    folder: Path, formats: tuple[str, ...], rows: np.ndarray, models: HandPair, *, rate: float, last: tuple[int, float]
 ) -> dict[str, Any]:
-    """Write a recording in each of ``formats`` -> how far the files are from the hands, and where hands are missing."""
+    """Write a recording in each of ``formats`` -> how far the files are from the hands, and where hands are missing.
+
+    last: number and time in seconds of the video's last frame.
+    """
     tracks = [each for hand in range(2) if (each := track(rows, models, hand)) is not None]
     present = {each.model.side: each for each in tracks}
     summary: dict[str, Any] = {
         'formats': list(formats),
-        'gaps': {side: present[side].gaps(frames) if side in present else None for side in SIDES},
+        'gaps': {side: present[side].gaps(last[0] + 1) if side in present else None for side in SIDES},
     }
-    if 'npz' in formats:
+    if 'npz' in formats and tracks:
         write_npz(folder / NPZ, rows, models)
     if 'glb' in formats and tracks:
         summary['glb'] = {'units': 'm', **_glb_deviation(tracks)}
         write_glb(folder / GLB, tracks, interval=1 / rate, hand_model=models.identity, **summary['glb'])
     if 'bvh' in formats:
         for each in tracks:
-            write_bvh(folder / f'{each.model.side}.bvh', each, rate=rate, longest_s=LONGEST_HOLD)
+            write_bvh(folder / f'{each.model.side}.bvh', each, rate=rate, longest_s=LONGEST_HOLD, last=last)
         if tracks:
             summary['bvh'] = {'units': 'cm', 'frames_per_second': rate, **_bvh_deviation(tracks)}
     return summary
 
 
 def write_image_motion(folder: Path, formats: tuple[str, ...], hands: Reconstruction, models: HandPair) -> None:
-    """Write the files of an image, hands.npz and BVH files of one frame; its hands.glb is written in any case."""
+    """Write the files of an image, hands.npz and BVH files of one frame; ``write_image_files`` writes its hands.glb."""
     image_row = row(hands, models)
     if 'npz' in formats:
         write_image_npz(folder / NPZ, image_row, models)

@@ -18,12 +18,24 @@ BLOCK = 1024  # frames in memory at a time
 _LOCK = 1e-9  # cosine of the middle angle below which the outer two turn about the same axis
 
 
-def write_bvh(path: Path, track: Track, *, rate: float, longest_s: float, durable: bool = True) -> None:
+def write_bvh(
+    path: Path,
+    track: Track,
+    *,
+    rate: float,
+    longest_s: float,
+    last: tuple[int, float] | None = None,
+    durable: bool = True,
+) -> None:
     """Write the motion of one hand atomically. Where the hand is missing its last pose is held; before that, its first.
 
-    rate: frames/s of the file; longest_s: see ``slots``.
+    rate: frames/s of the file; longest_s: see ``slots``; last: number and time in seconds of the recording's last
+    frame, if that is behind the track's.
     """
-    begins = slots(track.rows['frame'], track.rows['time_s'], rate=rate, longest_s=longest_s)
+    frames, times = track.rows['frame'], track.rows['time_s']
+    if last is not None and last[0] > frames[-1]:
+        frames, times = np.append(frames, last[0]), np.append(times, last[1])
+    begins = slots(frames, times, rate=rate, longest_s=longest_s)
     count = int(begins[-1]) + 1
     begins = begins[track.seen]
     begins[0] = 0

@@ -20,6 +20,7 @@ ROW = np.dtype(
     [
         ('frame', '<i8'),
         ('time_s', '<f8'),
+        ('filled', '?'),  # interpolated, not predicted
         ('global_orient', '<f4', (2, 3)),
         ('hand_pose', '<f4', (2, 45)),  # relative to the flat hand: the model's mean pose is included
         ('betas', '<f4', (2, 10)),
@@ -28,13 +29,15 @@ ROW = np.dtype(
         ('intrinsics', '<f4', (3, 3)),
     ]
 )
-_OF_FRAMES = ('frame', 'time_s')
+_OF_FRAMES = ('frame', 'time_s', 'filled')
 
 
-def row(hands: Reconstruction, models: HandPair, *, frame: int = 0, time_s: float = 0.0) -> np.ndarray:
+def row(
+    hands: Reconstruction, models: HandPair, *, frame: int = 0, time_s: float = 0.0, filled: bool = False
+) -> np.ndarray:
     """(1,) of ROW from one reconstruction, without the leading axis and on the CPU."""
     out = np.zeros(1, ROW)
-    out['frame'], out['time_s'] = frame, time_s
+    out['frame'], out['time_s'], out['filled'] = frame, time_s, filled
     out['global_orient'] = matrix_to_axis_angle(hands.root_rotation.double()).numpy()
     out['joints'], out['betas'], out['intrinsics'] = (
         values.numpy() for values in (hands.joints, hands.shape, hands.intrinsics)

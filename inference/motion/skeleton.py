@@ -77,8 +77,8 @@ class Track(NamedTuple):
 def track(rows: np.ndarray, models: HandPair, hand: int) -> Track | None:
     """The track of a hand, 0 left and 1 right; None if no frame has it."""
     columns = ('global_orient', 'hand_pose', 'betas', 'transl', 'joints')
-    exists = [np.isfinite(rows[name][:, hand]).reshape(len(rows), -1).all(1) for name in columns]
-    seen = np.logical_and.reduce(exists).nonzero()[0]
+    finite = [np.isfinite(rows[name][:, hand]) for name in columns]
+    seen = np.logical_and.reduce([each.all(tuple(range(1, each.ndim))) for each in finite]).nonzero()[0]
     if not len(seen):
         return None
     model = models[hand]
