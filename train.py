@@ -336,7 +336,9 @@ def train_one_epoch(session: Session) -> bool:
                 warmup=cfg.TRAIN.WARMUP_STEPS,
                 flat=cfg.TRAIN.FLAT,
             )
-            terms, stopping = train_step(run, samples, rate, lambda: session.stop.requested)
+            terms, stopping = train_step(
+                run, samples, number=session.steps_done, rate=rate, asked_to_stop=lambda: session.stop.requested
+            )
             progress.step += 1
             progress.tick()
             if log and progress.step % cfg.TRAIN.LOG_EVERY == 0:
@@ -364,21 +366,22 @@ def save_is_due(session: Session) -> bool:
 
 
 def train_step(
-    run: Training, samples: Sample, rate: float, asked_to_stop: Callable[[], bool] = lambda: False
+    run: Training, samples: Sample, *, number: int, rate: float, asked_to_stop: Callable[[], bool] = lambda: False
 ) -> Update:
-    """One update. Raises UserError, before the weights change, on a non-finite loss."""
+    """One update after ``number`` others. Raises UserError, before the weights change, on a non-finite loss or
+    gradient."""
     parts = parts_of(samples, len(samples.index) // run.cfg.TRAIN.ACCUMULATE)
     batches = ((batch.image, batch.target) for batch in map(run.batch_maker, parts))
     try:
         with distributed.reporting_lost_processes():
-            return run.trainer.step(batches, count=len(parts), rate=rate, asked_to_stop=asked_to_stop)
+            return run.trainer.step(batches, number=number, count=len(parts), rate=rate, asked_to_stop=asked_to_stop)
     except NonFiniteLossError as error:
         names = 'those of another process'
         if error.here:
             dataset = cast(PreparedSplit, run.loader.dataset)
             names = ', '.join(map(dataset.name, samples.index.tolist()))
         raise UserError(
-            'The loss is not finite; the run stops and its last checkpoint is kept.\n'
+            f'The {error.what} is not finite; the run stops and its last checkpoint is kept.\n'
             f'terms: {", ".join(f"{name} {value:.4g}" for name, value in error.terms.items())}\nsamples: {names}\n'
             'A smaller TRAIN.LR or TRAIN.CLIP_NORM 1 often helps; --resume continues from the last checkpoint.'
         ) from None
@@ -460,7 +463,7 @@ def failure(error: Exception, run: Training) -> str | None:
     cfg, reason = run.cfg, str(error).splitlines()[0][:160] if str(error) else 'the host has no more'
     world, parts = distributed.rank_and_world()[1], 2 * cfg.TRAIN.ACCUMULATE
     advice = f'a smaller TRAIN.BATCH_SIZE than {cfg.TRAIN.BATCH_SIZE} in a new run'
-    if not cfg.TRAIN.CHECKPOINT:
+    if not (cfg.TRAIN.CHECKPOINT or cfg.TRAIN.COMPILE):
         advice = 'TRAIN.CHECKPOINT true, which keeps a sixth of the activations and changes no result'
     elif cfg.TRAIN.BATCH_SIZE % (world * parts) == 0:
         advice = f'TRAIN.ACCUMULATE {parts}, which needs half the activation memory'

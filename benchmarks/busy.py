@@ -80,7 +80,7 @@ def training_step(opts: list[str]) -> Callable[[], object]:
         dense=torch.rand(batch, 3, size, size),
     )
     image = 255 * torch.rand(batch, 3, size, size)
-    return lambda: trainer.step([(image, target)], count=1, rate=0.0)
+    return lambda: trainer.step([(image, target)], number=0, count=1, rate=0.0)
 
 
 def measure(step: Callable[[], object], steps: int) -> Times:

@@ -573,7 +573,7 @@ def waiting(setting: Setting) -> Table:
         samples = next(batches)
         waited += time.perf_counter() - asked
         batch = make_batch(samples)
-        trainer.step([(batch.image, batch.target)], count=1, rate=cfg.TRAIN.LR)
+        trainer.step([(batch.image, batch.target)], number=steps, count=1, rate=cfg.TRAIN.LR)
         steps += 1
     share = 100 * waited / (time.perf_counter() - begin)
     return Table(

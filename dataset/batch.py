@@ -45,12 +45,14 @@ def build_batch_maker(cfg: CfgNode, hands: HandPair, *, for_losses: bool = False
     """Build the batch maker that ``cfg`` describes. Raises UserError if DATASET.COLOURS cannot be read.
 
     for_losses: segmentation and dense maps at the size of the dense heads' outputs, to which the criterion would resize
-    them, instead of the image's.
+    them, instead of the image's; and dense maps to be rendered, if they are learned.
     """
     renderer = None
     if cfg.DATASET.TARGETS == 'render':
-        colours = load_colours(cfg.DATASET.COLOURS) if cfg.DATASET.COLOURS else canonical_colours(hands)
-        renderer = TargetRenderer(hands, colours if learns_dense(cfg) else None)
+        colours = None
+        if for_losses and learns_dense(cfg):  # nothing else reads dense maps
+            colours = load_colours(cfg.DATASET.COLOURS) if cfg.DATASET.COLOURS else canonical_colours(hands)
+        renderer = TargetRenderer(hands, colours)
     return BatchMaker(
         hands,
         image_size=cfg.MODEL.IMAGE_SIZE,

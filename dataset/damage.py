@@ -102,11 +102,24 @@ def refuse_damage(found: Sequence[Damage], *, most: int, samples: int, folder: P
     """Raises TooMuchDamageError, with the first sample, if more than ``most`` of ``samples`` are damaged."""
     if len(found) > most:
         at_least = 'At least ' if samples > len(found) else ''
+        roots = set_folders_of(folder)
+        root = next((root for root in roots if found[0].file.startswith(root)), roots[0])
         raise TooMuchDamageError(
             f'{at_least}{len(found):,} of {samples:,} samples of {folder} are damaged, but DATASET.TOLERATED_DAMAGE '
             f'allows {most:,}. The first: {found[0].detail} Restore them or raise DATASET.TOLERATED_DAMAGE; python '
-            f'dataset/verify.py --path {folder.parent} --split {folder.name} lists them all.'
+            f'dataset/verify.py --path {root} --split {folder.name} lists them all{" of that set" * (len(roots) > 1)}.'
         )
+
+
+def joint_folder(roots: Sequence[str], split: str) -> Path:
+    """What stands for the folder of a split of several sets, {A,B}/SPLIT; not a place on the disk."""
+    return Path(f'{{{",".join(roots)}}}') / split
+
+
+def set_folders_of(folder: Path) -> list[str]:
+    """Inverse of ``joint_folder``; of a split of a single set, the set's folder."""
+    roots = str(folder.parent)
+    return roots[1:-1].split(',') if roots.startswith('{') and roots.endswith('}') else [roots]
 
 
 class Split(Protocol):

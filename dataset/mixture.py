@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from dataset.damage import joint_folder
 from dataset.hand_model_record import check_hand_model_record
 from dataset.prepared import PreparedSplit
 from manopth import HandPair
 from utils.errors import UserError
+from utils.seeds import seed_of
 
 
 def set_folders(path: str | list[str]) -> list[str]:
@@ -51,7 +53,7 @@ class MixedSplit(PreparedSplit):
         self.parts = parts
         self.ends = list(accumulate(len(part) for part in parts))
         roots, split = [str(part.folder.parent) for part in parts], parts[0].folder.name
-        super().__init__(Path(f'{{{",".join(roots)}}}') / split, self.ends[-1], **options)
+        super().__init__(joint_folder(roots, split), self.ends[-1], **options)
 
     def name(self, index: int) -> str:
         part, own = self._find(index)
@@ -120,7 +122,7 @@ class WeightedOrder:
             for place, count in enumerate(self.counts)
             for draw in self._of_set(place, begin=epoch * count, end=(epoch + 1) * count)
         ]
-        order = torch.randperm(len(draws), generator=_generator(self.seed, epoch)).tolist()
+        order = torch.randperm(len(draws), generator=torch.Generator().manual_seed(seed_of(self.seed, epoch))).tolist()
         return [draws[position] for position in order]
 
     def _of_set(self, place: int, *, begin: int, end: int) -> list[tuple[int, int]]:
@@ -128,16 +130,11 @@ class WeightedOrder:
         length, start = self.lengths[place], self.starts[place]
         draws: list[tuple[int, int]] = []
         for number in range(begin // length, -(-end // length)):
-            order = torch.randperm(length, generator=_generator(self.seed, number, place + 1)).tolist()
+            generator = torch.Generator().manual_seed(seed_of(self.seed, number, place + 1))
+            order = torch.randperm(length, generator=generator).tolist()
             first, last = (min(max(edge - number * length, 0), length) for edge in (begin, end))
             draws += [(start + own, number) for own in order[first:last]]
         return draws
-
-
-def _generator(*key: int) -> torch.Generator:
-    """Seeded by all numbers of ``key``: sums of multiples would meet each other."""
-    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(seed) >> 1)
 
 
 def _apportion(total: int, weights: list[float]) -> list[int]:

@@ -59,11 +59,14 @@ def mean_joint_error(samples: Samples) -> dict[str, float]:
 def intervals(samples: Samples, keys: list[str], *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Any]:
     """95 % percentile bootstrap intervals of the means over frames, [low, high] each.
 
-    keys: columns (N,) or (N, 2). Frames of one recording are alike, so the intervals are too narrow for a claim about
-    other recordings.
+    keys: columns (N,) or (N, 2). That of the joint error is of ``mean_joint_error``. Frames of one recording are alike,
+    so the intervals are too narrow for a claim about other recordings.
     """
-    columns = {key: samples[key].reshape(len(samples[key]), -1) for key in keys}
-    values = torch.cat(list(columns.values()), 1).double()
+    columns = {key: samples[key] for key in keys}
+    if 'joint_mm' in keys and samples['joints_mm'].isnan().any():
+        columns['joint_mm'] = samples['joints_mm']  # (N, 2, 21)
+    values = torch.cat([column.flatten(1) if column.ndim > 1 else column[:, None] for column in columns.values()], 1)
+    values = values.double()
     known = values.isfinite()
     table = torch.cat([values.nan_to_num(0), known.double()], 1)
     generator = torch.Generator().manual_seed(seed)
@@ -76,12 +79,14 @@ def intervals(samples: Samples, keys: list[str], *, resamples: int = RESAMPLES, 
     )
     means = sums[:, : values.shape[1]] / sums[:, values.shape[1] :]
     result: dict[str, Any] = {}
-    for key, part in zip(columns, means.split([column.shape[1] for column in columns.values()], 1)):
-        if samples[key].ndim == 1:
+    sizes = [math.prod(column.shape[1:]) for column in columns.values()]
+    for (key, column), part in zip(columns.items(), means.split(sizes, 1)):
+        if column.ndim == 1:
             result[key] = _central(part[:, 0])
         else:
-            means_of_hands = (part[:, 0], part[:, 1], part.nanmean(1))
-            result[key] = {side: _central(column) for side, column in zip((*SIDES, 'all'), means_of_hands)}
+            hands = part if column.ndim == 2 else part.unflatten(1, column.shape[1:]).nanmean(2)
+            means_of_hands = (hands[:, 0], hands[:, 1], hands.nanmean(1))
+            result[key] = {side: _central(values) for side, values in zip((*SIDES, 'all'), means_of_hands)}
     return result | {'resamples': resamples, 'level': 0.95}
 
 

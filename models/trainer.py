@@ -19,16 +19,19 @@ from models.criterion import objective
 from models.initial_weights import InitialWeights, check_not_own_output, load_initial_weights, needs_imagenet
 from models.predictions import Target
 from utils import distributed
+from utils.seeds import seed_of
 from utils.training import autocast, build_optimizer, compiled, set_float32_precision, set_learning_rate
 
 
 class NonFiniteLossError(Exception):
-    """The loss is NaN or infinite; the weights are untouched. ``terms`` is the whole batch's, ``here`` is True on the
-    processes whose samples caused it."""
+    """The loss, or a gradient of a finite loss, is NaN or infinite; the weights are untouched.
 
-    def __init__(self, terms: dict[str, float], *, here: bool):
-        super().__init__(terms)
-        self.terms, self.here = terms, here
+    what: 'loss' or 'gradient'. terms: those of the whole batch. here: whether samples of this process may be the cause.
+    """
+
+    def __init__(self, what: str, terms: dict[str, float], *, here: bool):
+        super().__init__(what, terms)
+        self.what, self.terms, self.here = what, terms, here
 
 
 class Update(NamedTuple):
@@ -105,19 +108,21 @@ class Trainer:
         self,
         batches: Iterable[tuple[Tensor, Target]],
         *,
+        number: int,
         count: int,
         rate: float,
         asked_to_stop: Callable[[], bool] = lambda: False,
     ) -> Update:
         """One update from a batch that arrives in ``count`` equal parts.
 
-        batches: (image (B, 3, s, s) BGR in [0, 255], target) of each part, one at a time. rate: learning rate.
-        asked_to_stop: of this process; all processes learn each other's answer with the loss terms. Raises
-        NonFiniteLossError, on every process alike, before the weights change.
+        batches: (image (B, 3, s, s) BGR in [0, 255], target) of each part, one at a time. number: finished steps of the
+        run, from which follows what layers draw (stochastic depth), so that a resumed run draws the same. rate:
+        learning rate. asked_to_stop: of this process; all processes learn each other's answer with the loss terms.
+        Raises NonFiniteLossError, on every process alike, before the weights change.
         """
         torch._foreach_copy_(self.statistics_before, self.statistics)
         try:
-            update = self.gradients(batches, count=count, rate=rate, asked_to_stop=asked_to_stop)
+            update = self.gradients(batches, number=number, count=count, rate=rate, asked_to_stop=asked_to_stop)
         except Exception:
             torch._foreach_copy_(self.statistics, self.statistics_before)
             raise
@@ -129,24 +134,34 @@ class Trainer:
         return update
 
     def gradients(
-        self, batches: Iterable[tuple[Tensor, Target]], *, count: int, rate: float, asked_to_stop: Callable[[], bool]
+        self,
+        batches: Iterable[tuple[Tensor, Target]],
+        *,
+        number: int,
+        count: int,
+        rate: float,
+        asked_to_stop: Callable[[], bool],
     ) -> Update:
         """The first half of ``step``: everything that can fail, without a change of weights."""
         set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
-        parts = [
-            self.accumulate(image, target, share=1 / count, last=number == count)
-            for number, (image, target) in enumerate(batches, 1)
-        ]
+        parts, rank = [], distributed.rank_and_world()[0]
+        for part, (image, target) in enumerate(batches, 1):
+            torch.manual_seed(seed_of(self.cfg.SEED, number, part, rank))
+            parts.append(self.accumulate(image, target, share=1 / count, last=part == count))
         mine = torch.stack([torch.stack(list(terms.values())) for terms in parts]).mean(0)
         # The device is waited for once a step. All processes see the same numbers, so all of them go on or none.
-        answer = mine.new_tensor([float(asked_to_stop())])
-        *values, stop = distributed.mean_over_processes(torch.cat([mine, answer])).tolist()
+        gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        answer = torch.stack([norm, norm.new_tensor(float(asked_to_stop()))])
+        *values, largest, stop = distributed.mean_over_processes(torch.cat([mine, answer])).tolist()
         terms = dict(zip(parts[0], values))
         if not math.isfinite(sum(values)):
-            raise NonFiniteLossError(terms, here=not bool(mine.isfinite().all()))
+            raise NonFiniteLossError('loss', terms, here=not bool(mine.isfinite().all()))
+        if not math.isfinite(largest):
+            raise NonFiniteLossError('gradient', terms, here=True)
         if self.cfg.TRAIN.CLIP_NORM > 0:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.TRAIN.CLIP_NORM)
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.cfg.TRAIN.CLIP_NORM, norm)
         return Update(terms, stop > 0)
 
     def accumulate(self, image: Tensor, target: Target, *, share: float = 1.0, last: bool = True) -> dict[str, Tensor]:

@@ -279,8 +279,8 @@ def test_a_network_with_everything_trains(some_absent, standin):
     trainer = Trainer(cfg, standin, torch.device('cpu'))
     trainer.train()
     batch = build_batch_maker(cfg, standin)(InterHandDataset(some_absent, 'train').__getitems__(range(4)))
-    first = trainer.step([(batch.image, batch.target)], count=1, rate=5e-3).terms
+    first = trainer.step([(batch.image, batch.target)], number=0, count=1, rate=5e-3).terms
     for _ in range(40):
-        last = trainer.step([(batch.image, batch.target)], count=1, rate=5e-3).terms
+        last = trainer.step([(batch.image, batch.target)], number=0, count=1, rate=5e-3).terms
     assert {'presence', 'visibility_left', 'deviation_right'} <= set(first)
     assert last['presence'] < 0.8 * first['presence'] and last['visibility_left'] < first['visibility_left']

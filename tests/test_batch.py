@@ -17,6 +17,8 @@ from dataset.prepared import InterHandDataset
 from dataset.targets import TargetRenderer, classify_mask
 from dataset.vertex_colours import canonical_colours
 from models import build_criterion, dense_size
+from utils.config import load_config
+from utils.errors import UserError
 from utils.geometry import from_uv, project
 from utils.hand import LEFT, NUM_FACES, RIGHT
 from utils.rasterizer import interpolate
@@ -560,3 +562,10 @@ def test_rendering_needs_no_masks_or_dense_maps(tiny_prepared, samples, standin,
         assert torch.equal(a, b)
     no_colour = BatchMaker(standin, renderer=TargetRenderer(standin))(few).target
     assert no_colour.dense is None
+
+
+def test_colours_are_read_where_dense_maps_are_learned(standin):
+    cfg = load_config(None, ['DATASET.TARGETS', 'render', 'DATASET.COLOURS', 'nowhere/v_color.pkl'])
+    assert build_batch_maker(cfg, standin).renderer is not None
+    with pytest.raises(UserError, match='nowhere/v_color.pkl'):
+        build_batch_maker(cfg, standin, for_losses=True)

@@ -9,6 +9,7 @@ import train
 from dataset.prepared import InterHandDataset
 from inference.detector import MODEL
 from models import build_criterion, build_model
+from models.checkpoint import to_plain
 from models.hands import load_hands
 from utils.config import (
     CHECKOUT,
@@ -500,3 +501,17 @@ def test_a_user_who_types_an_old_key_learns_its_new_name(old):
     assert RENAMED[old] in flatten(default_config()) and old not in flatten(default_config())
     with pytest.raises(UserError, match=f'{old} is now called {RENAMED[old]}'):
         load_config(None, [old, '1'])
+
+
+def test_weights_of_a_checkpoints_data_sets_do_not_bind_other_data():
+    trained = to_plain(load_config(None, ['DATASET.PATH', '[a, b]', 'DATASET.WEIGHTS', '[3, 1]']))
+    assert load_config(None, ['DATASET.PATH', 'c'], base=trained).DATASET.WEIGHTS == []
+    assert load_config(None, ['DATASET.PATH', '[c, d]'], base=trained).DATASET.WEIGHTS == [3, 1]
+    with pytest.raises(UserError, match=r'DATASET\.WEIGHTS has 3 entries for 1 sets'):
+        load_config(None, ['DATASET.PATH', 'c', 'DATASET.WEIGHTS', '[1, 1, 1]'], base=trained)
+
+
+@pytest.mark.parametrize('key', ['TRAIN.CHECKPOINT', 'TRAIN.RECOMPUTE_NORMS'])
+def test_a_compiled_network_recomputes_as_it_likes(key):
+    with pytest.raises(UserError, match=rf'TRAIN\.COMPILE and {key} exclude each other'):
+        load_config(None, ['TRAIN.COMPILE', 'true', key, 'true'])

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -16,7 +17,18 @@ from tiny import TRAINING
 import train
 from dataset import damage, open_split
 from dataset.augmentation import AugmentationRanges
-from dataset.damage import DamageError, DamageRecord, TooMuchDamageError, read_patiently, replacement, tolerated
+from dataset.damage import (
+    Damage,
+    DamageError,
+    DamageRecord,
+    TooMuchDamageError,
+    joint_folder,
+    read_patiently,
+    refuse_damage,
+    replacement,
+    set_folders_of,
+    tolerated,
+)
 from dataset.loader import evaluation_loader, evaluation_split, training_loader
 from dataset.prepare import pack
 from dataset.prepared import InterHandDataset
@@ -328,3 +340,11 @@ def test_training_goes_on_over_damage_and_stops_past_the_limit(tmp_path, capsys)
     weights = [torch.load(tmp_path / name / 'latest.pth', weights_only=True)['model'] for name in ('run', 'strict')]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert lines(tmp_path / 'strict', 'damage') == [line]
+
+
+def test_too_much_damage_in_one_of_several_sets_names_its_own_command():
+    folder = joint_folder(['data/real', 'data/synthetic'], 'train')
+    assert set_folders_of(folder) == ['data/real', 'data/synthetic'] and set_folders_of(Path('a/b/val')) == ['a/b']
+    damage = Damage(7, 'data/synthetic/train/img/7.jpg', 'missing file', 'data/synthetic/train/img/7.jpg is missing.')
+    with pytest.raises(TooMuchDamageError, match='--path data/synthetic --split train lists them all of that set'):
+        refuse_damage([damage], most=0, samples=9, folder=folder)

@@ -246,10 +246,10 @@ def test_training_on_two_sets_resumes_exactly_and_reports_each(sets, tmp_path, c
 
     steps, train_step = itertools.count(1), train.train_step
 
-    def third_step_fails(*args):
+    def third_step_fails(*args, **options):
         if next(steps) == 3:
             raise UserError('Enough.')
-        return train_step(*args)
+        return train_step(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, 'train_step', third_step_fails)

@@ -210,6 +210,21 @@ def test_packing_again_or_differently(tiny_prepared, spoilt, capsys):
     assert 'mask was jpeg, now bits' in capsys.readouterr().err
 
 
+def test_a_set_that_was_prepared_in_another_way_is_not_complete(tiny_prepared, spoilt, tmp_path, capsys):
+    again = tmp_path / 'again'
+    shutil.copytree(tiny_prepared, again)
+    path = again / 'test/preparation.json'
+    record = {'settings': {'vertex_colours': 'a'}, 'kept': 5, 'skipped': {}}
+    path.write_text(json.dumps(record))
+    (spoilt / 'test/preparation.json').write_text(json.dumps(record | {'kept': 4, 'skipped': {'quarantined': 1}}))
+    assert run('--data_path', again, '--save_path', spoilt, '--splits', 'test') == 0
+    path.write_text(json.dumps(record | {'settings': {'vertex_colours': 'b'}}))
+    assert run('--data_path', again, '--save_path', spoilt, '--splits', 'test') == 2
+    assert "preparation was {'vertex_colours': 'a'}, now {'vertex_colours': 'b'}" in capsys.readouterr().err
+    path.unlink()  # prepared by another tool: there is nothing to compare
+    assert run('--data_path', again, '--save_path', spoilt, '--splits', 'test') == 0
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [

@@ -61,7 +61,7 @@ def test_a_step_with_it_ends_in_the_same_bits(standin):
         trainer.train()
         image = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(3)) * 255
         for _ in range(2):
-            trainer.step([(image, made_target(3))], count=1, rate=1e-3)
+            trainer.step([(image, made_target(3))], number=0, count=1, rate=1e-3)
         blocks = (trainer.model.backbone, *trainer.model.stages)
         assert {block.recomputes for block in blocks} == {'TRAIN.CHECKPOINT' in on}
         assert trainer.model.backbone.recomputes_norms == ('TRAIN.RECOMPUTE_NORMS' in on)

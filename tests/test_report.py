@@ -334,6 +334,15 @@ def test_incomparable_runs_are_marked_and_not_ranked_together(folder, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_the_command_that_creates_a_file_repeats_the_evaluation(run, tmp_path):
+    (run / 'eval/per_sample.csv').unlink()
+    protocol = json.loads((run / 'eval/metrics.json').read_text())['protocol'] | {'name': 'acr', 'split': 'val'}
+    page = make(edit(run, data='{data/a,data/b}/val', protocol=protocol), out=tmp_path / 'page.html')
+    assert f"--data_path '[data/a, data/b]' --protocol acr --split val --out {run}/eval" in page.of_class('missing')[0]
+    page = make(edit(run, subset={'description': 'capture 3'}), out=tmp_path / 'page.html')
+    assert f'--out {run}/eval …' in page.of_class('missing')[0]
+
+
 @pytest.mark.parametrize(
     'file, sections_without', [('eval/per_sample.csv', 2), ('eval/samples.npz', 1), ('log.jsonl', 1)]
 )

@@ -10,6 +10,7 @@ from evaluation.aggregation import (
     by_joint,
     by_visibility,
     intervals,
+    mean_joint_error,
     pck,
     penetration,
     segmentation_iou,
@@ -117,10 +118,22 @@ def test_an_interval_contains_its_mean_and_narrows_with_frames():
 def test_intervals_are_reproducible_and_skip_missing_annotations():
     errors = synthetic_samples()
     assert intervals(errors, HEADLINE) == intervals(errors, HEADLINE)
-    gaps = {name: torch.cat([errors[name]] * 2) for name in HEADLINE}
+    gaps = {name: torch.cat([errors[name]] * 2) for name in (*HEADLINE, 'joints_mm')}
     gaps['root_mm'] = torch.cat([errors['root_mm'], torch.full((40,), torch.nan)])
     low, high = intervals(gaps, HEADLINE)['root_mm']
     assert low < errors['root_mm'].mean() < high
+
+
+def test_the_interval_of_the_joint_error_is_that_of_its_figure_where_joints_lack_annotation():
+    joints = 10 + torch.rand(1000, 2, 21, generator=torch.Generator().manual_seed(0))
+    joints[::5] += 20
+    joints[::5, :, 8:] = torch.nan  # of the harder frames
+    errors = {'joints_mm': joints, 'joint_mm': joints.nanmean(2)}
+    figure, found = mean_joint_error(errors), intervals(errors, ['joint_mm'])['joint_mm']
+    for side in ('left', 'right', 'all'):
+        low, high = found[side]
+        assert low < figure[side] < high < low + 0.6
+    assert errors['joint_mm'].mean() > found['all'][1]  # another estimate
 
 
 def test_the_interval_of_one_frame_has_no_width():

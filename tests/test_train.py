@@ -134,11 +134,11 @@ def run_until(monkeypatch, happens, *arguments) -> int:
     """``run``; ``happens`` is called before its third step."""
     real_step, calls = train.train_step, []
 
-    def step(*args):
+    def step(*args, **options):
         calls.append(1)
         if len(calls) == 3:
             happens()
-        return real_step(*args)
+        return real_step(*args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, 'train_step', step)
@@ -581,8 +581,8 @@ def test_moving_average_is_the_best_and_resumes_exactly(tiny_prepared, tmp_path,
     """Combined with accumulation; the test tracks the average step by step."""
     real_step, weights = train.train_step, []
 
-    def step(run, *args):
-        terms = real_step(run, *args)
+    def step(run, *args, **options):
+        terms = real_step(run, *args, **options)
         weights.append({name: value.detach().clone() for name, value in run.trainer.model.named_parameters()})
         return terms
 
@@ -615,7 +615,7 @@ def one_step(data: Path, *words: str, evaluation_mode: bool = False) -> tuple[di
     words = [*DEMO[2:], 'DATASET.PATH', str(data), 'TRAIN.WEIGHT_DECAY', '0', *words]
     training = train.build_training(train.load_config('configs/demo.yaml', words), torch.device('cpu'))
     training.trainer.model.train(not evaluation_mode)
-    terms = train.train_step(training, next(iter(training.loader)), 0.0).terms
+    terms = train.train_step(training, next(iter(training.loader)), number=0, rate=0.0).terms
     return terms, {
         name: value.grad for name, value in training.trainer.model.named_parameters() if value.grad is not None
     }

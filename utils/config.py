@@ -314,6 +314,7 @@ def load_config(
     if base is not None:
         for key, value in _leaves(base):
             _set(cfg, RENAMED.get(key, key), value, where='the checkpoint')
+    weights = cfg.DATASET.WEIGHTS
     files = [Path(file) for file in (cfg_file if isinstance(cfg_file, list) else [cfg_file]) if file is not None]
     if files:
         cfg.OUTPUT_DIR = f'./output/{"+".join(file.stem for file in files)}'
@@ -324,6 +325,8 @@ def load_config(
         raise UserError(f"Configuration on the command line must be KEY VALUE pairs; '{overrides[-1]}' has no value.")
     for key, text in zip(overrides[::2], overrides[1::2]):
         _set_from_words(cfg, key, text, where='the command line')
+    if base is not None and weights == cfg.DATASET.WEIGHTS and len(weights) != len(_paths(cfg)):
+        cfg.DATASET.WEIGHTS = []  # those of the checkpoint's data, and now there are others
     _check(cfg)
     cfg.freeze()
     return cfg
@@ -576,15 +579,24 @@ def _check(cfg: CfgNode) -> None:
             f'LOSS.STAGE_WEIGHT has {len(cfg.LOSS.STAGE_WEIGHT)} entries for {cfg.MODEL.STAGES + 1} estimates: the '
             'initial one and one per stage.'
         )
-    paths = cfg.DATASET.PATH if isinstance(cfg.DATASET.PATH, list) else [cfg.DATASET.PATH]
+    paths = _paths(cfg)
     if not paths:
         raise UserError('DATASET.PATH is an empty list; name at least one data set.')
     if cfg.DATASET.WEIGHTS and len(cfg.DATASET.WEIGHTS) != len(paths):
         raise UserError(
             f'DATASET.WEIGHTS has {len(cfg.DATASET.WEIGHTS)} entries for {len(paths)} sets in DATASET.PATH.'
         )
+    if cfg.TRAIN.COMPILE and (recomputing := [key for key in ('CHECKPOINT', 'RECOMPUTE_NORMS') if cfg.TRAIN[key]]):
+        raise UserError(
+            f'TRAIN.COMPILE and TRAIN.{recomputing[0]} exclude each other: a compiled network decides itself what to '
+            'recompute. Set one of them to false.'
+        )
     if cfg.TRAIN.INIT_WITHOUT and not cfg.TRAIN.INIT_FROM:
         raise UserError('TRAIN.INIT_WITHOUT leaves parts of a checkpoint out, but TRAIN.INIT_FROM names none.')
+
+
+def _paths(cfg: CfgNode) -> list[str]:
+    return cfg.DATASET.PATH if isinstance(cfg.DATASET.PATH, list) else [cfg.DATASET.PATH]
 
 
 def _check_text(key: str, value: str) -> None:

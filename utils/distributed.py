@@ -276,6 +276,10 @@ class _SynchronisedBatchNorm(_BatchNorm):
         world = rank_and_world()[1]
         if not self.training or world == 1:
             return super().forward(x)
+        with torch.autocast('cpu', enabled=False):
+            return self._over_all_processes(x.float(), world).to(x.dtype)
+
+    def _over_all_processes(self, x: Tensor, world: int) -> Tensor:
         others = [0, *range(2, x.ndim)]
         shape = [1, -1] + [1] * (x.ndim - 2)
         mean = _Sum.apply(x.mean(others)) / world

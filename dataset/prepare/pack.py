@@ -102,7 +102,14 @@ def pack_split(
         'dense': targets,
     }
     with growing(folder):
-        if already_complete(folder, head, recorded=lambda folder: {key: read_manifest(folder)[key] for key in head}):
+        prepared = _settings_of_preparation(source.folder)
+
+        def recorded(folder: Path) -> dict[str, Any]:
+            manifest = read_manifest(folder)
+            before = _settings_of_preparation(folder) or prepared
+            return {key: manifest[key] for key in head} | {'preparation': before if prepared else prepared}
+
+        if already_complete(folder, head | {'preparation': prepared}, recorded=recorded):
             (folder / JOURNAL).unlink(missing_ok=True)
             return
         packer = _Packer(source, masks=masks, targets=targets)
@@ -136,6 +143,12 @@ def _pack_chunks(journal: Journal, packer: _Packer, head: dict[str, Any], worker
                 journal.note({'samples': indices.stop, 'bytes': samples.tell(), 'crc32': checksum})
                 progress.update(len(chunk))
                 check_stop()
+
+
+def _settings_of_preparation(folder: Path) -> dict[str, Any] | None:
+    """How a split was prepared; None where another tool did it. Quarantine does not change it."""
+    record = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
+    return record.get('settings') if isinstance(record, dict) else None
 
 
 def _digest_of_record(source: InterHandDataset) -> str | None:

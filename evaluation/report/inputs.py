@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dataset.damage import set_folders_of
 from evaluation.confidence import JOINT_KINDS, WITHIN
+from evaluation.metrics import PROTOCOLS
 from evaluation.registry import headline
 from evaluation.report.figures import ERRORS, OPTIONAL_COLUMNS, PRESENCE_SHARES
 from evaluation.runs import Run
@@ -110,14 +112,19 @@ class Evaluated(NamedTuple):
     log: Log | None
 
     def command(self, *, evaluation: bool = True) -> str:
-        """The shell command that creates the missing files."""
+        """The shell command that creates the missing files; "…" stands for options that metrics.json does not hold."""
         if not evaluation:
             return 'python train.py'
         script = ['apps/eval_interhand.py', '--model', str(self.metrics.get('model') or 'MODEL')]
         if 'training' not in self.metrics:  # the constant-prediction baseline is not trained
             script = ['apps/eval_baseline.py', '--cfg', 'CFG']
-        data = Path(self.metrics['data']).parent
-        return shlex.join(['python', *script, '--data_path', str(data), '--out', str(self.run.path.parent)])
+        folder, protocol = Path(self.metrics['data']), self.metrics['protocol']['name']
+        roots = set_folders_of(folder)
+        data = roots[0] if len(roots) == 1 else f'[{", ".join(roots)}]'
+        options = ['--protocol', protocol] * (protocol in PROTOCOLS and protocol != 'published')
+        options += ['--split', folder.name] * (folder.name != 'test')
+        command = shlex.join(['python', *script, '--data_path', data, *options, '--out', str(self.run.path.parent)])
+        return command + ' …' * bool(self.metrics.get('subset') or protocol not in PROTOCOLS)
 
 
 def read_evaluated(runs: list[Run]) -> list[Evaluated]:
