@@ -106,10 +106,6 @@ class Setting(NamedTuple):
     compile: bool
     work: Path  # temporary folder
 
-    @property
-    def cfg(self) -> CfgNode:
-        return self.config()
-
     def config(self, *words: str) -> CfgNode:
         return load_config(self.files, ['MANO.SOURCE', 'standin', 'MODEL.PRETRAINED', 'false', *self.opts, *words])
 
@@ -184,7 +180,7 @@ def make_network(setting: Setting, *words: str) -> DIR:
 
 
 def make_images(setting: Setting, batch: int) -> Tensor:
-    size = setting.cfg.MODEL.IMAGE_SIZE
+    size = setting.config().MODEL.IMAGE_SIZE
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(setting.device)
 
 
@@ -204,8 +200,8 @@ def inference_forms(model: DIR, setting: Setting) -> dict[str, Callable[[Tensor]
             path = setting.work / kind.file
             if not path.exists():  # it serves any batch size
                 with export.exporter(name):
-                    program = program or export.trace(for_inference(model), setting.cfg.MODEL.IMAGE_SIZE)
-                    path.write_bytes(kind.convert(program, list(export.outputs_of(setting.cfg))))
+                    program = program or export.trace(for_inference(model), setting.config().MODEL.IMAGE_SIZE)
+                    path.write_bytes(kind.convert(program, list(export.outputs_of(setting.config()))))
             forms[f'last estimate, {name}'] = kind.load(path)
     return forms
 
@@ -256,11 +252,12 @@ def latency(setting: Setting) -> Table:
 
 def projection(setting: Setting) -> Table:
     """Both stages' projections with gradients, against convolving the explicit map."""
-    cfg, rows = setting.cfg, []
+    cfg, rows = setting.config(), []
     features, first = cfg.MODEL.JOINT_FEATURES, cfg.MODEL.IMAGE_SIZE // cfg.MODEL.FIRST_STRIDE
-    for stage, size in enumerate((first, 2 * first)):
+    for stage, radius in enumerate(cfg.MODEL.BONE_RADIUS[:2]):
+        size = first << stage
         torch.manual_seed(0)
-        layer = ProjectedConvolution(features, cfg.MODEL.MAP_CHANNELS, radius=cfg.MODEL.BONE_RADIUS[stage])
+        layer = ProjectedConvolution(features, cfg.MODEL.MAP_CHANNELS, radius=radius)
         layer = layer.to(setting.device)
         uv = torch.rand(setting.batch, 2, 21, 2, device=setting.device) - 0.5
         tokens = torch.randn(setting.batch, 2, 21, features, device=setting.device, requires_grad=True)
@@ -484,7 +481,7 @@ def loader(setting: Setting) -> Table:
     seconds = in_turn({form: partial(epoch, form) for form in forms}, setting.repeats, torch.device('cpu'))
     rows = []
     for title in forms:
-        count = loaders[title][1].steps * setting.cfg.TRAIN.BATCH_SIZE
+        count = loaders[title][1].steps * setting.config().TRAIN.BATCH_SIZE
         low, middle, high = (count / value for value in np.percentile(seconds[title], (75, 50, 25)))
         rows.append(Row(title, middle, 'samples/s', low, high))
     for kind in ('img', 'mask', 'dense'):
@@ -713,7 +710,7 @@ MEASUREMENTS = {
 
 
 def machine(setting: Setting) -> dict:
-    """The machine."""
+    """The machine, and the options that choose what is measured."""
     cpu = next(
         (line.split(':')[1].strip() for line in _lines('/proc/cpuinfo') if line.startswith('model name')),
         platform.processor(),
@@ -723,6 +720,7 @@ def machine(setting: Setting) -> dict:
         'device': torch.cuda.get_device_name() if cuda else cpu,
         'cpu': cpu,
         'cores': usable_cores(),
+        'options': ' '.join(setting.words()),
         'threads': torch.get_num_threads(),
         'load': os.getloadavg()[0],
         'python': platform.python_version(),

@@ -45,7 +45,7 @@ def build_batch_maker(cfg: CfgNode, hands: HandPair, *, for_losses: bool = False
     """Build the batch maker that ``cfg`` describes. Raises UserError if DATASET.COLOURS cannot be read.
 
     for_losses: segmentation and dense maps at the size of the dense heads' outputs, to which the criterion would resize
-    them, instead of the image's; and dense maps to be rendered, if they are learned.
+    them, instead of the image's; also renders dense maps, if the network learns them.
     """
     renderer = None
     if cfg.DATASET.TARGETS == 'render':

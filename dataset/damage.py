@@ -103,11 +103,12 @@ def refuse_damage(found: Sequence[Damage], *, most: int, samples: int, folder: P
     if len(found) > most:
         at_least = 'At least ' if samples > len(found) else ''
         roots = set_folders_of(folder)
-        root = next((root for root in roots if found[0].file.startswith(root)), roots[0])
+        own = (root for root in roots if Path(found[0].file).is_relative_to(Path(root) / folder.name))
+        root = next(own, roots[0])
         raise TooMuchDamageError(
             f'{at_least}{len(found):,} of {samples:,} samples of {folder} are damaged, but DATASET.TOLERATED_DAMAGE '
             f'allows {most:,}. The first: {found[0].detail} Restore them or raise DATASET.TOLERATED_DAMAGE; python '
-            f'dataset/verify.py --path {root} --split {folder.name} lists them all{" of that set" * (len(roots) > 1)}.'
+            f'dataset/verify.py --path {root} --split {folder.name} lists all{" of that set" * (len(roots) > 1)}.'
         )
 
 

@@ -23,7 +23,10 @@ class BoxesFile:
         self.path, table = path, read_json(path)
         if not isinstance(table, dict):
             raise UserError(f'{printable(path)} must hold {{"image.jpg": [x, y, width, height], ...}}.')
-        self.table = {_composed(Path(name)): boxes for name, boxes in table.items()}
+        try:
+            self.table = {_composed(Path(name)): boxes for name, boxes in table.items()}
+        except UnicodeEncodeError:  # half of a surrogate pair
+            raise UserError(f'{printable(path)} lists a name that no file can have. Remove it.') from None
         if len(self.table) < len(table):
             raise UserError(f'{printable(path)} lists a name twice, spelled differently. Remove one of them.')
 

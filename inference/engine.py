@@ -87,17 +87,18 @@ def _describes(record: Any, checkpoint: str | Path, cfg: CfgNode, hand_model: st
 
 
 def exported_from(weights_sha256: str, cfg: CfgNode, hand_model: str) -> dict[str, Any]:
-    """What export.json records of the network, as JSON; a graph serves for no other."""
+    """What export.json records of the network, as JSON; a graph is valid for this network only."""
     origin = {'version': EXPORT_VERSION, 'weights_sha256': weights_sha256, 'hand_model': hand_model}
     return origin | json.loads(json.dumps(description(cfg)))
 
 
 def files_of_earlier_export(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """The files that export.json at ``path`` lists, if it is that of the same network; {} otherwise."""
+    """The files that export.json at ``path`` lists and that exist, if it is that of the same network; {} otherwise."""
     try:
         record = read_json(path) if path.exists() else {}
-        return dict(record['files']) if _agrees(record, expected) else {}
-    except (UserError, LookupError, TypeError, ValueError):
+        files = record['files'] if _agrees(record, expected) else {}
+        return {name: entry for name, entry in files.items() if (path.parent / name).exists()}
+    except (UserError, LookupError, TypeError, AttributeError):
         return {}
 
 

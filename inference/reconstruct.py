@@ -117,9 +117,10 @@ def check_box(box: Sequence[float], width: int, height: int) -> np.ndarray:
     """(4,) x, y, width, height. Raises UserError unless the box overlaps a width x height image."""
     try:
         numbers = np.asarray(box)
-    except ValueError:
+        numbers = numbers.astype(np.float64) if numbers.dtype.kind in 'iuf' else np.empty(0)
+    except (TypeError, ValueError):
         numbers = np.empty(0)
-    if numbers.shape != (4,) or numbers.dtype.kind not in 'iuf' or not (np.abs(numbers) < LARGEST_BOX).all():
+    if numbers.shape != (4,) or not (np.abs(numbers) < LARGEST_BOX).all():
         raise UserError(f'A box must be four numbers, x y width height in pixels, not {box!r}.')
     left, top, across, down = numbers
     if min(across, down) < SMALLEST_SIDE:
@@ -132,7 +133,7 @@ def check_box(box: Sequence[float], width: int, height: int) -> np.ndarray:
             f'The box {_words(numbers)} (x y width height) lies outside of the image, which is {width} x '
             f'{height} pixels.'
         )
-    return numbers.astype(np.float64)
+    return numbers
 
 
 def _words(numbers: np.ndarray) -> str:
@@ -275,7 +276,7 @@ def placed_in_image(output: DIROutput, crops: Sequence[Crop]) -> Reconstruction:
 
 
 def with_present(hands: Reconstruction, present: Tensor) -> Reconstruction:
-    """The same prediction with other hands taken to be in the image, (N, 2) bool: placed, and measured, by these."""
+    """The same prediction, placed and measured by another choice of present hands, (N, 2) bool."""
     counted, to_crop = counted_hands(present), hands.to_crop
     relative = hands.joints - hands.roots[:, :, None]
     placement = place_hands(

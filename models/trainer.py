@@ -116,7 +116,7 @@ class Trainer:
         """One update from a batch that arrives in ``count`` equal parts.
 
         batches: (image (B, 3, s, s) BGR in [0, 255], target) of each part, one at a time. number: finished steps of the
-        run, from which follows what layers draw (stochastic depth), so that a resumed run draws the same. rate:
+        run; seeds what layers draw (stochastic depth), so that a resumed run draws the same. rate:
         learning rate. asked_to_stop: of this process; all processes learn each other's answer with the loss terms.
         Raises NonFiniteLossError, on every process alike, before the weights change.
         """
@@ -153,12 +153,12 @@ class Trainer:
         # The device is waited for once a step. All processes see the same numbers, so all of them go on or none.
         gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        answer = torch.stack([norm, norm.new_tensor(float(asked_to_stop()))])
-        *values, largest, stop = distributed.mean_over_processes(torch.cat([mine, answer])).tolist()
+        norm_and_stop = torch.stack([norm, norm.new_tensor(float(asked_to_stop()))])  # the norm is the same everywhere
+        *values, size, stop = distributed.mean_over_processes(torch.cat([mine, norm_and_stop])).tolist()
         terms = dict(zip(parts[0], values))
         if not math.isfinite(sum(values)):
             raise NonFiniteLossError('loss', terms, here=not bool(mine.isfinite().all()))
-        if not math.isfinite(largest):
+        if not math.isfinite(size):
             raise NonFiniteLossError('gradient', terms, here=True)
         if self.cfg.TRAIN.CLIP_NORM > 0:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.cfg.TRAIN.CLIP_NORM, norm)

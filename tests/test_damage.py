@@ -346,5 +346,8 @@ def test_too_much_damage_in_one_of_several_sets_names_its_own_command():
     folder = joint_folder(['data/real', 'data/synthetic'], 'train')
     assert set_folders_of(folder) == ['data/real', 'data/synthetic'] and set_folders_of(Path('a/b/val')) == ['a/b']
     damage = Damage(7, 'data/synthetic/train/img/7.jpg', 'missing file', 'data/synthetic/train/img/7.jpg is missing.')
-    with pytest.raises(TooMuchDamageError, match='--path data/synthetic --split train lists them all of that set'):
+    with pytest.raises(TooMuchDamageError, match='--path data/synthetic --split train lists all of that set'):
         refuse_damage([damage], most=0, samples=9, folder=folder)
+    damage = damage._replace(file='data/real2/train/img/7.jpg')  # begins as another set's
+    with pytest.raises(TooMuchDamageError, match='--path data/real2 --split'):
+        refuse_damage([damage], most=0, samples=9, folder=joint_folder(['data/real', 'data/real2'], 'train'))

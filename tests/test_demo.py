@@ -141,6 +141,9 @@ def test_a_file_of_boxes_lists_one_or_several_for_an_image(run, images, tmp_path
     boxes.write_text(json.dumps({'a.jpg': [str(number) for number in one]}))
     assert run(images / 'a.jpg', '--boxes', boxes) == 1
     assert 'must be four numbers' in outcome(tmp_path)['failed'][0]['reason']
+    boxes.write_text('{"\\ud800.jpg": [1, 2, 30, 40]}')
+    assert run(images / 'a.jpg', '--boxes', boxes) == 2
+    assert 'a name that no file can have' in capsys.readouterr().err
     boxes.write_text('[1, 2]')
     assert run(images / 'a.jpg', '--boxes', boxes) == 2
     assert 'must hold' in capsys.readouterr().err

@@ -121,6 +121,9 @@ def test_another_export_of_the_same_network_keeps_the_first_ones_graph(checkpoin
     (folder / EXPORT_RECORD).write_text('{"files": ')
     assert files_of_earlier_export(folder / EXPORT_RECORD, about) == {}
     assert files_of_earlier_export(folder / 'none.json', about) == {}
+    write_json(folder / EXPORT_RECORD, {**about, 'files': kept})
+    (folder / 'dir.onnx').unlink()
+    assert files_of_earlier_export(folder / EXPORT_RECORD, about) == {}
 
 
 @pytest.mark.parametrize(

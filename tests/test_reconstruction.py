@@ -156,6 +156,13 @@ def test_a_picture_moved_with_its_box_gives_the_same_hands_moved(reconstruct):
 # Crops
 
 
+@pytest.mark.parametrize('dtype', [np.uint8, np.int16, np.float32])
+def test_a_box_may_be_an_array_of_any_numbers(dtype):
+    image = np.zeros((256, 256, 3), np.uint8)
+    expected = cut_crop(image, (156, 0, 100, 100)).matrix
+    assert np.array_equal(cut_crop(image, np.array([156, 0, 100, 100], dtype)).matrix, expected)
+
+
 def test_a_crop_shows_its_box_in_the_middle_and_black_outside():
     image = np.full((100, 200, 3), 200, np.uint8)
     crop = cut_crop(image, (150, 20, 100, 60))  # a quarter of it hangs over the right edge

@@ -339,8 +339,9 @@ def test_the_command_that_creates_a_file_repeats_the_evaluation(run, tmp_path):
     protocol = json.loads((run / 'eval/metrics.json').read_text())['protocol'] | {'name': 'acr', 'split': 'val'}
     page = make(edit(run, data='{data/a,data/b}/val', protocol=protocol), out=tmp_path / 'page.html')
     assert f"--data_path '[data/a, data/b]' --protocol acr --split val --out {run}/eval" in page.of_class('missing')[0]
-    page = make(edit(run, subset={'description': 'capture 3'}), out=tmp_path / 'page.html')
-    assert f'--out {run}/eval …' in page.of_class('missing')[0]
+    for more in ({'subset': {'description': 'capture 3'}}, {'protocol': protocol | {'name': 'internet'}}):
+        page = make(edit(run, **more), out=tmp_path / 'page.html')
+        assert f'--out {run}/eval …' in page.of_class('missing')[0]
 
 
 @pytest.mark.parametrize(

@@ -588,8 +588,8 @@ def _check(cfg: CfgNode) -> None:
         )
     if cfg.TRAIN.COMPILE and (recomputing := [key for key in ('CHECKPOINT', 'RECOMPUTE_NORMS') if cfg.TRAIN[key]]):
         raise UserError(
-            f'TRAIN.COMPILE and TRAIN.{recomputing[0]} exclude each other: a compiled network decides itself what to '
-            'recompute. Set one of them to false.'
+            f'TRAIN.COMPILE cannot be combined with TRAIN.{recomputing[0]}: the compiler chooses what to recompute. '
+            'Set one of them to false.'
         )
     if cfg.TRAIN.INIT_WITHOUT and not cfg.TRAIN.INIT_FROM:
         raise UserError('TRAIN.INIT_WITHOUT leaves parts of a checkpoint out, but TRAIN.INIT_FROM names none.')

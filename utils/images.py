@@ -122,8 +122,11 @@ def exif_orientation(content: bytes) -> int:
 
 
 def _metadata(content: bytes) -> Image.Exif:
-    """EXIF of an image file. Pillow reads only the header of a JPEG, in which it finds a single pixel: it would refuse
-    the size of images that OpenCV decodes."""
+    """EXIF of an image file.
+
+    Pillow refuses images as large as some that OpenCV decodes. It needs only a JPEG's header, so it gets that alone,
+    with the size set to 1 x 1.
+    """
     if content[:2] == _JPEG:
         header = bytearray()
         for segment in _segments(content):

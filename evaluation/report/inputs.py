@@ -124,7 +124,10 @@ class Evaluated(NamedTuple):
         options = ['--protocol', protocol] * (protocol in PROTOCOLS and protocol != 'published')
         options += ['--split', folder.name] * (folder.name != 'test')
         command = shlex.join(['python', *script, '--data_path', data, *options, '--out', str(self.run.path.parent)])
-        return command + ' …' * bool(self.metrics.get('subset') or protocol not in PROTOCOLS)
+        complete = (
+            protocol in PROTOCOLS and PROTOCOLS[protocol].joints == 'regressed' and not self.metrics.get('subset')
+        )
+        return command if complete else f'{command} …'
 
 
 def read_evaluated(runs: list[Run]) -> list[Evaluated]:

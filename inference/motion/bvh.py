@@ -60,8 +60,8 @@ def write_bvh(
             angles = np.unwrap(np.concatenate([before, angles]), axis=0, period=360)[len(before) :]
             before = angles[-1:]
             wrists = track.wrists[block] * UPRIGHT * UNITS_PER_M
-            for values, times in zip(np.concatenate([wrists, angles], 1).tolist(), repeats[block].tolist()):
-                file.write((line % tuple(values)).encode() * times)
+            for values, count in zip(np.concatenate([wrists, angles], 1).tolist(), repeats[block].tolist()):
+                file.write((line % tuple(values)).encode() * count)
 
 
 def euler_zxy(rotations: np.ndarray) -> np.ndarray:
