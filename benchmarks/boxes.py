@@ -10,6 +10,7 @@ the wrist; pixels are those of the 256 crop. Crops show black beyond the prepare
 
 import argparse
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,11 +50,15 @@ class Truth(NamedTuple):
 
 
 def read_truth(data: str, split: str, samples: int, layer: TwoHandLayer) -> Truth:
-    """The first samples of a prepared split. Raises UserError if it has fewer."""
+    """The first samples of both hands of a prepared split. Raises UserError if it has fewer."""
     dataset = open_split(data, split, with_mask=False, with_dense=False)
-    if len(dataset) < samples:
-        raise UserError(f'{data}/{split} has {len(dataset)} samples; pass --samples {len(dataset)} or fewer.')
-    batch = dataset.__getitems__(list(range(samples)))
+    both = (index for index in range(len(dataset)) if dataset.complete_labels(index)['present'].all())
+    chosen = list(islice(both, samples))
+    if len(chosen) < samples:
+        raise UserError(
+            f'{data}/{split} has {len(chosen)} samples of both hands; pass --samples {len(chosen)} or fewer.'
+        )
+    batch = dataset.__getitems__(chosen)
     hands = camera_hands(layer, batch)
     pixels = project(hands.vertices, batch.intrinsics[:, None]).flatten(1, 2)
     low, high = pixels.amin(1), pixels.amax(1)

@@ -11,6 +11,7 @@ interval is Student's over the seeds. Runs are in FOLDER/NAME-SEED; a rerun cont
 """
 
 import argparse
+import json
 import math
 import os
 import statistics
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import utils  # noqa: F401  # before PyTorch, see there
-from utils.config import load_config
+from utils.config import flatten, load_config
 from utils.errors import UserError, user_facing
 from utils.files import read_json, write_atomically, write_json
 from utils.ownership import owned
@@ -58,8 +59,16 @@ def recipes() -> dict[str, list[Path]]:
 
 
 def train(folder: Path, files: list[Path], keys: list[str]) -> None:
-    """Run train.py to its end, continuing where it stopped, and write RESULT. Raises UserError if it fails."""
+    """Run train.py to its end, continuing where it stopped, and write RESULT.
+
+    Raises UserError if it fails, or if the folder holds the result of another configuration.
+    """
+    configuration = json.loads(json.dumps(flatten(load_config([*files], keys))))
     if (folder / RESULT).exists():
+        if read_json(folder / RESULT).get('configuration') != configuration:
+            raise UserError(
+                f'{folder} holds a run with another configuration or data. Choose another --out or remove it.'
+            )
         return
     command = [sys.executable, ROOT / 'train.py', '--resume', 'auto']
     command += [word for path in files for word in ('--cfg', path)]
@@ -74,7 +83,7 @@ def train(folder: Path, files: list[Path], keys: list[str]) -> None:
             start_new_session=True,
         )
     if code == 0:
-        write_json(folder / RESULT, result(folder))
+        write_json(folder / RESULT, result(folder) | {'configuration': configuration})
     elif requested_stop() is None:
         raise UserError(f'{folder.name} failed (exit code {code}); see {folder / "console.txt"}.')
 

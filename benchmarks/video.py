@@ -74,7 +74,10 @@ def read_clips(data: str, split: str, every: int) -> Iterator[Clip]:
                 'clips with dataset/synthesize.py --clip 60.'
             )
         camera = raw.camera(capture, shots[0].camera)
-        world = np.stack([raw.joints(capture, shot.frame_idx)[0] for shot in shots])
+        joints = [raw.joints(capture, shot.frame_idx) for shot in shots]
+        if not all(valid.all() for _, valid in joints):
+            raise UserError(f'{name} of {data}/{split} lacks joints: generate clips of both hands throughout.')
+        world = np.stack([points for points, _ in joints])
         yield Clip(
             name,
             [Frame(read_image(raw.image_path(shot)), (shot.frame_idx - start) / CLIP_RATE) for shot in shots],

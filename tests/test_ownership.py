@@ -109,3 +109,48 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
     with owned(tmp_path / 'run'):
         pass
     assert 'has no locks (No locks available)' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('number', [errno.EIO, errno.EBADF])
+def test_an_error_of_the_disk_is_no_owner(tmp_path, monkeypatch, number):
+    def refuse(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, 'lockf', refuse)
+    with pytest.raises(OSError, match=os.strerror(number)), owned(tmp_path / 'run', wait_s=60):
+        pass
+
+
+def test_an_owner_whose_name_cannot_be_read_is_waited_for(tmp_path, monkeypatch, capsys):
+    """As over SMB, where a locked file cannot be read."""
+    real, tries = fcntl.lockf, []
+
+    def lockf(descriptor, how):
+        tries.append(how)
+        if len(tries) < 3:
+            raise OSError(errno.EACCES, 'Permission denied')
+        real(descriptor, how)
+
+    def pread(*args):
+        raise PermissionError(errno.EACCES, 'Permission denied')
+
+    monkeypatch.setattr(fcntl, 'lockf', lockf)
+    monkeypatch.setattr(os, 'pread', pread)
+    with owned(tmp_path / 'run', wait_s=60):
+        assert len(tries) == 3
+    assert 'in use by another process' in capsys.readouterr().err
+
+
+def test_a_lock_file_of_another_user_is_named(tmp_path, monkeypatch):
+    path = lock_path(tmp_path / 'run')
+    path.touch()
+    real = os.open
+
+    def refuse(name, *args, **options):
+        if Path(name) == path:
+            raise PermissionError(errno.EACCES, 'Permission denied')
+        return real(name, *args, **options)
+
+    monkeypatch.setattr(os, 'open', refuse)
+    with pytest.raises(UserError, match=rf'lock file of another user, {path}'), owned(tmp_path / 'run'):
+        pass

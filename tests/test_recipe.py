@@ -62,6 +62,8 @@ def test_recipes_are_trained_compared_and_not_trained_twice(tmp_path, capsys):
     assert len(finished) == 4
     assert recipe.main(command) == 0
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert recipe.main([*command, 'TRAIN.LR', '1e-4']) == 2
+    assert 'holds a run with another configuration or data' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

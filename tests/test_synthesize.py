@@ -14,7 +14,7 @@ from dataset import interhand
 from dataset.hand_model_record import check_hand_model_record
 from dataset.prepare.raw import RawSplit
 from dataset.prepared import InterHandDataset
-from dataset.synthetic.appearance import arm_faces, with_forearms, wrist_loop
+from dataset.synthetic.appearance import TEXELS, Light, arm_faces, draw_hands, with_forearms, wrist_loop
 from dataset.synthetic.poses import (
     FINGER_POSES,
     PLACEMENTS,
@@ -32,6 +32,7 @@ from manopth import HandPair, TwoHandLayer
 from manopth.rotations import axis_angle_to_matrix
 from manopth.standin import FLEXION_LIMITS
 from models.hands import load_hands
+from utils.drawing import mesh_overlay
 from utils.hand import INTERHAND_TO_JOINTS, LEFT, RIGHT, SIDES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -618,3 +619,37 @@ def test_shares_are_recorded_where_they_are_set(tmp_path):
     assert synthesize(tmp_path / 'raw', settings, workers=1) == []  # already complete
     with pytest.raises(script.UserError, match=r'single was not set, now 0\.5'):
         synthesize(tmp_path / 'raw', settings._replace(single=0.5, empty=0.5), workers=1)
+
+
+def box_in_front(low: float, high: float, focal: float = 100.0) -> tuple[np.ndarray, np.ndarray]:
+    """Vertices (8, 3) m and faces (12, 3) of a box whose front, 1 m away, spans these pixels right and down."""
+    corners = np.array([[x, y] for y in (low, high) for x in (low, high)]) / focal
+    middle = corners.mean(0)
+    front = np.concatenate([corners, np.ones((4, 1))], 1)
+    back = np.concatenate([1.2 * middle + (corners - middle), np.full((4, 1), 1.2)], 1)  # hidden by the front
+    quads = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)]
+    faces = [triangle for a, b, c, d in quads for triangle in ((a, c, b), (a, d, c))]
+    return np.concatenate([front, back]).astype(np.float32), np.array(faces)
+
+
+@pytest.mark.parametrize('low', [40.2, 40.8])
+def test_a_rendered_surface_covers_the_pixels_whose_centres_it_projects_to(low):
+    """Pixel centres lie at integers."""
+    vertices, faces = box_in_front(low, low + 20)
+    intrinsics = np.array([[100.0, 0, 0], [0, 100, 0], [0, 0, 1]])
+    light = Light(np.array([0.0, 0, -1]), np.ones(3), np.ones(3), 0.0)
+    image = draw_hands(
+        np.zeros((99, 99, 3), np.float32),
+        torch.from_numpy(vertices),
+        torch.from_numpy(faces),
+        intrinsics,
+        np.ones((len(faces), TEXELS**2, 3), np.float32),
+        light,
+    )
+    covered = image.max(2) > 0.6 * image.max()  # the outline is blended
+    assert set(covered.any(0).nonzero()[0]) == set(covered.any(1).nonzero()[0]) == set(range(41, 61))
+    drawn = np.zeros((2, 778, 3), np.float32)
+    drawn[0, :8] = vertices
+    overlay = mesh_overlay(np.zeros((99, 99, 3), np.uint8), drawn, intrinsics, faces).any(2)
+    halves = set(range(40, 61)) if low < 40.5 else set(range(41, 62))  # two samples across a pixel
+    assert set(overlay.any(0).nonzero()[0]) == set(overlay.any(1).nonzero()[0]) == halves

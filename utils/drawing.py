@@ -130,7 +130,7 @@ def mesh_overlay(
     if right <= left or bottom <= top:
         return drawn
     window, (height, width) = drawn[top:bottom, left:right], (bottom - top, right - left)
-    shift = torch.tensor([[1.0, 0.0, -left], [0.0, 1.0, -top], [0.0, 0.0, 1.0]])
+    shift = torch.tensor([[1.0, 0.0, 0.5 - left], [0.0, 1.0, 0.5 - top], [0.0, 0.0, 1.0]])  # centres lie at 0.5 there
     finer = torch.diag(torch.tensor([smooth_edges, smooth_edges, 1.0])) @ shift @ intrinsics
     fragments = rasterize(mesh, faces, finer[None], (height * smooth_edges, width * smooth_edges))
     colours = torch.tensor(colours_bgr, dtype=mesh.dtype).repeat_interleave(NUM_VERTICES, 0)

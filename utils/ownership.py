@@ -15,7 +15,8 @@ from utils.errors import UserError
 
 _held: set[Path] = set()  # by this process, whose own POSIX locks never exclude each other
 _POLL_S = 0.2
-_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+_LOCKED = (errno.EACCES, errno.EAGAIN)
 
 
 def lock_path(folder: str | Path) -> Path:
@@ -58,7 +59,14 @@ def owned(folder: str | Path, *, wait_s: float = 0.0) -> Iterator[None]:
 def _acquire(path: Path, folder: str | Path, *, until: float) -> int:
     announced = False
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except PermissionError:
+            if not path.exists():
+                raise
+            raise UserError(
+                f'{folder} has a lock file of another user, {path}. Remove it if no process of that user writes there.'
+            ) from None
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -68,6 +76,9 @@ def _acquire(path: Path, folder: str | Path, *, until: float) -> int:
                     'other process writes there.',
                     file=sys.stderr,
                 )
+            elif error.errno not in _LOCKED:
+                os.close(descriptor)
+                raise
             else:
                 holder = _describe(descriptor)
                 os.close(descriptor)
@@ -102,5 +113,5 @@ def _describe(descriptor: int) -> str:
     try:
         owner = json.loads(os.pread(descriptor, 4096, 0))
         return f'process {owner["pid"]} on {owner["host"]} since {owner["since"]} ({owner["command"]})'
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):  # OSError: SMB keeps others from reading what is locked
         return 'another process'

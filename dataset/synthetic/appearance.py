@@ -404,7 +404,7 @@ def draw_hands(
     if right - left < 2 or bottom - top < 2:
         return image
     moved = intrinsics.copy()
-    moved[:2] -= np.array([[left], [top]]) * intrinsics[2]
+    moved[:2] -= (np.array([[left], [top]]) - 0.5) * intrinsics[2]  # pixel centres lie at 0.5 there
     # The mesh is closed, so faces that look away are never seen; leaving them out halves the work.
     first, second, third = (vertices[faces[:, corner]] for corner in range(3))
     front = (torch.linalg.cross(second - first, third - first) * first).sum(1) < 0

@@ -73,7 +73,8 @@ EDGE_CASE_SHARES = {'single': 0.03, 'invalid': 0.01, 'black': 0.01}  # of the im
 FEWEST_WITH_EDGE_CASES = 8  # a smaller split has no edge cases; from here on at least one of each kind
 HANDS_AT = np.array([0.0, 0.0, 1.05])  # m, world: about where the real set's hands are
 IMAGE_SIZES = ((512, 334), (334, 512))  # height, width
-DARKEST_GREY, BLACK_GAIN = 13.0, 0.05  # of 255: preparation drops images below a mean of 10
+DARKEST_GREY, BLACKEST_GREY, BLACK_GAIN = 13.0, 5.0, 0.05  # of 255: preparation drops images below a mean of 10
+GENERATOR = 2  # increment it when the images or labels of a seed change; 1 drew images half a pixel up and left
 HANGING = np.array([0.0, 0.8, 0.02])  # m from the shoulder: where an arm ends whose hand is out of sight
 WITH_PENETRATION = ('interacting', 'invalid', 'single')  # kinds of sequences; in others no two hands are seen
 TORSO_SHOWN = 0.6  # share of the sequences with somebody's chest behind the hands
@@ -542,7 +543,7 @@ def develop(image: np.ndarray, camera: Camera, *, black: bool, faulty: bool, rng
         values = cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR)
     mean = float(grey.mean())
     if black:
-        values *= BLACK_GAIN
+        values *= min(BLACK_GAIN, BLACKEST_GREY / max(mean, 1.0))
     elif mean < DARKEST_GREY + 2:
         values += DARKEST_GREY + 2 - mean
     return values.clip(0, 255).round().astype(np.uint8)
@@ -586,6 +587,7 @@ def synthesize(save_path: Path, settings: Settings, *, workers: int) -> list[dic
     save_path = save_path.resolve()
     models = load_hands(settings.source, settings.path)
     about = json.loads(json.dumps(settings._asdict() | {'hand_model': models.identity}))  # as files hold it
+    about = about | {'generator': GENERATOR}
     about.pop('path')
     for name in ('clip', 'single', 'empty'):
         if not about[name]:
@@ -677,7 +679,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help='number of images: N in all, 80 %% of them for training, or TRAIN VAL TEST, where 0 omits a '
         'split (default: 2000 100 200)',
     )
-    parser.add_argument('--seed', type=int, default=0, help='equal seeds yield equal data (default: 0)')
+    parser.add_argument(
+        '--seed',
+        type=int,
+        default=0,
+        help='equal seeds yield equal data, and share people and cameras between separate commands (default: 0)',
+    )
     add_flag(
         parser,
         '--camera-spread',
