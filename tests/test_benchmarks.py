@@ -192,7 +192,10 @@ def test_the_table_of_boxes_has_a_row_for_each_displacement_and_size(tiny_prepar
     assert boxes.main([*arguments, '2']) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 2 and len({line.count('|') for line in lines}) == 1
-    assert boxes.main([*arguments, '9']) == 2 and 'has 5 samples; pass --samples 5' in capsys.readouterr().err
+    assert (
+        boxes.main([*arguments, '9']) == 2
+        and 'has 5 samples of both hands; pass --samples 5' in capsys.readouterr().err
+    )
     assert boxes.main([*arguments, '0']) == 2 and '--samples is 0' in capsys.readouterr().err
 
 
