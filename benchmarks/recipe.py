@@ -11,7 +11,6 @@ interval is Student's over the seeds. Runs are in FOLDER/NAME-SEED; a rerun cont
 """
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -25,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import utils  # noqa: F401  # before PyTorch, see there
-from utils.config import flatten, load_config
+from models.checkpoint import to_plain
+from utils.config import load_config
 from utils.errors import UserError, user_facing
 from utils.files import read_json, write_atomically, write_json
 from utils.ownership import owned
@@ -63,7 +63,7 @@ def train(folder: Path, files: list[Path], keys: list[str]) -> None:
 
     Raises UserError if it fails, or if the folder holds the result of another configuration.
     """
-    configuration = json.loads(json.dumps(flatten(load_config([*files], keys))))
+    configuration = to_plain(load_config([*files], keys))
     if (folder / RESULT).exists():
         if read_json(folder / RESULT).get('configuration') != configuration:
             raise UserError(

@@ -122,7 +122,7 @@ class WeightedOrder:
             for place, count in enumerate(self.counts)
             for draw in self._of_set(place, begin=epoch * count, end=(epoch + 1) * count)
         ]
-        order = torch.randperm(len(draws), generator=torch.Generator().manual_seed(seed_of(self.seed, epoch))).tolist()
+        order = torch.randperm(len(draws), generator=_generator(self.seed, epoch)).tolist()
         return [draws[position] for position in order]
 
     def _of_set(self, place: int, *, begin: int, end: int) -> list[tuple[int, int]]:
@@ -130,11 +130,14 @@ class WeightedOrder:
         length, start = self.lengths[place], self.starts[place]
         draws: list[tuple[int, int]] = []
         for number in range(begin // length, -(-end // length)):
-            generator = torch.Generator().manual_seed(seed_of(self.seed, number, place + 1))
-            order = torch.randperm(length, generator=generator).tolist()
+            order = torch.randperm(length, generator=_generator(self.seed, number, place + 1)).tolist()
             first, last = (min(max(edge - number * length, 0), length) for edge in (begin, end))
             draws += [(start + own, number) for own in order[first:last]]
         return draws
+
+
+def _generator(*key: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed_of(*key))
 
 
 def _apportion(total: int, weights: list[float]) -> list[int]:

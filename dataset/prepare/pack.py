@@ -105,9 +105,9 @@ def pack_split(
         prepared = _settings_of_preparation(source.folder)
 
         def recorded(folder: Path) -> dict[str, Any]:
-            manifest = read_manifest(folder)
-            before = _settings_of_preparation(folder) or prepared
-            return {key: manifest[key] for key in head} | {'preparation': before if prepared else prepared}
+            manifest, before = read_manifest(folder), _settings_of_preparation(folder)
+            known = prepared is not None and before is not None
+            return {key: manifest[key] for key in head} | {'preparation': before if known else prepared}
 
         if already_complete(folder, head | {'preparation': prepared}, recorded=recorded):
             (folder / JOURNAL).unlink(missing_ok=True)

@@ -586,8 +586,8 @@ def synthesize(save_path: Path, settings: Settings, *, workers: int) -> list[dic
     """
     save_path = save_path.resolve()
     models = load_hands(settings.source, settings.path)
-    about = json.loads(json.dumps(settings._asdict() | {'hand_model': models.identity}))  # as files hold it
-    about = about | {'generator': GENERATOR}
+    about = settings._asdict() | {'hand_model': models.identity, 'generator': GENERATOR}
+    about = json.loads(json.dumps(about))  # as files hold it
     about.pop('path')
     for name in ('clip', 'single', 'empty'):
         if not about[name]:
