@@ -97,7 +97,7 @@ def result(folder: Path) -> dict:
         if record['kind'].startswith('val_stage'):
             curve.setdefault(record['step'], []).append(record)
     return {
-        'samples_per_second': statistics.median(rates),
+        'samples_per_second': statistics.median(rates) if rates else None,  # no step of a short run is logged
         'curve': [
             {
                 'step': step,
@@ -140,6 +140,7 @@ def table(results: dict[str, dict[int, dict]], batch: int) -> str:
         own = effect(joint, [results[PUBLISHED][seed]['curve'][-1]['joint_mm_all'][-1] for seed in seeds])
         interval = '' if math.isnan(own.half_width) else f'± {100 * own.half_width:.1f} %'
         stages = zip(*(last[seed]['joint_mm_all'] for seed in seeds))
+        rates = [rate for seed in seeds if (rate := runs[seed]['samples_per_second']) is not None]
         cells = [
             name,
             str(len(seeds)),
@@ -148,7 +149,7 @@ def table(results: dict[str, dict[int, dict]], batch: int) -> str:
             '' if name == PUBLISHED else interval,
             ' → '.join(f'{statistics.mean(stage):.1f}' for stage in stages),
             *(f'{statistics.mean(last[seed][key][-1] for seed in seeds):.1f}' for key in ('joint_px_all', 'root_mm')),
-            f'{statistics.median(runs[seed]["samples_per_second"] for seed in seeds):.1f}',
+            f'{statistics.median(rates):.1f}' if rates else '',
         ]
         lines.append(f'| {" | ".join(cells)} |')
     courses = [name for name in (PUBLISHED, 'tuned') if results.get(name)]

@@ -55,7 +55,8 @@ def test_measurements_are_written_with_the_machine_and_ratios(tmp_path, monkeypa
         'packed, targets drawn: one JPEG',
         "targets drawn, of the image's size",
     } <= rows
-    assert scaling.measured_rate(tmp_path / 'benchmark.json') > 0
+    (speed,) = scaling.measured_speeds(tmp_path / 'benchmark.json')
+    assert speed.name == 'float32' and list(speed.seconds) == [2] and speed.step(2) > 0
 
 
 def counters(proc, *, busy: float, own: float, other: float) -> None:
@@ -121,7 +122,7 @@ def test_benchmark_mistakes(capsys, arguments, message):
 
 
 def test_one_device_only_computes_and_several_share_the_work():
-    base = scaling.Run(samples=1000, epochs=3, batch=64, samples_per_second=100.0)
+    base = scaling.Run(scaling.Speed('', {1: 0.01}), samples=1000, epochs=3, batch=64)
     alone = scaling.cost(base, 1)
     assert alone.hours == pytest.approx(3000 / 100 / 3600) and alone.efficiency == 1
     fast = base._replace(bandwidth=1e15, latency=0.0)
@@ -130,6 +131,29 @@ def test_one_device_only_computes_and_several_share_the_work():
     slow = scaling.cost(base._replace(bandwidth=1e8, latency=0.0), 8)
     assert slow.step_ms == pytest.approx(1e3 * (0.08 + 2 * 7 / 8 * 4 * 90.4e6 / 1e8 - 0.08 * 2 / 3))
     assert scaling.cost(base, 8).device_hours > alone.device_hours
+
+
+def test_a_small_share_takes_as_long_as_was_measured():
+    speed = scaling.Speed('tf32', {8: 0.1, 64: 0.2, 128: 0.4})
+    assert [speed.step(share) for share in (1, 8, 36, 64, 256)] == pytest.approx([0.1, 0.1, 0.15, 0.2, 0.8])
+    free = scaling.Run(speed, bandwidth=1e15, latency=0.0)
+    one, eight = (scaling.cost(free, devices) for devices in (1, 8))
+    assert one.efficiency == 1 and eight.step_ms == pytest.approx(100) and eight.efficiency == pytest.approx(0.25)
+
+
+def test_scaling_reads_the_fastest_precision_of_a_benchmark(tmp_path, capsys):
+    rates = {
+        'batch 64, float32': 300,
+        'batch 64, tf32': 640,
+        'batch 64, tf32, compiled': 500,
+        'batch 128, float32': 800,
+    }
+    rows = [{'what': f'training, {name}', 'value': rate, 'unit': 'samples/s'} for name, rate in rates.items()]
+    rows.append({'what': 'inference, batch 64, tf32', 'value': 9000, 'unit': 'samples/s'})
+    (tmp_path / 'benchmark.json').write_text(json.dumps({'tables': [{'title': 'Throughput', 'rows': rows}]}))
+    assert scaling.main(['--benchmark', str(tmp_path / 'benchmark.json'), '--devices', '1']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == 'tf32, measured at batches of 64:' and '| 1 | 64 | 100 | 640 | 100% |' in lines[-1]
 
 
 @pytest.mark.parametrize(

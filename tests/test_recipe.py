@@ -1,5 +1,6 @@
 """The comparison of training recipes: its configurations, its statistics, and a run on tiny data."""
 
+import json
 import math
 
 import pytest
@@ -44,6 +45,15 @@ def test_an_effect_is_the_mean_ratio_with_students_interval():
     assert effect.clear
     assert not recipe.effect([90.0, 110.0], [100.0, 100.0]).clear
     assert not recipe.effect([90.0], [100.0]).clear  # one seed proves nothing
+
+
+def test_a_run_shorter_than_its_log_has_no_rate(tmp_path):
+    record = {'kind': 'val_stage0', 'step': 3, 'joint_mm_all': 50.0, 'joint_px_all': 9.0, 'root_mm': 80.0}
+    (tmp_path / recipe.LOG_NAME).write_text(json.dumps(record) + '\n')
+    result = recipe.result(tmp_path)
+    assert result['samples_per_second'] is None and result['curve'][0]['joint_mm_all'] == [50.0]
+    row = recipe.table({'published': {0: result}}, batch=16).splitlines()[2]
+    assert row.split('|')[3].strip() == '50.00' and row.endswith('| 80.0 |  |')
 
 
 @pytest.mark.slow
