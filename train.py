@@ -53,35 +53,13 @@ from models.checkpoint import (
 from models.hands import load_hands
 from models.trainer import NonFiniteLossError, Trainer, Update
 from utils import distributed
-from utils.config import add_config_arguments, changed_keys, load_config
+from utils.config import FREE_KEYS, add_config_arguments, changed_keys, load_config
 from utils.errors import UserError, out_of_memory, user_facing
 from utils.files import remove_stale_partials
 from utils.ownership import owned
 from utils.run_record import run_record, write_run_record
 from utils.training import RunLog, Waits, learning_rate
 
-# Keys that a resumed run may change: none of them affects what is learned.
-FREE_KEYS = (
-    'DEVICE',
-    'OUTPUT_DIR',
-    'DATASET.PATH',
-    'DATASET.TOLERATED_DAMAGE',
-    'MANO.PATH',
-    'MODEL.PRETRAINED',
-    'MODEL.BACKBONE_WEIGHTS',
-    'EVAL.BATCH_SIZE',
-    'EVAL.PRECISION',
-    'EVAL.WORKERS',
-    'TRAIN.CHECKPOINT',
-    'TRAIN.RECOMPUTE_NORMS',
-    'TRAIN.COMPILE',
-    'TRAIN.WORKERS',
-    'TRAIN.WORKER_TIMEOUT',
-    'TRAIN.SAVE_EVERY',
-    'TRAIN.SAVE_MINUTES',
-    'TRAIN.LOG_EVERY',
-    'TRAIN.PICTURES',
-)
 ACCUMULATE = 'TRAIN.ACCUMULATE'  # may change too, with a warning: a run that no longer fits into memory is not lost
 PATIENCE_S = 60  # for the previous process of a run to end, as when a scheduler requeues it
 
@@ -166,8 +144,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def open_run(
     cfg: CfgNode, args: argparse.Namespace, device: torch.device, at_end: ExitStack
-) -> tuple[Training, Progress]:
-    """Own OUTPUT_DIR, build the run and restore it if it is to be resumed."""
+) -> tuple[Training, Progress | None]:
+    """Own OUTPUT_DIR, build the run and restore it if it is to be resumed -> run, where it stands; None: it is new."""
     found = None
     if args.resume_or_start or distributed.restarted():
         found = take_over(cfg, at_end, wait_s=PATIENCE_S)
@@ -178,7 +156,7 @@ def open_run(
         distributed.chosen_by_main(lambda: take_new(cfg, at_end))
     run = build_training(cfg, device, found[0] if found else None)
     at_end.enter_context(closing(run.loader))
-    return run, resume(run, *found) if found else Progress()
+    return run, resume(run, *found) if found else None
 
 
 def joined_auto(words: list[str]) -> list[str]:
@@ -199,7 +177,17 @@ def take_new(cfg: CfgNode, at_end: ExitStack) -> None:
         raise UserError(
             f'{cfg.OUTPUT_DIR} already holds a run: continue it with --resume, or choose another OUTPUT_DIR.'
         )
+    keep_finished(cfg.OUTPUT_DIR)
     remove_stale_partials(cfg.OUTPUT_DIR, recursive=True)
+
+
+def keep_finished(folder: str) -> None:
+    """Raise UserError if only the result of a run is left in ``folder``: a new run would overwrite it."""
+    if (Path(folder) / BEST).exists():
+        raise UserError(
+            f'{folder} holds the {BEST} of a run, but no {LATEST} to continue from. Choose another OUTPUT_DIR, or move '
+            f'{BEST} away.'
+        )
 
 
 def take_over(cfg: CfgNode, at_end: ExitStack, *, wait_s: float = 0.0) -> tuple[dict[str, Any], Path] | None:
@@ -213,8 +201,11 @@ def take_over(cfg: CfgNode, at_end: ExitStack, *, wait_s: float = 0.0) -> tuple[
         nonlocal found
         at_end.enter_context(owned(cfg.OUTPUT_DIR, wait_s=wait_s))
         remove_stale_partials(cfg.OUTPUT_DIR, recursive=True)
-        found = read_newest_sound(cfg.OUTPUT_DIR) if has_checkpoint(cfg.OUTPUT_DIR) else None
-        return found and found[1]
+        if not has_checkpoint(cfg.OUTPUT_DIR):
+            keep_finished(cfg.OUTPUT_DIR)
+            return None
+        found = read_newest_sound(cfg.OUTPUT_DIR)
+        return found[1]
 
     path = distributed.chosen_by_main(newest)
     return (read_checkpoint(path), path) if path and not found else found
@@ -243,12 +234,14 @@ def build_training(cfg: CfgNode, device: torch.device, content: dict[str, Any] |
     return Training(cfg, hands, trainer, batch_maker, validation_batch_maker, loader, sampler, validation, record)
 
 
-def fit(run: Training, progress: Progress) -> int:
+def fit(run: Training, resumed_at: Progress | None) -> int:
     """Train to the end or to a stop signal -> exit code. A failure leaves the last whole step in latest.pth."""
+    progress = resumed_at or Progress()
     stop, steps_done = StopRequest(), progress.epoch * run.sampler.steps + progress.step
     log = None
     if distributed.is_main():
-        log = RunLog(run.folder, step=steps_done, validation_due=progress.validation_due)
+        resumed_step = steps_done if resumed_at else None
+        log = RunLog(run.folder, step=resumed_step, validation_due=progress.validation_due)
         if run.trainer.initial_weights:
             log.write('init_from', 0, **run.trainer.initial_weights._asdict())
         write_run_record(run.folder, run.record, config=to_plain(run.cfg))
@@ -464,7 +457,7 @@ def failure(error: Exception, run: Training) -> str | None:
     world, parts = distributed.rank_and_world()[1], 2 * cfg.TRAIN.ACCUMULATE
     advice = f'a smaller TRAIN.BATCH_SIZE than {cfg.TRAIN.BATCH_SIZE} in a new run'
     if not (cfg.TRAIN.CHECKPOINT or cfg.TRAIN.COMPILE):
-        advice = 'TRAIN.CHECKPOINT true, which keeps a sixth of the activations and changes no result'
+        advice = 'TRAIN.CHECKPOINT true, which keeps a seventh of the activations and changes no result'
     elif cfg.TRAIN.BATCH_SIZE % (world * parts) == 0:
         advice = f'TRAIN.ACCUMULATE {parts}, which needs half the activation memory'
     return (

@@ -98,7 +98,7 @@ class DIR(nn.Module):
         return DIROutput(estimates, segmentation=segmentation, dense=dense, presence=presence, confidence=confidence)
 
     def recompute_activations(self) -> None:
-        """Keep little for the backward pass and recompute the rest there: less memory, a third more time."""
+        """Keep little for the backward pass and recompute the rest there: less memory, a quarter more time."""
         for block in (self.backbone, *self.neck, *self.stages, self.dense_heads):
             if block is not None:
                 block.recomputes = True

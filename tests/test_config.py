@@ -23,6 +23,7 @@ from utils.config import (
     default_config,
     flatten,
     load_config,
+    numbers_and_pairs,
 )
 from utils.errors import UserError
 
@@ -515,3 +516,11 @@ def test_weights_of_a_checkpoints_data_sets_do_not_bind_other_data():
 def test_a_compiled_network_recomputes_as_it_likes(key):
     with pytest.raises(UserError, match=rf'TRAIN\.COMPILE cannot be combined with {key}'):
         load_config(None, ['TRAIN.COMPILE', 'true', key, 'true'])
+
+
+def test_numbers_of_an_option_end_where_keys_begin():
+    assert numbers_and_pairs(['1', '2', 'TRAIN.EPOCHS', '4'], int, '--seeds') == ([1, 2], ['TRAIN.EPOCHS', '4'])
+    assert numbers_and_pairs(['1.5'], float, '--enlarge') == ([1.5], [])
+    for words, kind, message in ((['1.5'], int, "--seeds takes whole numbers, not '1.5'"), (['x'], float, 'numbers')):
+        with pytest.raises(UserError, match=message):
+            numbers_and_pairs(words, kind, '--seeds')

@@ -365,7 +365,7 @@ def test_validation_logs_what_is_measured(tmp_path, standin):
     cfg = load_config(
         None, [*TINY, 'DATASET.PATH', str(tmp_path), 'OUTPUT_DIR', str(tmp_path / 'run'), 'DEVICE', 'cpu']
     )
-    log = RunLog(tmp_path / 'run', step=0)
+    log = RunLog(tmp_path / 'run', step=None)
     summary = validate(network, dataset, batch_maker, cfg, epoch=1, step=5, log=log, stopping=lambda: False)
     log.close()
     assert summary['joint_mm']['all'] == summary['joint_mm']['right'] > 0

@@ -661,7 +661,30 @@ def test_compiled_training_takes_the_same_step(tiny_prepared, monkeypatch):
 
 
 def test_a_missing_compiler_is_named(tiny_prepared, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv('PATH', '')
+    """Only g++ is tried, so another compiler does not help unless CXX names it."""
+    other = tmp_path / 'clang++'
+    other.write_text('')
+    other.chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path))
     monkeypatch.delenv('CXX', raising=False)
     assert run(tiny_prepared, tmp_path / 'out', 'TRAIN.COMPILE', 'true') == 2
-    assert 'apt install g++' in capsys.readouterr().err
+    assert 'g++ was not found' in capsys.readouterr().err
+    monkeypatch.setenv('CXX', 'nowhere -O3')
+    assert run(tiny_prepared, tmp_path / 'other', 'TRAIN.COMPILE', 'true') == 2
+    assert 'nowhere -O3 was not found' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('resume', [[], ['--resume'], ['--resume', 'auto']])
+def test_the_result_of_a_finished_run_is_never_overwritten(tiny_prepared, tmp_path, capsys, resume):
+    """latest.pth, with the optimizer's state, is large: people delete it."""
+    out = tmp_path / 'out'
+    out.mkdir()
+    for name in ('best.pth', 'log.jsonl'):
+        (out / name).write_text('kept')
+    assert run(tiny_prepared, out, *resume) == 2
+    message = capsys.readouterr().err
+    assert f'{out} holds the best.pth of a run, but no latest.pth' in message and 'Traceback' not in message
+    assert {path.name: path.read_text() for path in out.iterdir() if path.name in ('best.pth', 'log.jsonl')} == {
+        'best.pth': 'kept',
+        'log.jsonl': 'kept',
+    }

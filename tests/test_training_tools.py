@@ -118,7 +118,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / LOG_NAME).read_text().splitlines()]
 
 
-def run(folder, steps, *, step=0):
+def run(folder, steps, *, step=None):
     log = RunLog(folder, step=step)
     for number in steps:
         log.write('train', number, loss=number / 2)
@@ -126,7 +126,7 @@ def run(folder, steps, *, step=0):
 
 
 def test_log_and_tensorboard_hold_the_same_numbers(tmp_path):
-    log = RunLog(tmp_path / 'new' / 'run', step=0)
+    log = RunLog(tmp_path / 'new' / 'run', step=None)
     scalars = []
     log.board.add_scalar = lambda *args: scalars.append(args)
     log.write('val', 3, epoch=1, joint_mm=2.5, note='fine')
@@ -164,14 +164,23 @@ def test_a_damaged_line_is_named_and_the_log_is_left_as_it_was(tmp_path, line):
 
 
 def test_a_fresh_run_starts_an_empty_log(tmp_path):
-    run(tmp_path, [1, 2])
+    run(tmp_path, [0, 1, 2])
+    time.sleep(1.01)  # TensorBoard orders its files by the second
     run(tmp_path, [1])
     assert [line['step'] for line in lines(tmp_path)] == [1]
+    shown = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in shown.Scalars('train/loss')] == [1]
+
+
+def test_a_run_resumed_before_its_first_step_keeps_what_it_began_with(tmp_path):
+    run(tmp_path, [0])
+    run(tmp_path, [1], step=0)
+    assert [line['step'] for line in lines(tmp_path)] == [0, 1]
 
 
 def test_a_validation_that_is_due_again_leaves_no_records_twice(tmp_path):
     """A kill between the figures of a validation and the checkpoint that follows."""
-    log = RunLog(tmp_path, step=0)
+    log = RunLog(tmp_path, step=None)
     for step in (1, 2):
         log.write('train', step, loss=step / 2)
         log.write('val_stage0', step, joint_mm=9.0)

@@ -115,7 +115,7 @@ _C.TRAIN.DECAY_REGRESSORS = True  # weight decay on the layers that regress hand
 _C.TRAIN.CLIP_NORM = 0.0  # maximum gradient norm; 0: no clipping
 _C.TRAIN.ACCUMULATE = 1  # equal parts of a batch, processed one after the other to save memory
 _C.TRAIN.RECOMPUTE_NORMS = False  # of the backbone: a quarter less memory for activations, the same bits
-_C.TRAIN.CHECKPOINT = False  # activation checkpointing: less memory, a third more time, the same bits
+_C.TRAIN.CHECKPOINT = False  # activation checkpointing: less memory, a quarter more time, the same bits
 _C.TRAIN.EMA = 0.0  # decay per step of a moving average of the weights, stored in best.pth; 0: none
 _C.TRAIN.PRECISION = 'float32'  # 'float32', 'tf32', or 'bfloat16' (autocast; hands, rotations, losses stay float32)
 _C.TRAIN.COMPILE = False  # torch.compile: minutes at start-up, then faster steps
@@ -291,6 +291,16 @@ def split_off_pairs(words: list[str]) -> tuple[list[str], list[str]]:
     return words[:first_key], words[first_key:]
 
 
+def numbers_and_pairs(words: list[str], kind: type, option: str) -> tuple[list, list[str]]:
+    """As ``split_off_pairs``, for an option of numbers. Raises UserError for a word that is none."""
+    own, pairs = split_off_pairs(words)
+    try:
+        return [kind(word) for word in own], pairs
+    except ValueError:
+        sort = 'whole numbers' if kind is int else 'numbers'
+        raise UserError(f'{option} takes {sort}, not {" ".join(own)!r}.') from None
+
+
 class _Layers(argparse.Action):
     """Append a file to a list; the first one replaces the default."""
 
@@ -335,6 +345,30 @@ def load_config(
 def flatten(cfg: CfgNode) -> dict[str, Any]:
     """{'TRAIN.LR': 0.0005, ...}: every key with its dotted name."""
     return dict(_leaves(cfg))
+
+
+# Keys that a resumed run may change: none of them affects what is learned.
+FREE_KEYS = (
+    'DEVICE',
+    'OUTPUT_DIR',
+    'DATASET.PATH',
+    'DATASET.TOLERATED_DAMAGE',
+    'MANO.PATH',
+    'MODEL.PRETRAINED',
+    'MODEL.BACKBONE_WEIGHTS',
+    'EVAL.BATCH_SIZE',
+    'EVAL.PRECISION',
+    'EVAL.WORKERS',
+    'TRAIN.CHECKPOINT',
+    'TRAIN.RECOMPUTE_NORMS',
+    'TRAIN.COMPILE',
+    'TRAIN.WORKERS',
+    'TRAIN.WORKER_TIMEOUT',
+    'TRAIN.SAVE_EVERY',
+    'TRAIN.SAVE_MINUTES',
+    'TRAIN.LOG_EVERY',
+    'TRAIN.PICTURES',
+)
 
 
 def changed_keys(was: dict, now: dict, *, free: Iterable[str] = ()) -> list[str]:

@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import shlex
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -79,10 +81,11 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 def compiled(module: nn.Module, device: torch.device) -> nn.Module:
     """``torch.compile``. Raises UserError where a CPU run lacks a C++ compiler."""
-    if device.type == 'cpu' and not (os.environ.get('CXX') or shutil.which('g++') or shutil.which('clang++')):
+    compiler = os.environ.get('CXX') or ('clang++' if sys.platform == 'darwin' else 'g++')  # TorchInductor's choice
+    if device.type == 'cpu' and not shutil.which(shlex.split(compiler)[0]):
         raise UserError(
-            'TRAIN.COMPILE needs a C++ compiler on a CPU, and none was found. Install one (Debian: apt install g++), '
-            'or leave TRAIN.COMPILE off.'
+            f'TRAIN.COMPILE needs a C++ compiler on a CPU, and {compiler} was not found. Install it (Debian: apt '
+            'install g++), name another in the environment variable CXX, or leave TRAIN.COMPILE off.'
         )
     return cast(nn.Module, torch.compile(module))
 
@@ -134,23 +137,25 @@ def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
 class RunLog:
     """log.jsonl (one object per line) and TensorBoard in ``folder``.
 
-    On resume, records after ``step`` are discarded, and with ``validation_due`` those of the validation at ``step``.
+    step: None for a new run, which discards what another left there. On resume, records after ``step`` are discarded,
+    and with ``validation_due`` those of the validation at ``step``.
     """
 
-    def __init__(self, folder: str | Path, *, step: int, validation_due: bool = False):
+    def __init__(self, folder: str | Path, *, step: int | None, validation_due: bool = False):
         self.path = Path(folder) / LOG_NAME
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        records = dict(read_records(self.path)) if self.path.exists() else {}
+        records = dict(read_records(self.path)) if self.path.exists() and step is not None else {}
         kept = {
             line: record
             for line, record in records.items()
-            if record['step'] < step
+            if step is None
+            or record['step'] < step
             or (record['step'] == step and not (validation_due and record['kind'].startswith('val')))
         }
         write_atomically(self.path, ''.join(line + '\n' for line in kept).encode())
         # TensorBoard forgets everything from a step on, so that what is kept of that step is shown again.
-        purge = step if validation_due else step + 1
-        self.board = SummaryWriter(str(folder), purge_step=purge if step else None)
+        purge = 0 if step is None else step if validation_due else step + 1
+        self.board = SummaryWriter(str(folder), purge_step=purge)
         for record in kept.values():
             if record['step'] >= purge:
                 self._show(**record)
