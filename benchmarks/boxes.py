@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from dataset import open_split
+from dataset.hand_model_record import check_hand_model_record
 from dataset.targets import camera_hands
 from inference import Reconstruction, Reconstructor, load_reconstructor
 from inference.reconstruct import Box, cut_crop, joined
@@ -33,6 +34,7 @@ from manopth import TwoHandLayer
 from utils.errors import UserError, user_facing
 from utils.geometry import project
 from utils.hand import WRIST
+from utils.stopping import saying_kept
 
 DISPLACEMENTS = (0.0, 0.1, 0.2, 0.3)  # of the longer side
 SIZES = (0.7, 0.85, 1.0, 1.2, 1.5)
@@ -133,9 +135,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     if args.samples < 1:
         raise UserError(f'--samples is {args.samples}; it must be at least 1.')
+    if args.seed < 0:
+        raise UserError(f'--seed is {args.seed}; it must be at least 0.')
     reconstruct = load_reconstructor(args.model, device=args.device, overrides=args.keys)
+    check_hand_model_record(args.data, reconstruct.hand_models)
     truth = read_truth(args.data, args.split, args.samples, TwoHandLayer(reconstruct.hand_models))
-    print(table(reconstruct, truth, args.seed))
+    with saying_kept():
+        print(table(reconstruct, truth, args.seed))
     return 0
 
 

@@ -33,15 +33,20 @@ import torch
 from models.hands import load_hands
 from models.predictions import Target
 from models.trainer import Trainer
-from utils.config import load_config
+from utils.config import load_config, numbers_and_pairs
 from utils.distributed import keep_freed_memory, usable_cores
 from utils.errors import UserError, user_facing
 from utils.files import write_atomically, write_json
 from utils.hand import NUM_JOINTS, NUM_VERTICES
+from utils.stopping import output_of, saying_kept
 
 WAITING = ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY', 'OMP_NUM_THREADS', 'KMP_BLOCKTIME')  # which a setting replaces
 SPINS = (1000, 2000, 3000, 4000, 6000, 10_000)
-BUSY = 'while True: pass'
+BUSY = """import os, sys
+while os.getppid() == int(sys.argv[1]):  # and no longer, whatever ends the parent
+    for _ in range(10**6):
+        pass
+"""
 DEMO = 'configs/demo.yaml'
 
 
@@ -86,7 +91,7 @@ def training_step(opts: list[str]) -> Callable[[], object]:
 def measure(step: Callable[[], object], steps: int) -> Times:
     """Steps alone, then beside a busy process; the first of each is not counted."""
     alone = _median_seconds(step, steps)
-    busy = subprocess.Popen([sys.executable, '-c', BUSY])
+    busy = subprocess.Popen([sys.executable, '-c', BUSY, str(os.getpid())])
     try:
         return Times(alone, _median_seconds(step, steps))
     finally:
@@ -108,10 +113,10 @@ def measure_in_process(variables: dict[str, str], steps: int, opts: list[str]) -
     """``measure`` in a process with these environment variables."""
     environment = {name: value for name, value in os.environ.items() if name not in WAITING} | variables
     command = [sys.executable, __file__, '--measure', '--steps', str(steps), *opts]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if result.returncode:
-        raise UserError(f'The measurement failed: {result.stderr.strip().splitlines()[-1]}')
-    return Times(**json.loads(result.stdout))
+    try:
+        return Times(**json.loads(output_of(command, env=environment)))
+    except RuntimeError as error:
+        raise UserError(f'The measurement failed ({error}).') from None
 
 
 def table(measured: dict[str, list[Times]]) -> str:
@@ -129,25 +134,30 @@ def table(measured: dict[str, list[Times]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--spin', type=int, nargs='+', default=list(SPINS), help='default: %(default)s')
+    spin = f'default: {" ".join(map(str, SPINS))}'
+    parser.add_argument('--spin', nargs='+', default=list(SPINS), metavar='N', help=spin)
     parser.add_argument('--steps', type=int, default=5, help='per setting and round (default: %(default)s)')
     parser.add_argument('--rounds', type=int, default=3, help='default: %(default)s')
     parser.add_argument('--out', metavar='FOLDER', help='write busy.json and busy.md there')
     parser.add_argument('--measure', action='store_true', help=argparse.SUPPRESS)  # in a process of its own
     parser.add_argument('opts', nargs='*', metavar='KEY VALUE', help='configuration keys')
     args = parser.parse_intermixed_args(argv)
-    if min(args.steps, args.rounds, *args.spin) < 1:
+    spins, pairs = numbers_and_pairs(list(map(str, args.spin)), int, '--spin')
+    opts = [*pairs, *args.opts]
+    if min(args.steps, args.rounds, *spins) < 1:
         raise UserError('--spin, --steps and --rounds must be at least 1.')
     if args.measure:
-        print(json.dumps(measure(training_step(args.opts), args.steps)._asdict()))
+        print(json.dumps(measure(training_step(opts), args.steps)._asdict()))
         return
-    spins = sorted({*args.spin, utils.SPIN_COUNT})
+    spins = sorted({*spins, utils.SPIN_COUNT})
     measured: dict[str, list[Times]] = {name: [] for name in settings(spins)}
-    for number in range(args.rounds):
-        for name, variables in settings(spins).items():
-            measured[name].append(measure_in_process(variables, args.steps, args.opts))
-            times = measured[name][-1]
-            print(f'round {number + 1}, {name}: {times.alone:.3f} s alone, {times.busy:.3f} s busy', file=sys.stderr)
+    with saying_kept():
+        for number in range(args.rounds):
+            for name, variables in settings(spins).items():
+                times = measure_in_process(variables, args.steps, opts)
+                measured[name].append(times)
+                figures = f'{times.alone:.3f} s alone, {times.busy:.3f} s busy'
+                print(f'round {number + 1}, {name}: {figures}', file=sys.stderr)
     text = f'{usable_cores()} cores, PyTorch {torch.__version__}\n\n{table(measured)}\n'
     print(text, end='')
     if args.out:

@@ -33,8 +33,10 @@ from inference.media import read_photo
 from inference.reconstruct import Box, cut_crop
 from inference.tracking import box_in_image
 from models.checkpoint import SHIPPED
+from utils.config import numbers_and_pairs
 from utils.errors import UserError, user_facing
 from utils.geometry import crop_matrix
+from utils.stopping import saying_kept
 
 WHOLE = 'whole image'
 KINDS = (WHOLE, 'around the hands found', '--detect', 'true box')
@@ -74,10 +76,12 @@ def read_samples(raw: str, split: str, count: int) -> Iterator[Sample]:
             return
         if frame.hand_type != 'interacting' or not frame.hand_type_valid:
             continue
+        joints, valid = data.joints(frame.capture, frame.frame_idx)
+        if not valid.any():
+            continue
         image, _ = read_photo(data.image_path(frame))
         if image.mean() < BLACK:
             continue
-        joints, valid = data.joints(frame.capture, frame.frame_idx)
         camera = data.camera(frame.capture, frame.camera)
         rays = (joints @ camera.rotation.T + camera.translation) @ camera.intrinsics.T
         pixels = np.where(valid[..., None], rays[..., :2] / rays[..., 2:], np.nan)
@@ -134,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--split', default='test', help='default: %(default)s')
     parser.add_argument('--samples', type=int, default=60, metavar='N', help='the first N (default: %(default)s)')
     help_enlarge = 'sides of the image, in sides of the frame (default: 1)'
-    parser.add_argument('--enlarge', type=float, nargs='+', default=[1.0], metavar='FACTOR', help=help_enlarge)
+    parser.add_argument('--enlarge', nargs='+', default=['1'], metavar='FACTOR', help=help_enlarge)
     parser.add_argument('--detector', metavar='FILE', default=MODEL, help='default: %(default)s')
     parser.add_argument('--model', metavar='CHECKPOINT', default=SHIPPED, help='default: the shipped network')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N (default: %(default)s)')
@@ -142,13 +146,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     if args.samples < 1:
         raise UserError(f'--samples is {args.samples}; it must be at least 1.')
-    if not all(1 <= factor <= LARGEST for factor in args.enlarge):
+    enlarge, pairs = numbers_and_pairs(args.enlarge, float, '--enlarge')
+    if not all(1 <= factor <= LARGEST for factor in enlarge):
         raise UserError(f'--enlarge must be between 1 and {LARGEST}.')
     samples = list(read_samples(args.raw, args.split, args.samples))
     detector = HandDetector(args.detector)
     try:
-        reconstruct = load_reconstructor(args.model, device=args.device, overrides=args.keys)
-        print(table(reconstruct, detector, samples, args.enlarge))
+        reconstruct = load_reconstructor(args.model, device=args.device, overrides=[*pairs, *args.keys])
+        with saying_kept():
+            print(table(reconstruct, detector, samples, enlarge))
     finally:
         detector.close()
     return 0

@@ -31,11 +31,10 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -81,6 +80,7 @@ from utils.config import add_config_arguments, load_config, split_off_pairs
 from utils.distributed import choose_device, keep_freed_memory, torch_threads, usable_cores
 from utils.errors import UserError, user_facing
 from utils.files import write_atomically, write_json
+from utils.stopping import output_of, saying_kept
 from utils.training import autocast, build_optimizer, compiled, set_float32_precision
 
 SYNTHETIC_FRAMES = 320  # of the loader's data set
@@ -105,14 +105,16 @@ class Setting(NamedTuple):
     repeats: int
     compile: bool
     work: Path  # temporary folder
+    default_allocator: bool = False  # the C library's own settings
 
     def config(self, *words: str) -> CfgNode:
         return load_config(self.files, ['MANO.SOURCE', 'standin', 'MODEL.PRETRAINED', 'false', *self.opts, *words])
 
     def words(self) -> list[str]:
-        """The command line that yields the same configuration, threads and batch."""
+        """The command line that yields the same configuration, threads, batch and allocator."""
         threads = ['--threads', str(torch.get_num_threads()), '--batch', str(self.batch)]
-        return [*threads, *(word for path in self.files for word in ('--cfg', str(path))), *self.opts]
+        allocator = ['--default-allocator'] * self.default_allocator
+        return [*threads, *allocator, *(word for path in self.files for word in ('--cfg', str(path))), *self.opts]
 
 
 class Row(NamedTuple):
@@ -334,10 +336,11 @@ def step(setting: Setting) -> Table:
     for name, loss in losses.items():
         rows.append(Row(f'kept for the backward pass, {name}', kept_bytes(loss) / setting.batch / 1e6, 'MB a sample'))
     del steps, contestants, losses, loss
+    if setting.device.type == 'cuda':
+        torch.cuda.empty_cache()  # for the processes below
     for name in PEAKS:
-        command = [sys.executable, __file__, '--peak', name, '--data', str(synthetic_data(setting)), *setting.words()]
-        result = subprocess.run(command, capture_output=True, text=True, check=True)
-        rows.append(Row(f'peak memory, {name}', float(result.stdout), 'GB'))
+        words = ['--peak', name, '--data', synthetic_data(setting), *setting.words()]
+        rows.append(Row(f'peak memory, {name}', float(measured_apart(words)), 'GB'))
     return Table(
         f'Training step (AdamW), batch {setting.batch}',
         'ResNet-50',
@@ -598,19 +601,21 @@ def prepare(setting: Setting) -> Table:
 
 def annotations(setting: Setting) -> Table:
     root = setting.work / 'annotations'
-    subprocess.run(
-        [sys.executable, ROOT / 'benchmarks/synthetic_annotations.py', '--frames', str(REAL_FRAMES), '--out', root],
-        check=True,
-    )
-    result = subprocess.run(
-        [sys.executable, __file__, '--peak', 'annotations', '--data', root], capture_output=True, text=True, check=True
-    )
-    frames, seconds, peak = map(float, result.stdout.split())
+    measured_apart(['--frames', REAL_FRAMES, '--out', root], script=ROOT / 'benchmarks/synthetic_annotations.py')
+    frames, seconds, peak = map(float, measured_apart(['--peak', 'annotations', '--data', root]).split())
     return Table(
         f'Annotation files of {REAL_FRAMES:,} frames, one process',
         None,
         [Row(f'choose {frames:,.0f} frames', seconds, 's'), Row('peak memory', peak, 'GB')],
     )
+
+
+def measured_apart(words: Sequence[object], *, script: str | Path = __file__) -> str:
+    """Run this or another script in a process of its own -> its output. Raises UserError if it fails."""
+    try:
+        return output_of([sys.executable, str(script), *map(str, words)])
+    except RuntimeError as error:
+        raise UserError(f'A measurement in a process of its own failed ({error}).') from None
 
 
 def print_annotations(root: Path) -> None:
@@ -674,9 +679,9 @@ def refuse_busy_machine(others: OtherProcesses) -> None:
 def with_default_allocator(table: Table, name: str, setting: Setting) -> Table:
     """Measure again in a process that leaves the C library's allocator alone -> the table with both."""
     folder = setting.work / f'default-{name}'
-    words = ['--only', name, '--default-allocator', '--busy', '--out', str(folder)]
-    words += ['--repeats', str(setting.repeats), *['--compile'] * setting.compile, *setting.words()]
-    subprocess.run([sys.executable, __file__, *words], capture_output=True, check=True)
+    words = ['--only', name, '--busy', '--out', folder, '--repeats', setting.repeats]
+    words += [*['--compile'] * setting.compile, *setting._replace(default_allocator=True).words()]
+    measured_apart(words)
     [again] = json.loads((folder / 'benchmark.json').read_text())['tables']
     found = {row['what']: row for row in again['rows']}
     rows = [
@@ -774,9 +779,9 @@ def main(argv: list[str] | None = None) -> int:
     names, keys = split_off_pairs(args.only)
     if unknown := [name for name in names if name not in MEASUREMENTS]:
         raise UserError(f"--only: '{unknown[0]}' is not a measurement; choose from {', '.join(MEASUREMENTS)}.")
-    for name in ('batch', 'repeats'):
-        if getattr(args, name) < 1:
-            raise UserError(f'--{name} is {getattr(args, name)}; it must be at least 1.')
+    for name in ('batch', 'repeats', 'threads'):
+        if (number := getattr(args, name)) is not None and number < 1:
+            raise UserError(f'--{name} is {number}; it must be at least 1.')
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.peak == 'annotations':
@@ -789,30 +794,40 @@ def main(argv: list[str] | None = None) -> int:
         keep_freed_memory()  # as the commands themselves do
     others = OtherProcesses()
     with tempfile.TemporaryDirectory() as work:
-        setting = Setting(device, args.cfg or [], opts, args.batch, args.repeats, args.compile, Path(args.data or work))
+        folder = Path(args.data or work)
+        setting = Setting(
+            device, args.cfg or [], opts, args.batch, args.repeats, args.compile, folder, args.default_allocator
+        )
         if args.peak:
             print_peak(setting, args.peak)
             return 0
         if not args.busy:
             refuse_busy_machine(others)
         about, tables = machine(setting), []
-        for name in names or MEASUREMENTS:
-            print(f'{name} ...', file=sys.stderr, flush=True)
-            others.cores()
-            table = MEASUREMENTS[name](setting)
-            if on_cpu and not args.default_allocator and name in WITH_BOTH_ALLOCATORS:
-                table = with_default_allocator(table, name, setting)
-            if (cores := others.cores()) and cores > MOST_OTHERS:
-                note = f'**Busy: other processes used {cores:.1f} cores meanwhile.**'
-                table = table._replace(note=f'{table.note} {note}'.strip())
-            tables.append(table)
-            print(as_markdown({}, tables[-1:]).partition('\n')[2], flush=True)
+        with saying_kept(f'The tables printed above are in {args.out}.' if args.out else 'No figures were written.'):
+            for name in names or MEASUREMENTS:
+                print(f'{name} ...', file=sys.stderr, flush=True)
+                others.cores()
+                table = MEASUREMENTS[name](setting)
+                if on_cpu and not args.default_allocator and name in WITH_BOTH_ALLOCATORS:
+                    table = with_default_allocator(table, name, setting)
+                if (cores := others.cores()) and cores > MOST_OTHERS:
+                    note = f'**Busy: other processes used {cores:.1f} cores meanwhile.**'
+                    table = table._replace(note=f'{table.note} {note}'.strip())
+                tables.append(table)
+                print(as_markdown({}, tables[-1:]).partition('\n')[2], flush=True)
+                if args.out:
+                    write_tables(Path(args.out), about, tables)
     if args.out:
-        write_atomically(Path(args.out) / 'benchmark.md', as_markdown(about, tables).encode())
-        content = [table._asdict() | {'rows': [row._asdict() for row in table.rows]} for table in tables]
-        write_json(Path(args.out) / 'benchmark.json', {'machine': about, 'tables': content})
         print(f'written: {Path(args.out) / "benchmark.md"}, benchmark.json')
     return 0
+
+
+def write_tables(folder: Path, about: dict, tables: list[Table]) -> None:
+    """benchmark.md and benchmark.json, after every measurement."""
+    write_atomically(folder / 'benchmark.md', as_markdown(about, tables).encode())
+    content = [table._asdict() | {'rows': [row._asdict() for row in table.rows]} for table in tables]
+    write_json(folder / 'benchmark.json', {'machine': about, 'tables': content})
 
 
 if __name__ == '__main__':

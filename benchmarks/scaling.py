@@ -153,8 +153,9 @@ def main(argv: list[str] | None = None) -> None:
     if bool(args.samples_per_second) == bool(args.benchmark):
         raise UserError('Pass either --samples-per-second or --benchmark.')
     rate = 1.0 if args.samples_per_second is None else args.samples_per_second
-    if min(rate, args.batch, args.samples, args.epochs, args.loader, args.bandwidth, *args.devices) <= 0:
-        raise UserError('All numbers must be above 0.')
+    numbers = (rate, args.batch, args.samples, args.epochs, args.loader, args.bandwidth, *args.devices)
+    if not all(0 < number < math.inf for number in numbers):
+        raise UserError('All numbers must be above 0 and finite.')
     if args.benchmark:
         speed = min(measured_speeds(args.benchmark), key=lambda speed: speed.step(args.batch))
         print(f'{speed.name}, measured at batches of {", ".join(map(str, sorted(speed.seconds)))}:\n')

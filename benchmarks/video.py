@@ -36,6 +36,7 @@ from utils.errors import UserError, user_facing
 from utils.geometry import project
 from utils.hand import WRIST
 from utils.images import read_image
+from utils.stopping import saying_kept
 
 AVERAGED = 0.05  # s: standard deviation of the average that jitter is measured against
 SHORTEST = 10 * AVERAGED  # s of a clip: its first and last 4 * AVERAGED are left out of the jitter
@@ -107,9 +108,9 @@ def predict(reconstruct: Reconstructor, clip: Clip, *, track: bool) -> list[Fram
 def measure(clip: Clip, hands: list[FrameHands]) -> Figures:
     """The figures of the frames in which hands were found."""
     found = [number for number, each in enumerate(hands) if each.hands is not None]
-    if len(found) < 3 or hands[found[-1]].time_s - hands[found[0]].time_s < SHORTEST:
-        raise UserError(f'The hands of {clip.name} were found in {len(found)} of {len(hands)} frames only.')
     times = torch.tensor([hands[number].time_s for number in found], dtype=torch.float64)
+    if len(found) < 3 or times[-1] - times[0] < SHORTEST or not well_inside(times).any():
+        raise UserError(f'The hands of {clip.name} were found in {len(found)} of {len(hands)} frames only.')
     joints = torch.stack([each.hands.joints for each in hands if each.hands is not None]).double()
     pairs = [(joints - joints[:, :, WRIST, None], clip.joints[found] - clip.joints[found][:, :, WRIST, None])]
     pairs.append((joints, clip.joints[found]))
@@ -130,8 +131,12 @@ def jitter(joints: Tensor, times: Tensor) -> Tensor:
     """RMS distance of joints (T, ..., 3) from their average over time."""
     weights = torch.exp(-0.5 * ((times[:, None] - times) / AVERAGED).square())
     average = torch.tensordot(weights / weights.sum(1, keepdim=True), joints, 1)
-    inner = (times >= times[0] + 4 * AVERAGED) & (times <= times[-1] - 4 * AVERAGED)
-    return (joints - average)[inner].square().sum(-1).mean().sqrt()
+    return (joints - average)[well_inside(times)].square().sum(-1).mean().sqrt()
+
+
+def well_inside(times: Tensor) -> Tensor:
+    """Which times (T,) have a whole average around them."""
+    return (times >= times[0] + 4 * AVERAGED) & (times <= times[-1] - 4 * AVERAGED)
 
 
 def acceleration(joints: Tensor, times: Tensor) -> Tensor:
@@ -178,8 +183,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.every < 1:
         raise UserError(f'--every is {args.every}; it must be at least 1.')
     reconstruct = load_reconstructor(args.model, device=args.device, overrides=args.keys)
+    with saying_kept():
+        print(compare(reconstruct, args.data, args.split, args.every))
+    return 0
+
+
+def compare(reconstruct: Reconstructor, data: str, split: str, every: int) -> str:
+    """Markdown: figures of the clips with and without tracking and smoothing, and of the true hands."""
     rows: dict[str, list[Figures]] = {}
-    for clip in tqdm(read_clips(args.data, args.split, args.every), desc='clips'):
+    for clip in tqdm(read_clips(data, split, every), desc='clips'):
         rows.setdefault('one box, smooth off', []).append(measure(clip, predict(reconstruct, clip, track=False)))
         hands = predict(reconstruct, clip, track=True)
         for name, smooth in smoothings(reconstruct).items():
@@ -190,8 +202,7 @@ def main(argv: list[str] | None = None) -> int:
             for number, each in enumerate(hands)
         ]
         rows.setdefault('true hands', []).append(measure(clip, still))
-    print(table(rows))
-    return 0
+    return table(rows)
 
 
 if __name__ == '__main__':

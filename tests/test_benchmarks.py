@@ -1,6 +1,8 @@
 """The benchmark scripts on tiny networks and data; their figures are not judged here."""
 
 import json
+import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from manopth import TwoHandLayer
 from models.checkpoint import save_checkpoint
 from utils.errors import UserError
 from utils.geometry import project
+from utils.stopping import Stopped
 
 SMALL = [*TINY, 'MODEL.STAGES', '1', 'TRAIN.BATCH_SIZE', '4', 'DEVICE', 'cpu']
 
@@ -90,6 +93,30 @@ def test_a_table_is_measured_again_with_the_default_allocator(tmp_path):
     assert all(row.default > 0 and row.default_ratio > 0 and row.value > 0 for row in again.rows)
 
 
+def test_processes_of_a_measurement_share_its_allocator(tmp_path):
+    setting = run.Setting(torch.device('cpu'), [], SMALL, 1, 1, False, tmp_path)
+    assert '--default-allocator' not in setting.words()
+    assert '--default-allocator' in setting._replace(default_allocator=True).words()
+
+
+def test_a_measurement_in_a_process_fails_in_one_sentence(tmp_path):
+    with pytest.raises(UserError, match=r'failed \(exit code 2: nowhere\S* does not exist'):
+        run.measured_apart(['--benchmark', 'nowhere.json'], script=run.ROOT / 'benchmarks/scaling.py')
+
+
+def test_tables_are_written_one_by_one(tmp_path, monkeypatch, capsys):
+    """What was measured before a mistake or a stop signal is kept."""
+
+    def stop(setting):
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(run, 'MEASUREMENTS', {'first': run.projection, 'second': stop})
+    words = ['--only', 'first', 'second', '--busy', '--default-allocator', '--repeats', '1', '--batch', '1']
+    assert run.main([*words, '--out', str(tmp_path), *SMALL]) == 143
+    assert f'The tables printed above are in {tmp_path}.' in capsys.readouterr().err
+    assert len(json.loads((tmp_path / 'benchmark.json').read_text())['tables']) == 1
+
+
 @pytest.mark.parametrize('cores', [None, 0.05, 0.7])
 def test_a_busy_machine_is_refused(monkeypatch, cores):
     class Others:
@@ -114,7 +141,12 @@ def test_both_allocators_and_a_busy_machine_show_in_the_table():
 
 @pytest.mark.parametrize(
     ('arguments', 'message'),
-    [(['--only', 'nothing'], "'nothing' is not a measurement"), (['--repeats', '0'], '--repeats is 0')],
+    [
+        (['--only', 'nothing'], "'nothing' is not a measurement"),
+        (['--repeats', '0'], '--repeats is 0'),
+        (['--threads', '-1'], '--threads is -1'),
+        (['--threads', '0'], '--threads is 0'),
+    ],
 )
 def test_benchmark_mistakes(capsys, arguments, message):
     assert run.main(arguments) == 2
@@ -163,6 +195,8 @@ def test_scaling_reads_the_fastest_precision_of_a_benchmark(tmp_path, capsys):
         (['--samples-per-second', '9', '--benchmark', 'x'], 'Pass either'),
         (['--samples_per_second', '9', '--batch', '4', '--devices', '8'], 'cannot be distributed over 8'),
         (['--samples_per_second', '9', '--devices', '0'], 'must be above 0'),
+        (['--samples_per_second', 'inf'], 'must be above 0 and finite'),
+        (['--samples_per_second', '9', '--bandwidth', 'nan'], 'must be above 0 and finite'),
         (['--benchmark', 'nowhere.json'], 'nowhere.json does not exist'),
         (['--benchmark', '{empty}'], 'holds no training throughput'),
     ],
@@ -221,6 +255,15 @@ def test_the_table_of_boxes_has_a_row_for_each_displacement_and_size(tiny_prepar
         and 'has 5 samples of both hands; pass --samples 5' in capsys.readouterr().err
     )
     assert boxes.main([*arguments, '0']) == 2 and '--samples is 0' in capsys.readouterr().err
+    assert boxes.main([*arguments, '2', '--seed', '-1']) == 2 and '--seed is -1' in capsys.readouterr().err
+
+
+def test_boxes_of_other_hand_models_are_refused(tiny_prepared, checkpoint, tmp_path, capsys):
+    """The true hands would be posed with the network's."""
+    shutil.copytree(tiny_prepared, tmp_path / 'data')
+    (tmp_path / 'data' / 'hand_model.json').write_text(json.dumps({'hand_model': 'another'}))
+    assert boxes.main(['--data', str(tmp_path / 'data'), '--model', str(checkpoint), '--device', 'cpu']) == 2
+    assert 'was generated with the hand model another' in capsys.readouterr().err
 
 
 # Detection

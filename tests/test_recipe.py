@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 
 import pytest
 from prepared_tree import write_prepared
 
 from benchmarks import recipe
 from utils.config import default_config, flatten, load_config
+from utils.errors import UserError
 
 # fmt: off
 TINY = [
@@ -73,7 +75,13 @@ def test_recipes_are_trained_compared_and_not_trained_twice(tmp_path, capsys):
     assert recipe.main(command) == 0
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     assert recipe.main([*command, 'TRAIN.LR', '1e-4']) == 2
-    assert 'holds a run with another configuration or data' in capsys.readouterr().err
+    assert 'belongs to another configuration (TRAIN.LR was' in capsys.readouterr().err
+    shutil.rmtree(tmp_path / 'data')
+    for split, samples, seed in (('train', 8, 3), ('val', 2, 2)):
+        write_prepared(tmp_path / 'data', split, samples, seed=seed)
+    assert recipe.main(command) == 2
+    message = capsys.readouterr().err
+    assert 'was trained on other data' in message and f'remove {tmp_path / "out" / "published-0"}' in message
 
 
 @pytest.mark.parametrize(
@@ -82,6 +90,12 @@ def test_recipes_are_trained_compared_and_not_trained_twice(tmp_path, capsys):
         (['--only', 'magic'], "'magic' is not a recipe; choose from published,"),
         (['--jobs', '0'], '--jobs is 0; it must be at least 1'),
         (['TRAIN.LRR', '1'], 'TRAIN.LRR'),
+        (['SEED', '5'], 'SEED differs between the runs: use --data, --out and --seeds'),
+        (['--only', 'clip', 'OUTPUT_DIR', 'x'], 'OUTPUT_DIR differs between the runs'),
+        (['--seeds', '0', 'DATASET.PATH', 'x'], 'DATASET.PATH differs between the runs'),
+        (['--seeds', 'one'], "--seeds takes whole numbers, not 'one'"),
+        (['--seeds', '-1'], '--seeds needs numbers from 0 on'),
+        ([], 'nowhere'),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path, capsys, arguments, message):
@@ -89,9 +103,34 @@ def test_mistakes_are_one_sentence(tmp_path, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+def test_data_without_a_split_val_are_refused_before_the_training(tmp_path, capsys):
+    write_prepared(tmp_path / 'data', 'train', 8, seed=1)
+    assert recipe.main(['--data', str(tmp_path / 'data'), '--out', str(tmp_path / 'out')]) == 2
+    assert 'val' in capsys.readouterr().err and not (tmp_path / 'out').exists()
+
+
 @pytest.mark.slow
 def test_a_failed_run_is_named_with_its_console(tmp_path, capsys):
-    out = tmp_path / 'out'
-    assert recipe.main(['--data', str(tmp_path / 'nowhere'), '--out', str(out), '--seeds', '0', '--only', 'clip']) == 2
+    for split, samples in (('train', 8), ('val', 2)):
+        write_prepared(tmp_path / 'data', split, samples, seed=1)
+    mano = ['MANO.SOURCE', 'files', 'MANO.PATH', str(tmp_path / 'nowhere')]
+    out, failing = tmp_path / 'out', ['TRAIN.BATCH_SIZE', '4', *mano]
+    command = ['--data', str(tmp_path / 'data'), '--out', str(out), '--seeds', '0', '0', '--only', 'clip', *failing]
+    assert recipe.main(command) == 2
     assert 'console.txt' in capsys.readouterr().err
     assert 'nowhere' in (out / 'published-0' / 'console.txt').read_text()
+
+
+def test_a_validation_without_both_hands_leaves_cells_empty_and_one_without_hands_is_named(tmp_path):
+    record = {'kind': 'val_stage0', 'step': 3, 'joint_mm_all': 50.0, 'joint_px_all': 9.0}
+    (tmp_path / recipe.LOG_NAME).write_text(json.dumps(record) + '\n')
+    row = recipe.table({'published': {0: recipe.result(tmp_path)}}, batch=16).splitlines()[2]
+    assert row.endswith('| 9.0 |  |  |')
+    (tmp_path / recipe.LOG_NAME).write_text(json.dumps({'kind': 'val_stage0', 'step': 3}) + '\n')
+    with pytest.raises(UserError, match='no frame of the split val shows a hand'):
+        recipe.result(tmp_path)
+
+
+def test_students_quantile_continues_its_table():
+    assert recipe.student(9) == 2.262
+    assert [recipe.student(freedom) for freedom in (10, 30)] == pytest.approx([2.228, 2.042], abs=0.003)

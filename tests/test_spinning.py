@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,23 @@ def test_benchmark_compares_all_settings(tmp_path, capsys, monkeypatch):
         assert row in text
     assert f'| spin {utils.SPIN_COUNT} (chosen) |' in text and '| passive |' in text and '| one thread |' in text
     assert busy.main(['--steps', '0']) == 2
+
+
+def test_the_busy_process_ends_with_the_one_that_measures():
+    spin = f'subprocess.Popen([sys.executable, "-c", {busy.BUSY!r}, str(os.getpid())])'
+    code = f'import os, subprocess, sys\nprint({spin}.pid, flush=True)\ninput()'
+    measuring = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    spinning = int(measuring.stdout.readline())
+    measuring.kill()
+    measuring.wait()
+    deadline = time.monotonic() + 20
+    while running(spinning) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not running(spinning)
+
+
+def running(pid: int) -> bool:
+    try:
+        return 'State:\tZ' not in Path(f'/proc/{pid}/status').read_text()
+    except OSError:
+        return False

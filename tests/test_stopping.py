@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from utils.errors import user_facing
-from utils.stopping import STOP_SIGNALS, Stopped, StopRequest, holding_stop_signals, shield_worker
+from utils.stopping import (
+    STOP_SIGNALS,
+    Stopped,
+    StopRequest,
+    holding_stop_signals,
+    output_of,
+    saying_kept,
+    shield_worker,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = pytest.mark.parametrize('number', STOP_SIGNALS, ids=lambda number: number.name)
@@ -234,6 +242,54 @@ def test_a_worker_whose_parent_has_ended_before_its_shield_ends_too():
 def shield_then_sleep(parent: int):
     shield_worker(parent)
     time.sleep(30)
+
+
+def test_the_output_of_a_command_or_the_last_line_of_its_failure():
+    assert output_of([sys.executable, '-c', 'print(3)']) == '3\n'
+    for code, line in (
+        ('1 / 0', 'ZeroDivisionError'),
+        ('import sys; sys.exit("error: no data")', ': no data'),
+        ('exit(3)', '3: it wrote'),
+    ):
+        with pytest.raises(RuntimeError, match=f'exit code [13]: .*|{line}') as caught:
+            output_of([sys.executable, '-c', code])
+        assert line in str(caught.value) and 'error: ' not in str(caught.value)
+
+
+CLEARING_UP = """
+import os, time
+from utils.errors import user_facing
+@user_facing
+def main():
+    try:
+        os.mkdir({path!r})
+        time.sleep(60)
+    finally:
+        os.rmdir({path!r})
+main()
+"""
+
+
+def test_a_stop_lets_a_measuring_process_clear_up(tmp_path):
+    path = tmp_path / 'temporary'
+    code = (
+        'import sys\nfrom utils.errors import user_facing\nfrom utils.stopping import output_of, saying_kept\n'
+        f'def main():\n  print(1, flush=True)\n  with saying_kept("Nothing."):\n'
+        f'    output_of([sys.executable, "-c", {CLEARING_UP.format(path=str(path))!r}])\nsys.exit(user_facing(main)())'
+    )
+    process = script(code)
+    deadline = time.monotonic() + 30
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143 and errors.strip() == 'Stopped by SIGTERM. Nothing.'
+    assert not path.exists()
+
+
+def test_a_stop_tells_what_is_kept():
+    with pytest.raises(Stopped, match='Stopped by SIGTERM. No figures were written.'), saying_kept():
+        raise Stopped(signal.SIGTERM)
 
 
 def test_importing_it_does_not_import_torch():

@@ -190,6 +190,34 @@ def run_passing_stops(command: Sequence[str], **options: Any) -> int:
     return process.returncode
 
 
+def output_of(command: Sequence[str | os.PathLike[str]], **options: Any) -> str:
+    """Run a command to its end, with ``subprocess.Popen``'s options -> its standard output.
+
+    A stop signal, or any other exception here, ends it with TERM, so that it clears up too. Raises RuntimeError with
+    the last line that it wrote if it fails.
+    """
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    try:
+        output, errors = process.communicate()
+    except BaseException:
+        process.terminate()
+        process.communicate()
+        raise
+    if process.returncode:
+        last = next((line for line in reversed(errors.splitlines()) if line.strip()), 'it wrote nothing')
+        raise RuntimeError(f'exit code {process.returncode}: {last.removeprefix("error: ")}')
+    return output
+
+
+@contextmanager
+def saying_kept(kept: str = 'No figures were written.') -> Iterator[None]:
+    """Within the block, ``Stopped`` tells this instead of promising that a rerun continues."""
+    try:
+        yield
+    except Stopped as stop:
+        raise Stopped(stop.number, kept) from None
+
+
 @contextmanager
 def holding_stop_signals() -> Iterator[None]:
     """Block stop signals in this thread, and so in the processes that it forks, which then call ``shield_worker``.
