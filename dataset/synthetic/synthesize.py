@@ -761,7 +761,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.seed < 0:
         raise UserError(f'--seed is {args.seed}; it must be 0 or more.')
     if not 0 <= args.camera_spread <= 180:
-        raise UserError(f'--camera_spread is {args.camera_spread:g}; it must be between 0 and 180 degrees.')
+        raise UserError(f'--camera-spread is {args.camera_spread:g}; it must be between 0 and 180 degrees.')
     if args.clip < 0:
         raise UserError(f'--clip is {args.clip}; it must be a number of time steps, or 0 for none.')
     for name in ('single', 'empty'):
