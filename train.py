@@ -494,7 +494,7 @@ def resume(run: Training, content: dict[str, Any], path: Path) -> Progress:
     for split, identity in recorded.items():
         if split not in run.record['data']:
             raise UserError(f'{path} was trained with a split {split}, which {run.cfg.DATASET.PATH} lacks now.')
-        check_data_identity(identity, run.record['data'][split], path=path)
+        check_data_identity(identity, run.record['data'][split], split=split, path=path)
     run.trainer.load(content, path=path)
     return Progress(**content['progress'])
 

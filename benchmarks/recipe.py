@@ -84,7 +84,7 @@ def check_finished(path: Path, configuration: dict[str, Any], data: dict[str, An
         if changed:
             raise UserError(f'{path} belongs to another configuration ({"; ".join(changed)}).')
         for split, identity in data.items():
-            check_data_identity(before[split], identity, path=path)
+            check_data_identity(before[split], identity, split=split, path=path)
     except (TypeError, KeyError):
         raise UserError(f'{path} is not the result of a run. Choose another --out or remove {path.parent}.') from None
     except UserError as error:

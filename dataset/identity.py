@@ -56,8 +56,8 @@ def _label_digest(dataset: PreparedSplit, index: int) -> str:
     return hashlib.sha256(b''.join(np.ascontiguousarray(array, '<f4').tobytes() for array in labels)).hexdigest()[:16]
 
 
-def check_data_identity(recorded: Any, now: Any, *, path: str | Path) -> None:
-    """Raise UserError if the data of a run differ from the ``recorded`` ones of its checkpoint ``path``.
+def check_data_identity(recorded: Any, now: Any, *, split: str, path: str | Path) -> None:
+    """Raise UserError if a split of a run differs from the ``recorded`` one of its checkpoint ``path``.
 
     Both: one identity, or a list of them for several sets. None, of a checkpoint of an earlier version, fits any data.
     """
@@ -66,7 +66,8 @@ def check_data_identity(recorded: Any, now: Any, *, path: str | Path) -> None:
     before, after = (each if isinstance(each, list) else [each] for each in (recorded, now))
     if len(before) != len(after):
         raise UserError(
-            f'{path} was trained on {len(before)} data sets, but DATASET.PATH names {len(after)}. {_ADVICE}'
+            f'{path} was trained with the split {split} of {len(before)} data sets, but {len(after)} in DATASET.PATH '
+            f'hold one now. {_ADVICE}'
         )
     for number, (old, new) in enumerate(zip(before, after), 1):
         difference = _difference(old, new)

@@ -32,8 +32,8 @@ def identity(root):
 
 
 def refusal(before, after) -> str:
-    with pytest.raises(UserError, match='latest.pth was trained on') as refused:
-        check_data_identity(before, after, path='latest.pth')
+    with pytest.raises(UserError, match='latest.pth was trained (on|with)') as refused:
+        check_data_identity(before, after, split='train', path='latest.pth')
     assert '\n' not in str(refused.value) and 'DATASET.PATH' in str(refused.value)
     return str(refused.value)
 
@@ -42,7 +42,7 @@ def test_identity_is_plain_and_belongs_to_the_content(original, copy):
     found = identity(original)
     assert found['samples'] == 6 and json.loads(json.dumps(found)) == found
     assert identity(copy) == found
-    check_data_identity(found, identity(copy), path='latest.pth')
+    check_data_identity(found, identity(copy), split='train', path='latest.pth')
 
 
 @pytest.mark.parametrize('options', [[], ['--masks', 'bits'], ['--no-targets']])
@@ -72,7 +72,8 @@ def test_another_order_is_named(original, copy):
 
 def test_other_labels_are_named_without_a_record(original, copy, tmp_path):
     (copy / 'train' / RECORD).unlink()
-    check_data_identity(identity(original), identity(copy), path='latest.pth')  # e.g. packed by an earlier version
+    # As packed by an earlier version.
+    check_data_identity(identity(original), identity(copy), split='train', path='latest.pth')
     write_prepared(tmp_path, 'train', 6, seed=1)
     assert 'sample 0 has other labels' in refusal(identity(copy), identity(tmp_path))
 
@@ -80,8 +81,8 @@ def test_other_labels_are_named_without_a_record(original, copy, tmp_path):
 def test_a_damaged_sample_does_not_count_as_other_data(original, copy):
     (copy / 'train' / 'anno' / '3.pkl').write_bytes(b'torn')
     damaged = identity(copy)
-    check_data_identity(identity(original), damaged, path='latest.pth')
-    check_data_identity(damaged, identity(original), path='latest.pth')
+    check_data_identity(identity(original), damaged, split='train', path='latest.pth')
+    check_data_identity(damaged, identity(original), split='train', path='latest.pth')
     assert damaged['digest'] != identity(original)['digest']
 
 
@@ -90,14 +91,16 @@ def test_several_sets_are_compared_one_by_one(original, tmp_path):
     first, second = identity(original), identity(tmp_path)
     joined = open_split(tmp_path, 'train')
     joined.parts = [open_split(root, 'train') for root in (original, tmp_path)]
-    check_data_identity([first, second], data_identity(joined), path='latest.pth')
-    check_data_identity(first, [first], path='latest.pth')
+    check_data_identity([first, second], data_identity(joined), split='train', path='latest.pth')
+    check_data_identity(first, [first], split='train', path='latest.pth')
     assert 'data set 1 of 2' in refusal([first, second], [second, first])
-    assert 'on 2 data sets, but DATASET.PATH names 1' in refusal([first, second], [first])
+    assert 'with the split train of 2 data sets, but 1 in DATASET.PATH hold one now' in refusal(
+        [first, second], [first]
+    )
 
 
 def test_checkpoints_without_an_identity_fit_any_data(original):
-    check_data_identity(None, identity(original), path='latest.pth')
+    check_data_identity(None, identity(original), split='train', path='latest.pth')
 
 
 @pytest.mark.parametrize(
