@@ -206,7 +206,7 @@ def read_quarantine(folder: Path) -> list[int]:
         return []
     content = read_json(path)
     try:
-        numbers = sorted(entry['sample'] for entry in content['damaged'])
+        numbers = sorted({entry['sample'] for entry in content['damaged']})  # one entry for each damaged file
         if content['format'] == FORMAT and all(type(number) is int and number >= 0 for number in numbers):
             return numbers
     except (TypeError, KeyError):

@@ -10,7 +10,7 @@ import torch
 
 from dataset.damage import joint_folder
 from dataset.hand_model_record import check_hand_model_record
-from dataset.prepared import PreparedSplit
+from dataset.prepared import PreparedSplit, partial_folder
 from manopth import HandPair
 from utils.errors import UserError
 from utils.seeds import seed_of
@@ -32,8 +32,13 @@ def set_folders(path: str | list[str]) -> list[str]:
 
 
 def folders_with(path: str | list[str], split: str) -> list[str]:
-    """Those folders of DATASET.PATH that hold this split."""
-    return [folder for folder in set_folders(path) if (Path(folder) / split).exists()]
+    """Those folders of DATASET.PATH that hold this split; an unfinished one too, which opening it then refuses."""
+    return [folder for folder in set_folders(path) if holds_split(Path(folder), split)]
+
+
+def holds_split(folder: Path, split: str) -> bool:
+    """Whether a data set holds a split, complete, unfinished or in shards."""
+    return (folder / split).exists() or partial_folder(folder / split).exists() or any(folder.glob(f'{split}.shard-*'))
 
 
 def check_hand_model_records(path: str | list[str], hands: HandPair) -> None:

@@ -24,7 +24,6 @@ from utils.errors import UserError
 from utils.files import read_json, sha256_of_file
 from utils.geometry import CROP_SIZE
 from utils.hand import MASK_THRESHOLD
-from utils.images import decode_image
 
 FORMAT = 'dir-packed-1'  # raised when older readers would misread it
 MANIFEST, LABELS, SAMPLES = 'manifest.json', 'labels.npy', 'samples.bin'
@@ -113,7 +112,7 @@ class PackedDataset(PreparedSplit):
 
     def image(self, kind: str, index: int) -> np.ndarray:
         return checked_crop(
-            lambda: decode_image(self._bytes(kind, index)), f'The {kind} image of {self.name(index)}', advice=PACK_AGAIN
+            lambda: self._bytes(kind, index), f'The {kind} image of {self.name(index)}', advice=PACK_AGAIN
         )
 
     def mask(self, index: int) -> np.ndarray:

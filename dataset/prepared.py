@@ -32,7 +32,7 @@ from utils.errors import UserError
 from utils.files import read_pickle
 from utils.geometry import CROP_SIZE
 from utils.hand import SIDES
-from utils.images import ImageError, read_image
+from utils.images import ImageError, announced_size, decode_image
 
 FOLDERS = {'img': 'jpg', 'mask': 'jpg', 'dense': 'jpg', 'anno': 'pkl'}  # of a split -> extension of their files
 RECORD = 'preparation.json'  # counts of kept and skipped frames, with the reasons
@@ -329,8 +329,12 @@ class InterHandDataset(PreparedSplit):
         return tuple(arrays)
 
     def entries(self, index: int) -> dict[str, dict]:
-        content = self._read_annotation(index)[1]
-        return {kind: content.get(kind) or {} for kind in ('image', 'annotation')}
+        path, content = self._read_annotation(index)
+        entries = {kind: content.get(kind) for kind in ('image', 'annotation')}
+        for kind, entry in entries.items():
+            if not isinstance(entry, dict | None):
+                raise DamageError(f'{path}: its {kind} is a {type(entry).__name__}, not a dictionary; {PREPARE_AGAIN}.')
+        return {kind: entry or {} for kind, entry in entries.items()}
 
     def _read_annotation(self, index: int) -> tuple[Path, dict[str, Any]]:
         path = self.path('anno', index)
@@ -346,7 +350,7 @@ class InterHandDataset(PreparedSplit):
 
     def image(self, kind: str, index: int) -> np.ndarray:
         path = self.path(kind, index)
-        return checked_crop(lambda: read_image(path), str(path), advice=PREPARE_AGAIN)
+        return checked_crop(path.read_bytes, str(path), advice=PREPARE_AGAIN)
 
 
 def _numbers_of_hand(hand: dict[str, Any] | None, key: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -356,21 +360,27 @@ def _numbers_of_hand(hand: dict[str, Any] | None, key: str, shape: tuple[int, ..
     return safe_pickle.numbers(hand[key], np.float32).reshape(shape)
 
 
-def checked_crop(read: Callable[[], np.ndarray], name: str, *, advice: str) -> np.ndarray:
-    """Return the image; raises DamageError with ``advice`` if it is missing, damaged or not 256 x 256 pixels, and
-    OSError if it cannot be read."""
+def checked_crop(read: Callable[[], bytes], name: str, *, advice: str) -> np.ndarray:
+    """Decode the image file that ``read`` returns; raises DamageError with ``advice`` if it is missing, damaged or not
+    256 x 256 pixels, and OSError if it cannot be read. A size is refused before it takes memory."""
+
+    def refuse_other_size(height: int, width: int) -> None:
+        if (height, width) != (CROP_SIZE, CROP_SIZE):
+            raise DamageError(
+                f'{name} is {width} x {height} pixels, but prepared crops are {CROP_SIZE} x {CROP_SIZE}; {advice}.',
+                WRONG_SIZE,
+            )
+
     try:
-        image = read()
+        content = read()
+        if size := announced_size(content):
+            refuse_other_size(*size)
+        image = decode_image(content)
     except FileNotFoundError:
         raise DamageError(f'{name} is missing; {advice}.', MISSING) from None
     except ImageError as error:
         raise DamageError(f'{name} is {error}; {advice}.', BAD_IMAGE) from None
-    if image.shape[:2] != (CROP_SIZE, CROP_SIZE):
-        raise DamageError(
-            f'{name} is {image.shape[1]} x {image.shape[0]} pixels, but prepared crops are {CROP_SIZE} x '
-            f'{CROP_SIZE}; {advice}.',
-            WRONG_SIZE,
-        )
+    refuse_other_size(*image.shape[:2])
     return image
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset.damage import DamageError, read_patiently
+from dataset.mixture import sample_ranges
 from dataset.prepare.raw import RawSplit, RecordError
 from dataset.prepared import PreparedSplit
 from utils.errors import UserError
@@ -35,13 +36,14 @@ def choose(
     """Select the samples that pass every filter, in the order of the split, or only the first ``first`` of them.
 
     image_ids, annotation_ids: files of ids as in InterHand2.6M's data.json (see ``read_ids``). Raises UserError if a
-    file cannot be read or no sample passes.
+    file cannot be read or no sample passes, and for several data sets, whose ids and captures may coincide.
     """
     indices, filters = list(range(len(dataset))), []
     wanted = {str(capture) for capture in captures}
     files = {'image': image_ids, 'annotation': annotation_ids}
     lists = [(kind, path, read_ids(path)) for kind, path in files.items() if path]
     if lists or wanted:
+        refuse_several_sets(dataset, 'Ids and captures')
         table = [
             _identity(dataset, index)
             for index in tqdm(indices, desc='choose', unit='sample', leave=False, disable=None)
@@ -71,6 +73,12 @@ def choose(
     return Subset(indices, '; '.join(filters) or None)
 
 
+def refuse_several_sets(dataset: PreparedSplit, what: str) -> None:
+    """Raise UserError for several data sets at once: ``what`` belongs to one of them."""
+    if len(ranges := sample_ranges(dataset)) > 1:
+        raise UserError(f'{what} belong to one data set, but these are {len(ranges)} ({", ".join(ranges)}). Name one.')
+
+
 def _identity(dataset: PreparedSplit, index: int) -> dict[str, Any] | None:
     """None for a damaged sample, which may belong to any subset: the evaluation lists it."""
     try:
@@ -88,10 +96,12 @@ def read_ids(path: str | Path) -> set[int]:
     try:
         text = Path(path).read_text()
         ids = json.loads(text) if text.lstrip().startswith('[') else re.split(r'[\s,]+', text.strip())
+        if wrong := [one for one in ids if type(one) not in (int, str)]:
+            raise ValueError(f'{str(wrong[0])[:20]} is no integer')
         return {int(one) for one in ids if one != ''}
     except FileNotFoundError:
         raise UserError(f'The id list {path} does not exist.') from None
-    except (ValueError, TypeError, UnicodeDecodeError) as error:
+    except (ValueError, TypeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f'{path} is not a list of ids ({error}). It must contain integers, one per line.') from None
 
 
@@ -99,11 +109,13 @@ class AnnotatedJoints:
     """Annotated joints of samples, from the downloaded annotation files instead of the hand model.
 
     data_path: the folder with InterHand2.6M's annotations/. Calling it with sample numbers (B,) returns (B, 2, 21, 3) m
-    in camera axes, NaN where not annotated. Raises UserError if the files lack the split or a frame.
+    in camera axes, NaN where not annotated. Raises UserError if the files lack the split or a frame, and for several
+    data sets.
     """
 
     def __init__(self, dataset: PreparedSplit, data_path: str | Path):
-        self.dataset, self.split = dataset, RawSplit(data_path, dataset.folder.name)
+        refuse_several_sets(dataset, 'Annotation files')
+        self.dataset, self.split = dataset, RawSplit(data_path, dataset.folder.name, with_images=False)
 
     def __call__(self, indices: Tensor) -> Tensor:
         return torch.from_numpy(np.stack([self._joints(index) for index in indices.tolist()]))

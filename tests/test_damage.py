@@ -24,6 +24,7 @@ from dataset.damage import (
     TooMuchDamageError,
     joint_folder,
     read_patiently,
+    read_quarantine,
     refuse_damage,
     replacement,
     set_folders_of,
@@ -351,3 +352,9 @@ def test_too_much_damage_in_one_of_several_sets_names_its_own_command():
     damage = damage._replace(file='data/real2/train/img/7.jpg')  # begins as another set's
     with pytest.raises(TooMuchDamageError, match='--path data/real2 --split'):
         refuse_damage([damage], most=0, samples=9, folder=joint_folder(['data/real', 'data/real2'], 'train'))
+
+
+def test_a_sample_of_several_damaged_files_is_quarantined_once(tmp_path):
+    entries = [{'sample': 1, 'reason': 'damaged image'}, {'sample': 1, 'reason': 'missing file'}]
+    (tmp_path / 'quarantine.json').write_text(json.dumps({'format': 1, 'damaged': entries}))
+    assert read_quarantine(tmp_path) == [1]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from utils.images import ImageError, decode_image, exif_orientation, focal_length, read_image
+from utils.images import ImageError, announced_size, decode_image, exif_orientation, focal_length, read_image
 
 RNG = np.random.default_rng(0)
 PHOTO = cv2.resize(RNG.integers(0, 255, (24, 24, 3), np.uint8), (192, 192), interpolation=cv2.INTER_CUBIC)
@@ -349,3 +349,10 @@ def test_of_several_frames_the_first_is_read(form):
 def test_read_image_reports_a_missing_file_as_such(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_image(tmp_path / 'none.jpg')
+
+
+@pytest.mark.parametrize('suffix', ['.jpg', '.png', '.webp', '.bmp'])
+def test_the_size_that_a_file_announces(suffix):
+    content = cv2.imencode(suffix, np.zeros((30, 20, 3), np.uint8))[1].tobytes()
+    assert announced_size(content) == (30, 20)
+    assert announced_size(content[:8]) is None and announced_size(b'') is None

@@ -135,6 +135,15 @@ def test_evaluation_uses_the_sets_that_hold_the_split(sets):
         evaluation_split(config([sets[1], f'{sets[1]}/../packed2']), 'test')
 
 
+@pytest.mark.parametrize('name', ['test.partial', 'test.shard-1-of-2'])
+def test_a_set_whose_split_is_unfinished_is_not_passed_over(sets, tmp_path, name):
+    for split in ('train', 'val'):
+        shutil.copytree(sets[1] / split, tmp_path / split)
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match='only partly|prepared in shards'):
+        evaluation_split(config([sets[0], tmp_path]), 'test')
+
+
 # The order.
 
 

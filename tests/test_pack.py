@@ -7,9 +7,11 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from prepared_tree import write_prepared
 
 from dataset import open_split
 from dataset.augmentation import AugmentationRanges
+from dataset.hand_model_record import claim_hand_model_record
 from dataset.loader import evaluation_loader, training_loader
 from dataset.packed import PackedDataset, pack_bits, unpack_bits
 from dataset.prepare import pack
@@ -120,15 +122,15 @@ def test_subsets_and_workers_read_the_packed_form(tiny_prepared, packed):
 def test_killed_packing_goes_on(tiny_prepared, packed, tmp_path, monkeypatch):
     """After every chunk, and with half-written ends."""
     monkeypatch.setattr(pack, 'CHUNK', 3)
-    real, calls = InterHandDataset.labels, []
+    real, calls = pack._Packer._pack, []
 
-    def six_times(dataset, index):
+    def six_times(packer, index):
         calls.append(index)
-        if len(calls) > 6:
+        if len(calls) == 7:
             raise KeyboardInterrupt
-        return real(dataset, index)
+        return real(packer, index)
 
-    monkeypatch.setattr(InterHandDataset, 'labels', six_times)
+    monkeypatch.setattr(pack._Packer, '_pack', six_times)
     assert run('--data_path', tiny_prepared, '--save_path', tmp_path, '--splits', 'train') == 130
     partial = tmp_path / 'train.partial'
     for name in ('labels.npy', 'samples.bin'):
@@ -223,6 +225,59 @@ def test_a_set_that_was_prepared_in_another_way_is_not_complete(tiny_prepared, s
     assert "preparation was {'vertex_colours': 'a'}, now {'vertex_colours': 'b'}" in capsys.readouterr().err
     path.unlink()  # prepared by another tool: there is nothing to compare
     assert run('--data_path', again, '--save_path', spoilt, '--splits', 'test') == 0
+
+
+def test_another_set_that_was_prepared_alike_is_neither_complete_nor_continued(
+    tiny_prepared, spoilt, tmp_path, monkeypatch, capsys
+):
+    """Both by another tool, which leaves no record."""
+    write_prepared(tmp_path / 'other', 'train', 8, seed=7)
+    assert run('--data_path', tmp_path / 'other', '--save_path', spoilt) == 2
+    assert 'labels was' in capsys.readouterr().err
+    monkeypatch.setattr(pack, 'CHUNK', 3)
+    real, calls = pack._Packer._pack, []
+
+    def five_times(packer, index):
+        calls.append(index)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return real(packer, index)
+
+    monkeypatch.setattr(pack._Packer, '_pack', five_times)
+    words = ('--save_path', tmp_path / 'out', '--splits', 'train')
+    assert run('--data_path', tiny_prepared, *words) == 130
+    assert run('--data_path', tmp_path / 'other', *words) == 2
+    assert 'labels was' in capsys.readouterr().err
+    assert run('--data_path', tiny_prepared, *words) == 0
+
+
+def test_data_of_a_known_and_of_an_unknown_hand_model_stay_apart(tiny_prepared, tmp_path, capsys):
+    for name, split in (('known', 'train'), ('unknown', 'val')):
+        shutil.copytree(tiny_prepared / split, tmp_path / name / split)
+    claim_hand_model_record(tmp_path / 'known', 'mine')
+    for first, second in (('known', 'unknown'), ('unknown', 'known')):
+        out = tmp_path / f'{first}-first'
+        assert run('--data_path', tmp_path / first, '--save_path', out) == 0
+        assert run('--data_path', tmp_path / second, '--save_path', out) == 2
+        assert 'mine' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('kind', 'entry', 'message'),
+    [
+        ('image', [1, 2], 'its image is a list, not a dictionary'),
+        ('annotation', np.arange(3.0), 'its annotation is a ndarray'),
+        ('image', {'note': b'abc'}, 'cannot be kept as JSON (it holds bytes)'),
+        ('image', {(1, 2): 3}, 'cannot be kept as JSON'),
+    ],
+)
+def test_entries_that_are_no_plain_dictionaries_are_named(tiny_prepared, tmp_path, capsys, kind, entry, message):
+    shutil.copytree(tiny_prepared / 'val', tmp_path / 'data/val')
+    path = tmp_path / 'data/val/anno/1.pkl'
+    path.write_bytes(pickle.dumps(pickle.loads(path.read_bytes()) | {kind: entry}))
+    assert run('--data_path', tmp_path / 'data', '--save_path', tmp_path / 'out') == 2
+    error = capsys.readouterr().err
+    assert message in error and str(path) in error
 
 
 @pytest.mark.parametrize(

@@ -448,3 +448,24 @@ def test_a_disk_that_vanishes_stops_the_run_without_skipping(tree, monkeypatch, 
     monkeypatch.setattr(preparation, 'write_frame', write)
     assert prepare(root, save_path) == 0
     assert record(save_path)['kept'] == 12 and record(save_path)['skipped'] == {}
+
+
+def test_synthetic_data_generated_again_are_not_taken_for_those_before(tree, capsys):
+    """Another generator draws other images with annotation files of the same size."""
+    root, _, save_path = tree
+    (root / 'synthesized.json').write_text('{"generator": 1}')
+    assert prepare(root, save_path) == 0
+    (root / 'synthesized.json').write_text('{"generator": 2}')
+    assert prepare(root, save_path) == 2
+    assert 'train was created with other settings (source was' in capsys.readouterr().err
+
+
+def test_a_folder_of_an_earlier_version_knows_less_of_its_source(tree, capsys):
+    root, _, save_path = tree
+    (root / 'synthesized.json').write_text('{}')
+    assert prepare(root, save_path) == 0
+    record = json.loads((save_path / 'train/preparation.json').read_text())
+    del record['settings']['source']['synthesized']
+    (save_path / 'train/preparation.json').write_text(json.dumps(record))
+    assert prepare(root, save_path) == 0
+    assert 'train is already complete' in capsys.readouterr().out

@@ -9,6 +9,7 @@ from prepared_tree import make_annotations
 from torch.utils.data import default_collate
 
 from dataset.augmentation import AugmentationParameters, AugmentationRanges
+from dataset.damage import DamageError
 from dataset.prepared import LABEL_SHAPES, InterHandDataset, Sample
 from utils.errors import UserError
 from utils.hand import LEFT, RIGHT, SIDES
@@ -218,3 +219,13 @@ def test_truncated_images_and_indices_out_of_range_are_errors(spoilt):
     for index in (8, -1):
         with pytest.raises(IndexError):
             dataset[index]
+
+
+@pytest.mark.parametrize('suffix', ['.jpg', '.png'])
+def test_a_size_is_refused_before_the_image_takes_memory(tiny_prepared, tmp_path, monkeypatch, suffix):
+    """A few bytes can announce gigabytes."""
+    shutil.copytree(tiny_prepared / 'val', tmp_path / 'val')
+    (tmp_path / 'val/img/0.jpg').write_bytes(cv2.imencode(suffix, np.zeros((600, 512, 3), np.uint8))[1].tobytes())
+    monkeypatch.setattr('dataset.prepared.decode_image', lambda content: pytest.fail('decoded'))
+    with pytest.raises(DamageError, match='is 512 x 600 pixels, but prepared crops are 256 x 256'):
+        InterHandDataset(tmp_path, 'val').image('img', 0)

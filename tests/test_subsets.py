@@ -1,9 +1,12 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from prepared_tree import write_prepared
 from raw_tree import make_raw_tree, write_kind
 
-from dataset import interhand
+from dataset import interhand, open_split
 from dataset.prepared import InterHandDataset
 from dataset.subsets import AnnotatedJoints, choose, read_ids
 from utils.errors import UserError
@@ -61,7 +64,9 @@ def test_ids_in_every_supported_format(ids, text):
     assert read_ids(ids(text)) == {1, 2, 3}
 
 
-@pytest.mark.parametrize('text', ['a b', '1.5', '[1, null]', '[1, 2', '[[1]]'])
+@pytest.mark.parametrize(
+    'text', ['a b', '1.5', '[1, null]', '[1, 2', '[[1]]', '[1.7]', '[true]', '[1e999]', '[' * 9999]
+)
 def test_invalid_id_lists_are_rejected(ids, text):
     with pytest.raises(UserError, match=r'ids.txt is not a list of ids') as refused:
         read_ids(ids(text))
@@ -130,6 +135,23 @@ def test_annotations_of_another_data_set_are_rejected(prepared, tmp_path):
         joints(torch.tensor([other]))
     with pytest.raises(UserError, match='nowhere does not exist'):
         AnnotatedJoints(dataset, tmp_path / 'nowhere')
+
+
+def test_ids_and_annotations_belong_to_one_data_set(tiny_prepared, tmp_path, ids):
+    """Ids and captures may coincide: another set's samples would be chosen, or compared with other frames."""
+    write_prepared(tmp_path / 'other', 'test', 2)
+    both = open_split([str(tiny_prepared), str(tmp_path / 'other')], 'test')
+    assert len(choose(both, first=6).indices) == 6
+    for words in ({'image_ids': ids('1000')}, {'annotation_ids': ids('5000')}, {'captures': ['0']}):
+        with pytest.raises(UserError, match=r'Ids and captures belong to one data set, but these are 2 \('):
+            choose(both, **words)
+    with pytest.raises(UserError, match='Annotation files belong to one data set'):
+        AnnotatedJoints(both, tmp_path)
+
+
+def test_annotated_joints_need_no_images(prepared, tmp_path):
+    shutil.copytree(prepared[0] / 'annotations', tmp_path / 'annotations')
+    assert AnnotatedJoints(prepared[2], tmp_path)(torch.arange(1)).shape == (1, 2, 21, 3)
 
 
 def test_samples_without_their_origin_are_rejected(dataset, tmp_path):

@@ -209,10 +209,34 @@ def test_an_interrupted_verification_resumes(prepared, monkeypatch):
         verify, 'check_sample', lambda dataset, number: (checked.append(number), real(dataset, number))[1]
     )
     assert run(prepared, '--split', 'train') == 1
-    assert checked == [0, 1, 2, 3, 4, 5, 1, 2, 4, 5, 6, 7]
+    assert checked == [0, 1, 2, 3, 4, 5, 0, 1, 2, 4, 5, 6, 7]
     assert [found['sample'] for found in report(prepared)['damaged']] == [2]
     checked.clear()
     assert run(prepared, '--split', 'train') == 1 and len(checked) == 8  # a finished one starts anew
+
+
+def test_a_resumed_verification_looks_again_at_files_that_have_changed(prepared, monkeypatch):
+    monkeypatch.setattr(verify, 'CHUNK', 2)
+    real, checked = verify.check_sample, []
+
+    def check(dataset, number):
+        checked.append(number)
+        if len(checked) == 6:  # once
+            raise KeyboardInterrupt
+        return real(dataset, number)
+
+    monkeypatch.setattr(verify, 'check_sample', check)
+    assert run(prepared, '--split', 'train') == 130
+    spoil(prepared, 'train', 'img', 3, truncate)
+    assert run(prepared, '--split', 'train') == 1
+    assert [found['sample'] for found in report(prepared)['damaged']] == [3]
+    assert checked[6:] == [2, 3, 4, 5, 6, 7]
+
+
+def test_a_split_in_shards_is_not_passed_over(prepared, capsys):
+    (prepared / 'val').rename(prepared / 'val.shard-1-of-2')
+    assert run(prepared) == 2
+    assert 'val is only partly prepared' in capsys.readouterr().err
 
 
 @pytest.mark.slow  # starts processes

@@ -85,6 +85,22 @@ def decode_image(content: bytes | memoryview) -> np.ndarray:
     return upright(image, exif_orientation(whole)) if _APP1 in header else image
 
 
+def announced_size(content: bytes | memoryview) -> tuple[int, int] | None:
+    """Height and width that an image file announces, before it is turned upright; None if it has no sound header."""
+    if content[:2] == _JPEG:
+        frame = next((segment for segment in _segments(bytes(content)) if segment.marker in _FRAMES), None)
+        if frame is None or frame.end - frame.begin < 5:
+            return None
+        height, width = (int.from_bytes(content[frame.begin + at : frame.begin + at + 2], 'big') for at in (1, 3))
+        return height, width
+    _register_heif()
+    try:
+        with warnings.catch_warnings(action='ignore'), Image.open(io.BytesIO(bytes(content))) as image:
+            return image.height, image.width
+    except Exception:  # on damaged files, Pillow raises almost anything
+        return None
+
+
 def upright(image: np.ndarray, orientation: int) -> np.ndarray:
     """Turn an image as EXIF's orientation 1 to 8 demands; other values mean 1."""
     if orientation in (5, 6, 7, 8):

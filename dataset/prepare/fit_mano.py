@@ -30,7 +30,7 @@ from utils.errors import UserError, user_facing
 from utils.files import read_json, remove_stale_partials, write_atomically
 from utils.hand import NUM_JOINTS, SIDES
 from utils.ownership import owned
-from utils.stopping import check_stop, obey_stop_signals
+from utils.stopping import check_stop, obey_stop_signals, saying_kept
 
 DECIMALS = 7  # of rad and m in the file
 NAMES_SHOWN = 3
@@ -244,4 +244,6 @@ def main(arguments: list[str] | None = None) -> None:
     check_mixing(options.data_path, kept, models)
     with obey_stop_signals():
         for split in splits:
-            print(fit_split(split, models, overwrite=options.overwrite, device=device), flush=True)
+            with saying_kept(f'Splits reported above are kept; nothing of {split.split} was written.'):
+                report = fit_split(split, models, overwrite=options.overwrite, device=device)
+            print(report, flush=True)

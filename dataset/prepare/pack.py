@@ -19,11 +19,12 @@ render draws them).
 """
 
 import argparse
+import hashlib
 import io
 import json
 import shutil
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,6 +33,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset.hand_model_record import claim_hand_model_record, recorded_hand_model
+from dataset.identity import probe_indices
+from dataset.mixture import holds_split
 from dataset.packed import (
     ALL_HANDS,
     FORMAT,
@@ -46,7 +49,6 @@ from dataset.packed import (
 )
 from dataset.prepare.raw import SPLITS
 from dataset.prepare.resumable import JOURNAL, Journal, already_complete, growing, publish, refuse_other_settings
-from dataset.prepare.shards import find_shards
 from dataset.prepare.workers import results_in_order
 from dataset.prepared import LABEL_SHAPES, RECORD, InterHandDataset, partial_folder
 from utils.distributed import usable_cores
@@ -76,7 +78,11 @@ class _Packer:
             self.source.image('dense', index)
             parts[1] = pack_bits(mask) if self.masks == 'bits' else self.source.path('mask', index).read_bytes()
             parts[2] = self.source.path('dense', index).read_bytes()
-        entries = json.dumps(self.source.entries(index), default=_plain, separators=(',', ':'))
+        try:
+            entries = json.dumps(self.source.entries(index), default=_plain, separators=(',', ':'))
+        except (TypeError, ValueError, RecursionError) as error:
+            path = self.source.path('anno', index)
+            raise UserError(f'The entries of {path} cannot be kept as JSON ({error}). Prepare it again.') from None
         return self.source.labels(index), [*parts, entries.encode()]
 
 
@@ -84,7 +90,7 @@ def _plain(value: Any) -> Any:
     """Convert NumPy numbers and arrays, which other tools' pickles contain, to JSON types."""
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
-    raise TypeError(f'{type(value).__name__} in an annotation cannot be kept as JSON')
+    raise TypeError(f'it holds {type(value).__name__}')
 
 
 def pack_split(
@@ -102,30 +108,33 @@ def pack_split(
         'dense': targets,
     }
     with growing(folder):
-        prepared = _settings_of_preparation(source.folder)
+        prepared, labels = _settings_of_preparation(source.folder), _digest_of_labels(source.labels, len(source))
 
         def recorded(folder: Path) -> dict[str, Any]:
             manifest, before = read_manifest(folder), _settings_of_preparation(folder)
             known = prepared is not None and before is not None
-            return {key: manifest[key] for key in head} | {'preparation': before if known else prepared}
+            records = np.load(folder / LABELS, mmap_mode='r', allow_pickle=False)
+            packed = _digest_of_labels(lambda index: [records[index][name] for name in LABEL_SHAPES], len(records))
+            settings = {'preparation': before if known else prepared, 'labels': packed}
+            return {key: manifest[key] for key in head} | settings
 
-        if already_complete(folder, head | {'preparation': prepared}, recorded=recorded):
+        if already_complete(folder, head | {'preparation': prepared, 'labels': labels}, recorded=recorded):
             (folder / JOURNAL).unlink(missing_ok=True)
             return
         packer = _Packer(source, masks=masks, targets=targets)
         with Journal(partial_folder(folder) / JOURNAL) as journal:
-            _pack_chunks(journal, packer, head, workers)
+            _pack_chunks(journal, packer, head | {'labels': labels}, workers)
         _finish(source, partial_folder(folder), folder, head)
 
 
-def _pack_chunks(journal: Journal, packer: _Packer, head: dict[str, Any], workers: int) -> None:
+def _pack_chunks(journal: Journal, packer: _Packer, settings: dict[str, Any], workers: int) -> None:
     partial, source = journal.path.parent, packer.source
-    settings = head | {'source': _digest_of_record(source)}
+    settings = settings | {'source': _digest_of_record(source)}
     if journal.header is None and (partial / LABELS).exists():
         raise UserError(f'{partial} was begun by another version of this program. Remove it and rerun the command.')
     if not journal.chunks:
         journal.begin(settings)
-    refuse_other_settings(partial, journal.header, settings)
+    refuse_other_settings(partial, {'labels': settings['labels']} | (journal.header or {}), settings)
     for name in (LABELS, SAMPLES):
         (partial / name).touch()
     with open(partial / LABELS, 'r+b') as labels, open(partial / SAMPLES, 'r+b') as samples:
@@ -149,6 +158,15 @@ def _settings_of_preparation(folder: Path) -> dict[str, Any] | None:
     """How a split was prepared; None where another tool did it. Quarantine does not change it."""
     record = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
     return record.get('settings') if isinstance(record, dict) else None
+
+
+def _digest_of_labels(labels: Callable[[int], Iterable[np.ndarray]], samples: int) -> str:
+    """Tells sets apart that were prepared alike, or by another tool: a digest of the labels of some samples."""
+    digest = hashlib.sha256()
+    for index in probe_indices(samples):
+        for array in labels(index):
+            digest.update(np.ascontiguousarray(array, '<f4').tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _digest_of_record(source: InterHandDataset) -> str | None:
@@ -276,7 +294,18 @@ def pack(args: argparse.Namespace) -> None:
         raise UserError(f'--save_path {save_path} is the data set itself. Choose another folder.')
     sources = [InterHandDataset(folder.parent, folder.name) for folder in _splits_in(args.data_path, args.splits)]
     save_path.mkdir(parents=True, exist_ok=True)
-    if recorded := recorded_hand_model(args.data_path):
+    recorded, present = recorded_hand_model(args.data_path), recorded_hand_model(save_path)
+    if recorded is None and present is not None:
+        raise UserError(
+            f'{save_path} holds data of the hand model {present}, but {args.data_path} records none. Use another '
+            'folder.'
+        )
+    if recorded is not None and present is None and any(holds_split(save_path, split) for split in SPLITS):
+        raise UserError(
+            f'{save_path} holds data without a record of their hand model, but those of {args.data_path} are of '
+            f'{recorded}. Use another folder.'
+        )
+    if recorded:
         claim_hand_model_record(save_path, recorded)
     for source in sources:
         pack_split(source, save_path, masks=args.masks, targets=not args.no_targets, workers=args.workers)
@@ -285,11 +314,7 @@ def pack(args: argparse.Namespace) -> None:
 def _splits_in(path: str, requested: list[str] | None) -> list[Path]:
     """The folders of the requested splits, or of all; unfinished ones too, which their readers refuse."""
     folders = [Path(path) / split for split in requested or SPLITS]
-    found = [
-        folder
-        for folder in folders
-        if folder.is_dir() or requested or partial_folder(folder).is_dir() or find_shards(folder)
-    ]
+    found = [folder for folder in folders if requested or holds_split(folder.parent, folder.name)]
     if not found:
         raise UserError(f'{path} has none of the splits {", ".join(SPLITS)}; pass the folder of a prepared data set.')
     return found

@@ -141,16 +141,17 @@ class RawSplit:
     """One split, whose files are read on first use; every reader raises UserError that names a bad file.
 
     A data set from elsewhere must not lead its reader to other files: file names that leave ``images/<split>`` are
-    refused, and so are symbolic links below it to places outside of the data set.
+    refused, and so are symbolic links below it to places outside of the data set. ``with_images``: whether the images
+    must be there, and not the annotation files alone.
     """
 
-    def __init__(self, data_path: str | Path, split: str):
+    def __init__(self, data_path: str | Path, split: str, *, with_images: bool = True):
         self.root, self.split = Path(data_path), split
         self.images = self.root / 'images' / split
         if split not in find_splits(data_path):
             found = ', '.join(find_splits(data_path))
             raise UserError(f'{self.root}/annotations has no split {split}; it has {found}.')
-        if not self.images.is_dir():
+        if with_images and not self.images.is_dir():
             raise UserError(f'{self.images} does not exist. Unpack the images of {split} there.')
 
     def file(self, kind: str) -> Path:

@@ -202,13 +202,23 @@ def refuse_other_settings(folder: Path, found: dict | None, wanted: dict) -> Non
     different = [
         f'{key} was {found.get(key, _NOT_SET)}, now {wanted.get(key, _NOT_SET)}'
         for key in wanted | found
-        if found.get(key, _NOT_SET) != wanted.get(key, _NOT_SET)
+        if not _equal(found.get(key, _NOT_SET), wanted.get(key, _NOT_SET))
     ]
     if different:
         raise UserError(
             f'{folder} was created with other settings ({"; ".join(different)}). Choose another --save_path, or remove '
             'the folder first.'
         )
+
+
+def _equal(found: Any, wanted: Any, *, shared: bool = False) -> bool:
+    """Whether settings are equal; ``shared``: only those entries that both have. Earlier versions recorded fewer about
+    their 'source'."""
+    if not (isinstance(found, dict) and isinstance(wanted, dict)):
+        return found == wanted
+    return (shared or found.keys() == wanted.keys()) and all(
+        _equal(found[key], wanted[key], shared=key == 'source') for key in found.keys() & wanted.keys()
+    )
 
 
 def publish(folder: Path, record_name: str, record: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ renamed when it is complete. A job array prepares a split in parts: see dataset/
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -57,11 +58,13 @@ from dataset.prepare.skips import (
 )
 from dataset.prepared import FOLDERS, partial_folder, paths
 from utils.errors import UserError
+from utils.files import sha256_of_file
 from utils.stopping import check_stop
 
 FORMAT = 1  # of the prepared files; raised when the same input yields other files
 CHUNK = 32  # frames per task; the unit of the journal
 SOURCES = ('data', 'camera', 'MANO_NeuralAnnot')  # annotation files in use
+SYNTHESIZED = 'synthesized.json'  # in generated raw data
 
 
 def select(split: RawSplit, skipped: Skipped, *, single_hands: bool = False) -> list[Frame]:
@@ -224,9 +227,14 @@ def _select_part(
 
 
 def settings_of(split: RawSplit, settings: dict) -> dict:
-    """Everything that determines a split's files: the command's settings, and the sizes of the annotation files."""
-    sizes = {kind: path.stat().st_size if (path := split.file(kind)).exists() else None for kind in SOURCES}
-    return settings | {'chunk': CHUNK, 'source': sizes}
+    """Everything that determines a split's files: the command's settings, and what identifies the raw data: the sizes
+    of the annotation files, and the settings of synthetic ones."""
+    source: dict[str, Any] = {
+        kind: path.stat().st_size if (path := split.file(kind)).exists() else None for kind in SOURCES
+    }
+    if (record := split.root / SYNTHESIZED).is_file():
+        source['synthesized'] = sha256_of_file(record)[:12]
+    return settings | {'chunk': CHUNK, 'source': source}
 
 
 def merge_splits(splits: list[tuple[RawSplit, dict]], save_path: Path) -> None:

@@ -17,6 +17,7 @@ or pack it again.
 """
 
 import argparse
+import hashlib
 import os
 import shutil
 from collections import Counter
@@ -53,6 +54,7 @@ from dataset.packed import (
 )
 from dataset.prepare.raw import SPLITS
 from dataset.prepare.resumable import JOURNAL, Journal, growing
+from dataset.prepare.shards import find_shards
 from dataset.prepare.skips import KEPT_BY_TYPE
 from dataset.prepare.workers import ordered_map, worker_pool
 from dataset.prepared import (
@@ -353,9 +355,12 @@ def _check_all(contents: Contents, journal: Journal, workers: int) -> tuple[list
         journal.begin(contents.settings)
     dataset, numbers = contents.dataset, contents.numbers
     tasks = [numbers[begin : begin + CHUNK] for begin in range(0, len(numbers), CHUNK)]
-    # Damage of an earlier session may have been repaired since.
-    again = sorted({entry[0] for chunk in journal.chunks for entry in chunk['damaged']})
-    damage = check_samples(dataset, again)
+    # Damage of an earlier session may have been repaired since, and sound files may have changed.
+    again = {entry[0] for chunk in journal.chunks for entry in chunk['damaged']}
+    for chunk, task in zip(journal.chunks, tasks):
+        if chunk.get('stamp') != _stamp(dataset, task):
+            again.update(task)
+    damage = check_samples(dataset, sorted(again))
     todo = tasks[len(journal.chunks) :]
     checked = len(numbers) - sum(map(len, todo))
     with ExitStack() as stack:
@@ -366,11 +371,25 @@ def _check_all(contents: Contents, journal: Journal, workers: int) -> tuple[list
         )
         for task, found in zip(todo, _results(pool, partial(check_samples, dataset), todo, workers)):
             damage += found
-            journal.note({'damaged': [list(one) for one in found]})
+            journal.note({'damaged': [list(one) for one in found], 'stamp': _stamp(dataset, task)})
             progress.set_postfix(damaged=len(damage), refresh=False)
             progress.update(len(task))
             check_stop()
         return damage, digests() if digests else []
+
+
+def _stamp(dataset: PreparedSplit, numbers: Sequence[int]) -> str:
+    """A digest of sizes and times of the samples' files; '' for a packed split, whose files the header identifies."""
+    if isinstance(dataset, PackedDataset):
+        return ''
+    digest = hashlib.sha256()
+    for number in numbers:
+        for path in paths(dataset.folder, number).values():
+            with suppress(OSError):  # missing, which is a state as well
+                status = path.stat()
+                digest.update(f'{path.name} {status.st_size} {status.st_mtime_ns}\n'.encode())
+            digest.update(b'\n')
+    return digest.hexdigest()[:16]
 
 
 def _submit(pool: Executor | None, dataset: PackedDataset) -> Callable[[], list[str]]:
@@ -480,8 +499,8 @@ def main(argv: list[str] | None = None) -> int:
 def _splits_in(path: Path, requested: list[str] | None) -> list[Path]:
     folders = [path / split for split in requested or SPLITS]
     for folder in folders:
-        if not folder.is_dir() and partial_folder(folder).is_dir():
-            raise UserError(f'{folder} is only partly prepared or packed. Rerun the command that began it.')
+        if not folder.is_dir() and (partial_folder(folder).is_dir() or find_shards(folder)):
+            raise UserError(f'{folder} is only partly prepared or packed. Finish it with the command that began it.')
     found = [folder for folder in folders if folder.is_dir()]
     if missing := [folder for folder in folders if requested and folder not in found]:
         raise UserError(f'{missing[0]} does not exist.')
