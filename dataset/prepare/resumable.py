@@ -202,7 +202,7 @@ def refuse_other_settings(folder: Path, found: dict | None, wanted: dict) -> Non
     different = [
         f'{key} was {found.get(key, _NOT_SET)}, now {wanted.get(key, _NOT_SET)}'
         for key in wanted | found
-        if not _equal(found.get(key, _NOT_SET), wanted.get(key, _NOT_SET))
+        if not _equal(found.get(key, _NOT_SET), wanted.get(key, _NOT_SET), shared=key == 'source')
     ]
     if different:
         raise UserError(
