@@ -24,33 +24,17 @@ from models.bone_projection import ProjectedConvolution
 from models.criterion import SEGMENTATION_CLASS_WEIGHTS
 from models.hands import load_hands
 from models.refinement import JOINT_FEATURES
-from utils.config import flatten, load_config, refuse_other_network
+from utils.config import flatten, load_config, of_network, refuse_other_network
 from utils.errors import UserError
 from utils.hand import PUBLISHED_LEFT_MIDDLE_TIP, SIDES
 
 # The published file records no configuration: it is that of configs/dir_interhand.yaml but for one fingertip.
 CONFIGURATION = ['MODEL.LEFT_MIDDLE_TIP', str(PUBLISHED_LEFT_MIDDLE_TIP), 'MODEL.PRETRAINED', 'false']
-# Keys that are constants in the published code: other networks cannot be written in its form.
-_FIXED = (
-    'MODEL.BACKBONE',
-    'MODEL.IMAGE_SIZE',
-    'MODEL.MAP_CHANNELS',
-    'MODEL.STAGE_VARIANT',
-    'MODEL.STAGES',
-    'MODEL.BONE_RADIUS',
-    'MODEL.INTERACTION',
-    'MODEL.PROJECTION',
-    'MODEL.DENSE_HEADS',
-    'MODEL.FIRST_STRIDE',
-    'MODEL.ATTENTION_CHANNELS',
-    'MODEL.TOKEN_CHANNELS',
-    'MODEL.JOINT_FEATURES',
-    'MODEL.GRAPH_LAYERS',
-    'MODEL.GRAPH_SKIP',
-    'MODEL.ENHANCE_LAST',
-    'MODEL.DENSE_CHANNELS',
-)
-_INTEGERS = ('num_batches_tracked', 'th_faces')  # endings of the names of int64 tensors; all others are float32
+# Keys of the network that may differ: how it is trained, and one fingertip. All others are constants in the published
+# code, so another network cannot be written in its form.
+_FREE = ('MODEL.PRETRAINED', 'MODEL.BACKBONE_WEIGHTS', 'MODEL.INIT', 'MODEL.DETACH', 'MODEL.LEFT_MIDDLE_TIP')
+_COUNTER = 'num_batches_tracked'  # ending: of each hand's norm there, of both hands' together here
+_INTEGERS = (_COUNTER, 'th_faces')  # endings of the names of int64 tensors; all others are float32
 _NAMES_SHOWN = 20  # per kind, in an error message
 _SAME_HAND = 1e-6  # relative to an array's largest entry: float32 rounding
 
@@ -72,7 +56,7 @@ def _same(key: str, published: str) -> Entry:
 def _per_hand(key: str, published: str, *, stack: bool = False) -> Entry:
     """``published`` contains '{side}'; the two tensors are concatenated (or stacked) along the first axis."""
     names = tuple(published.format(side=side) for side in ('left', 'right'))
-    if key.endswith('num_batches_tracked'):
+    if key.endswith(_COUNTER):
         return Entry(key, names, lambda left, right: left, lambda y: (y, y.clone()))
     if stack:
         return Entry(key, names, lambda left, right: torch.stack([left, right]), lambda y: y.unbind(0))
@@ -271,14 +255,26 @@ def whole_published(state: dict[str, Tensor], cfg: CfgNode, rest: dict[str, Tens
     """Our state_dict -> all 963 entries of the published one, MANO arrays from MANO.PATH included.
 
     rest: the dropped entries that a converted checkpoint keeps; without them, the parts that never run are zeros.
-    Raises UserError if the configuration is not the published network's.
+    Raises UserError if the configuration or the names are not the published network's.
     """
     wanted, is_now = flatten(load_config(None, CONFIGURATION)), flatten(cfg)
-    other = [f'{key} is {is_now[key]}, not {wanted[key]}' for key in _FIXED if is_now[key] != wanted[key]]
+    fixed = (key for key in is_now if of_network(key) and key not in _FREE)
+    other = [f'{key} is {is_now[key]}, not {wanted[key]}' for key in fixed if is_now[key] != wanted[key]]
+    other += sorted(f'it lacks {key}' for key in state.keys() - {entry.key for entry in entries(state)})[:_NAMES_SHOWN]
     if other:
-        raise UserError(f'The published code cannot run this network: {"; ".join(other)}.')
-    net = to_published(state) | hand_arrays(load_hands(cfg.MANO.SOURCE, cfg.MANO.PATH))
-    return net | (_idle_parts(net) if rest is None else rest)
+        raise UserError(
+            f'The published code cannot run this network: {"; ".join(other)}. Keep it in the form of this project.'
+        )
+    net = to_published(state)
+    whole = net | _idle_parts(net)
+    if odd := [key for key, value in (rest or {}).items() if key not in whole or value.shape != whole[key].shape]:
+        raise UserError(f'The published network has no {odd[0]} of this shape. Convert the published file again.')
+    kept = {
+        key: value.to(whole[key].dtype)  # those of a checkpoint in half precision
+        for key, value in (rest or {}).items()
+        if key not in net or key.endswith(_COUNTER)
+    }
+    return whole | kept | hand_arrays(load_hands(cfg.MANO.SOURCE, cfg.MANO.PATH))
 
 
 def hand_arrays(hand_models: HandPair) -> dict[str, Tensor]:

@@ -105,6 +105,9 @@ def test_published_weights_of_another_type_are_listed(net):
 @pytest.mark.parametrize(
     'key, value',
     [
+        ('ROOT_JOINT', '9'),
+        ('MODEL.PRESENCE', 'true'),
+        ('MODEL.CONFIDENCE', 'true'),
         ('MODEL.STAGES', '1'),
         ('MODEL.BACKBONE', 'resnet18'),
         ('MODEL.DENSE_HEADS', 'false'),
@@ -121,6 +124,23 @@ def test_published_weights_of_another_type_are_listed(net):
 def test_a_network_that_the_published_code_lacks_is_refused(key, value):
     with pytest.raises(UserError, match=f'cannot run this network: {key} is '):
         published.whole_published({}, load_config(None, [*HANDS, key, value]))
+
+
+def test_a_tensor_without_a_place_in_the_published_form_is_refused(ours):
+    state, cfg = ours.state_dict(), load_config(None, HANDS)
+    with pytest.raises(UserError, match='cannot run this network: it lacks presence_head.0.weight'):
+        published.whole_published(state | {'presence_head.0.weight': torch.zeros(1)}, cfg)
+
+
+def test_dropped_entries_never_replace_the_networks_own(net, ours):
+    state, cfg = ours.state_dict(), load_config(None, HANDS)
+    idle = {'backbone.fc.bias': net['backbone.fc.bias'].half()}
+    whole = published.whole_published(state, cfg, idle | {'decoder.seg.3.bias': torch.zeros(3)})
+    assert torch.equal(whole['decoder.seg.3.bias'], net['decoder.seg.3.bias'])
+    assert torch.equal(whole['backbone.fc.bias'], idle['backbone.fc.bias'].float())
+    for odd in ({'backbone.fc.bias': torch.zeros(3)}, {'encoder.weight': torch.zeros(1)}):
+        with pytest.raises(UserError, match=f'has no {next(iter(odd))} of this shape'):
+            published.whole_published(state, cfg, odd)
 
 
 def test_foreign_content_under_the_same_key_is_refused(tmp_path, capsys):
@@ -177,6 +197,9 @@ def test_half_precision_halves_the_file_and_loads_in_full(converted, ours, tmp_p
         for key, value in loaded.items():
             assert value.dtype == original[key].dtype
             assert torch.equal(value, original[key].half().to(value.dtype) if value.is_floating_point() else value)
+    back = tmp_path / 'back.pth'
+    assert convert_checkpoint.main([str(path), str(back), '--reverse']) == 0
+    published.published_state(torch.load(back, weights_only=True), path=back)  # its types are those of the form
 
 
 def test_what_half_precision_cannot_hold_stays_as_it_is(converted, tmp_path):

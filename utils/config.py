@@ -263,10 +263,15 @@ def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = 
     )
 
 
+def of_network(key: str) -> bool:
+    """Whether a key describes the network, so that it cannot be changed once that is trained."""
+    return key.startswith('MODEL.') or key == 'ROOT_JOINT'
+
+
 def refuse_other_network(trained: CfgNode, now: CfgNode, *, path: str | Path) -> None:
     """Raises UserError if ``now`` describes another network than that of the checkpoint at ``path``."""
     before, after = flatten(trained), flatten(now)
-    changed = [key for key in after if after[key] != before[key] and (key.startswith('MODEL.') or key == 'ROOT_JOINT')]
+    changed = [key for key in after if after[key] != before[key] and of_network(key)]
     if changed:
         raise UserError(
             f'{path} was trained with {changed[0]} {before[changed[0]]}, which is part of the network and '
