@@ -174,7 +174,7 @@ def _require_ours(content: Any, path: Path) -> dict[str, Any]:
             instead = 'it has the published form: apps/convert_checkpoint.py converts it'
         raise UserError(f'{path} is not a checkpoint of this project; {instead}.')
     required = {'model': _is_state, 'config': _is_plain_mapping, 'hand_model': lambda value: isinstance(value, str)}
-    optional = {'average': _is_state, 'progress': _is_plain_mapping, 'record': _is_plain_mapping}
+    optional = {'average': _is_state, REST: _is_state, 'progress': _is_plain_mapping, 'record': _is_plain_mapping}
     checks = required | {key: check for key, check in optional.items() if key in content}
     if bad := [key for key, check in checks.items() if not check(content.get(key))]:
         raise UserError(f'{path} is not a whole checkpoint: its entry {bad[0]!r} is missing or malformed.')
@@ -236,7 +236,11 @@ def check_hand_model(content: dict[str, Any], hand_models: HandPair, *, path: st
 
 def load_state(model: torch.nn.Module, state: dict[str, torch.Tensor], *, path: str | Path) -> None:
     """Load ``state`` strictly; raises UserError that names the keys which do not fit."""
-    own = model.state_dict()
+    _check_fit(model.state_dict(), state, path=path)
+    model.load_state_dict(state)
+
+
+def _check_fit(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor], *, path: str | Path) -> None:
     odd = [
         f'{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}'
         for key in own.keys() & state.keys()
@@ -255,7 +259,6 @@ def load_state(model: torch.nn.Module, state: dict[str, torch.Tensor], *, path: 
             f'{path} does not fit this network: {"; ".join(sorted(odd)[:3])}{more}. Use the '
             'configuration it was trained with.'
         )
-    model.load_state_dict(state)
 
 
 class Loaded(NamedTuple):
@@ -286,6 +289,9 @@ def load_model(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     refuse_other_network(trained, cfg, path=path)
     hand_models = load_hands(cfg.MANO.SOURCE, cfg.MANO.PATH)
     check_hand_model(content, hand_models, path=path)
+    with torch.device('meta'):  # shapes only: a small file may describe a network of many gigabytes
+        described = build_model(cfg, hand_models, pretrained=False).state_dict()
+    _check_fit(described, content['model'], path=path)
     model = build_model(cfg, hand_models, pretrained=False)
     load_state(model, content['model'], path=path)
     return Loaded(model.eval(), cfg, {key: value for key, value in content.items() if key != 'model'})

@@ -9,7 +9,7 @@ import torch
 from tiny import TINY
 
 from manopth import HandPair
-from models import build_model
+from models import build_model, checkpoint
 from models.checkpoint import (
     FORMAT,
     check_hand_model,
@@ -158,6 +158,8 @@ for _ in range(50):
         missing,
         changed_content(model=3),
         changed_content(model={'a': 'b'}),
+        changed_content(published_rest={'a': 'b'}),
+        changed_content(published_rest=[torch.zeros(1)]),
         changed_content(model={3: torch.zeros(1)}),
         changed_content(average=[torch.zeros(1)]),
         changed_content(config='text'),
@@ -197,6 +199,20 @@ def test_another_networks_weights_are_refused(trained, saved):
         load_state(model, {}, path='a.pth')
     with pytest.raises(UserError, match='a.pth does not fit this network: more is not part of this network'):
         load_state(model, state | {'more': torch.zeros(1)}, path='a.pth')
+
+
+def test_a_huge_network_is_refused_before_its_memory_is_allocated(saved, tmp_path, monkeypatch):
+    def only_shapes(*arguments, **options):
+        assert torch.empty(0).device.type == 'meta'
+        return build_model(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint, 'build_model', only_shapes)
+    for key, value in (('MAP_CHANNELS', 65536), ('TOKEN_CHANNELS', 65536), ('GRAPH_LAYERS', 100)):
+        content = torch.load(saved, weights_only=True)
+        content['config']['MODEL'] |= {'STAGES': 2, key: value}
+        torch.save(content | {'model': {}}, tmp_path / 'a.pth')
+        with pytest.raises(UserError, match='a.pth does not fit this network: .* is missing'):
+            load_model(tmp_path / 'a.pth')
 
 
 def test_another_hand_model_is_refused(trained, standin, tmp_path):
