@@ -25,6 +25,7 @@ its number. Pass names that begin with a dash as ./-name.
 
 import argparse
 import glob
+import math
 import os
 import signal
 import sys
@@ -45,7 +46,7 @@ from inference.live_view import LiveView
 from inference.media import find_inputs
 from inference.motion import FORMATS
 from models.checkpoint import SHIPPED
-from utils.config import add_flag, default_config, flatten
+from utils.config import add_flag, default_config, flatten, refuse_pairs
 from utils.distributed import keep_freed_memory
 from utils.errors import UserError, printable, user_facing
 from utils.ownership import owned
@@ -116,7 +117,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     where.add_argument('--box', type=float, nargs=4, metavar=('X', 'Y', 'W', 'H'), help='both hands, in every input')
     where.add_argument('--boxes', metavar='FILE.json', help='both hands, by input')
     where.add_argument('--detect', action='store_true', help='find the hands (requirements-demo.txt, misc/README.md)')
-    parser.add_argument('--detector', metavar='FILE', default=DETECTOR_MODEL, help='its model (default: %(default)s)')
+    parser.add_argument('--detector', metavar='FILE', help='its model (default: misc/hand_landmarker.task)')
     add_flag(parser, '--refine-box', action='store_true', help='predict again from a crop around the predicted hands')
     parser.add_argument(
         '--track',
@@ -152,6 +153,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     keys = flatten(default_config())
     first = next((number for number, word in enumerate(args.inputs) if word in keys), len(args.inputs))
     args.inputs, args.keys = args.inputs[:first], args.inputs[first:]
+    refuse_pairs(args.keys, {'DEVICE': '--device', 'OUTPUT_DIR': '--out', 'EVAL.BATCH_SIZE': '--batch'})
     if not args.inputs and args.camera is None:
         raise UserError('No input: name images, folders or videos, or pass --camera 0.')
     if args.camera is not None and (args.smooth == 'offline' or args.fill):
@@ -160,6 +162,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and not 0 < value < float('inf'):
             raise UserError(f'--{name} is {value:g}; it must be above 0.')
+    if not all(map(math.isfinite, args.principal or ())):
+        raise UserError(f'--principal is {" ".join(map(str, args.principal))}; both must be finite numbers of pixels.')
+    if args.detector and not args.detect:
+        raise UserError('--detector FILE needs --detect, which looks for the hands with it.')
+    args.detector = args.detector or DETECTOR_MODEL
     return args
 
 

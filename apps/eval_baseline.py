@@ -24,7 +24,7 @@ from manopth import TwoHandLayer
 from models.hand_head import HandHead
 from models.hands import load_hands
 from utils import distributed
-from utils.config import flatten, load_config
+from utils.config import flatten, load_config, refuse_pairs
 from utils.errors import user_facing
 
 
@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--cfg', metavar='FILE', help='YAML file that overrides the defaults of utils/config.py')
     add_evaluation_arguments(parser)
     args = parser.parse_intermixed_args(argv)
+    refuse_pairs(args.opts, {'DATASET.PATH': '--data_path'})
 
     cfg = load_config(args.cfg, [*args.opts, 'DATASET.PATH', args.data_path])
     hand_layer = TwoHandLayer(load_hands(cfg.MANO.SOURCE, cfg.MANO.PATH))

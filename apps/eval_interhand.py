@@ -21,7 +21,7 @@ if __name__ == '__main__':
 from evaluation.session import add_evaluation_arguments, evaluate_split, owned_output, report
 from models.checkpoint import load_model
 from utils import distributed
-from utils.config import flatten
+from utils.config import flatten, refuse_pairs
 from utils.errors import user_facing
 
 
@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--model', required=True, help='checkpoint file, or a run folder (its best.pth)')
     add_evaluation_arguments(parser)
     args = parser.parse_intermixed_args(argv)
+    refuse_pairs(args.opts, {'DATASET.PATH': '--data_path'})
 
     model, cfg, content = load_model(args.model, [*args.opts, 'DATASET.PATH', args.data_path])
     with owned_output(args.out):

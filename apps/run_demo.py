@@ -28,6 +28,7 @@ from dataset.loader import evaluation_split
 from evaluation.pictures import draw_samples, spread_over
 from evaluation.registry import METRICS
 from models.checkpoint import SHIPPED, load_model
+from utils.config import load_config, refuse_pairs
 from utils.errors import UserError, user_facing
 from utils.files import read_json, write_json
 from utils.ownership import owned
@@ -35,6 +36,8 @@ from utils.ownership import owned
 CONFIG = 'configs/demo.yaml'
 FRAMES = (2400, 60, 200)
 PICTURES = 8
+STANDIN = 'the demo, which uses stand-in hands,'
+SET_BY = {'OUTPUT_DIR': '--out', 'DATASET.PATH': '--out', 'MANO.SOURCE': STANDIN, 'MANO.PATH': STANDIN}
 # Folder of each evaluation -> what it is called in the table.
 ROWS = {'shipped': 'shipped network', 'trained': 'trained here, from scratch', 'baseline': 'best constant'}
 
@@ -53,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument('opts', nargs='*', metavar='KEY VALUE', help='configuration keys over configs/demo.yaml')
     args = parser.parse_intermixed_args(argv)
+    refuse_pairs(args.opts, SET_BY)
+    load_config(ROOT / CONFIG, args.opts)  # now: a mistyped key must not show after minutes of synthesis
 
     out = Path(args.out)
     if Path.cwd() != ROOT:  # where the steps run

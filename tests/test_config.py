@@ -24,6 +24,7 @@ from utils.config import (
     flatten,
     load_config,
     numbers_and_pairs,
+    refuse_pairs,
 )
 from utils.errors import UserError
 
@@ -516,6 +517,12 @@ def test_weights_of_a_checkpoints_data_sets_do_not_bind_other_data():
 def test_a_compiled_network_recomputes_as_it_likes(key):
     with pytest.raises(UserError, match=rf'TRAIN\.COMPILE cannot be combined with {key}'):
         load_config(None, ['TRAIN.COMPILE', 'true', key, 'true'])
+
+
+def test_keys_that_a_command_sets_itself_are_refused():
+    refuse_pairs(['DEVICE', 'OUTPUT_DIR'], {'OUTPUT_DIR': '--out'})
+    with pytest.raises(UserError, match='OUTPUT_DIR cannot be set by a KEY VALUE pair here: --out sets it'):
+        refuse_pairs(['DEVICE', 'cpu', 'OUTPUT_DIR', 'x'], {'OUTPUT_DIR': '--out'})
 
 
 def test_numbers_of_an_option_end_where_keys_begin():

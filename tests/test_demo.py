@@ -668,6 +668,12 @@ def test_one_command_at_a_time_writes_a_folder(run, images, tmp_path, capsys):
         (['tests'], 'contains no image or video'),
         (['--camera', '0', '--smooth', 'offline'], 'A camera cannot be read twice'),
         (['--camera', '0', '--fill'], 'A camera cannot be read twice'),
+        (['tests', '--principal', 'nan', '50'], '--principal is nan 50.0'),
+        (['tests', '--principal', '50', 'inf'], '--principal is 50.0 inf'),
+        (['tests', '--detector', 'a.task'], '--detector FILE needs --detect'),
+        (['tests', 'DEVICE', 'cuda:9'], 'DEVICE cannot be set by a KEY VALUE pair here: --device sets it'),
+        (['tests', 'MANO.SOURCE', 'standin', 'OUTPUT_DIR', 'x'], 'OUTPUT_DIR cannot be set'),
+        (['tests', 'EVAL.BATCH_SIZE', '2'], '--batch sets it'),
     ],
 )
 def test_a_mistake_is_reported_in_one_sentence(run, capsys, arguments, words):

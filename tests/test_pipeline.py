@@ -110,6 +110,28 @@ def test_demo_draws_pictures(demo):
     assert sheet.std() > 20
 
 
+@pytest.mark.parametrize(
+    'pair, said',
+    [
+        (('OUTPUT_DIR', 'old'), '--out sets it'),
+        (('DATASET.PATH', 'data'), '--out sets it'),
+        (('MANO.SOURCE', 'files'), 'stand-in hands, sets it'),
+        (('MANO.PATH', 'misc'), 'stand-in hands, sets it'),
+        (('TRAIN.EPOCH', '1'), 'is not a configuration key'),
+    ],
+)
+def test_keys_of_the_demo_are_checked_before_it_begins(tmp_path, capsys, pair, said):
+    assert run_demo.main(['--out', str(tmp_path / 'demo'), 'DEVICE', 'cpu', *pair]) == 2
+    error = capsys.readouterr().err
+    assert pair[0] in error and said in error and error.count('\n') == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('command, more', [(eval_interhand, ['--model', 'none.pth']), (eval_baseline, [])])
+def test_the_data_of_an_evaluation_is_named_once(capsys, command, more):
+    assert command.main(['--data_path', 'a', *more, 'DATASET.PATH', 'b']) == 2
+    assert 'DATASET.PATH cannot be set by a KEY VALUE pair here: --data_path sets it' in capsys.readouterr().err
+
+
 def test_rerunning_the_demo_trains_no_further(demo, monkeypatch):
     monkeypatch.setattr(run_demo, 'run_passing_stops', run_here)
     before = (demo / 'run' / 'latest.pth').read_bytes()

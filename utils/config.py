@@ -9,7 +9,7 @@ import codecs
 import difflib
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -294,6 +294,13 @@ def split_off_pairs(words: list[str]) -> tuple[list[str], list[str]]:
     """
     first_key = next((number for number, word in enumerate(words) if word.isupper()), len(words))
     return words[:first_key], words[first_key:]
+
+
+def refuse_pairs(pairs: Sequence[str], set_by: Mapping[str, str]) -> None:
+    """Raise UserError for a KEY VALUE pair whose key the command sets itself. set_by: key -> what sets it instead."""
+    for key in pairs[::2]:
+        if key in set_by:
+            raise UserError(f'{key} cannot be set by a KEY VALUE pair here: {set_by[key]} sets it.')
 
 
 def numbers_and_pairs(words: list[str], kind: type, option: str) -> tuple[list, list[str]]:
