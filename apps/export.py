@@ -55,7 +55,7 @@ from inference.engine import EXPORT_RECORD, export_folder, exported_from, files_
 from inference.export import FORMATS, chosen_formats, licence, require_packages, write_files
 from models.checkpoint import checkpoint_file, load_model
 from utils.config import split_off_pairs
-from utils.errors import user_facing
+from utils.errors import UserError, user_facing
 from utils.files import sha256_of_file, write_json
 
 
@@ -74,8 +74,11 @@ def main(argv: list[str] | None = None) -> int:
     formats = chosen_formats(words)
     for name, kind in formats.items():
         require_packages(name, kind)
-    model, cfg, _ = load_model(args.model, [*keys, *args.opts])
-    digest = sha256_of_file(checkpoint_file(args.model))
+    path = checkpoint_file(args.model)
+    digest = sha256_of_file(path) if path.is_file() else None
+    model, cfg, _ = load_model(path, [*keys, *args.opts])
+    if digest is None or digest != sha256_of_file(path):  # export.json vouches for the checkpoint of a graph
+        raise UserError(f'{path} was replaced while it was read, as by a training. Export it again.')
     hand_model, folder = model.hands.identity, args.out or export_folder(args.model)
     print(f'{args.model}: tracing; this takes a minute or two ...', flush=True)
     about = exported_from(digest, cfg, hand_model)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -190,6 +191,22 @@ def test_what_an_earlier_run_wrote_outlives_a_run_that_fails(checkpoint, network
     assert command.main(['--model', str(checkpoint), '--out', str(tmp_path), '--format', 'torch_export']) == 2
     assert 'was removed' in capsys.readouterr().err
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b'of an earlier run']
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_refused(
+    checkpoint, network, quick, tmp_path, monkeypatch, capsys
+):
+    path = shutil.copy(checkpoint, tmp_path / 'best.pth')
+
+    def load(*arguments):
+        loaded = load_model(*arguments)
+        save_checkpoint(path, model=loaded.model, cfg=loaded.cfg, hand_model=network.hands.identity, epoch=2)
+        return loaded
+
+    quick(lambda image: tuple(network(image).stages[-1]))
+    monkeypatch.setattr(command, 'load_model', load)
+    assert command.main(['--model', str(path), '--out', str(tmp_path / 'out'), '--format', 'torch_export']) == 2
+    assert 'best.pth was replaced while it was read' in capsys.readouterr().err and not (tmp_path / 'out').exists()
 
 
 def test_outputs_of_another_shape_or_order_are_noticed(network, tmp_path):
