@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation.registry import compared
 from evaluation.runs import Run, read_runs, row
-from utils.errors import user_facing
+from utils.errors import UserError, user_facing
 from utils.files import write_atomically
 
 COLUMNS = {column.title: column for column in compared()}
@@ -31,11 +31,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--out', metavar='TABLE', help='write TABLE.md and TABLE.csv')
     args = parser.parse_args(argv)
 
+    base = Path(args.out or 'runs')
+    base = base.with_suffix('') if base.suffix in ('.md', '.csv') else base
+    if base.name in ('', '..'):
+        raise UserError(f'--out {args.out} is a folder. Pass the name of the table in it, e.g. {base / "runs"}.')
     runs = read_runs(args.runs)
     markdown = markdown_tables(runs)
     print(markdown)
     if args.out:
-        base = Path(args.out).with_suffix('') if Path(args.out).suffix in ('.md', '.csv') else Path(args.out)
         write_atomically(base.with_name(f'{base.name}.md'), f'{markdown}\n'.encode())
         write_atomically(base.with_name(f'{base.name}.csv'), csv_table(runs).encode())
         print(f'\nwritten: {base}.md, {base}.csv')

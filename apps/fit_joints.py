@@ -61,6 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument('--out', type=Path, metavar='FILE.npz', help='default: JOINTS_mano.npz, beside JOINTS')
     add_config_arguments(parser)
     options = parser.parse_intermixed_args(arguments)
+    if options.joints.is_dir():
+        raise UserError(f'{printable(options.joints)} is a folder. Pass a file of joints.')
     out = options.out or options.joints.with_name(f'{options.joints.stem}_mano.npz')
     if out.suffix.lower() != '.npz':
         raise UserError(f'--out {printable(out)} must end in .npz.')

@@ -80,6 +80,13 @@ def test_files_are_written_with_full_precision(runs, tmp_path, capsys):
     assert float(rows[0]['seconds']) == 100.4 and rows[1]['frames'] == '190'
 
 
+@pytest.mark.parametrize('out', ['.', '..', '/', 'tables/..'])
+def test_a_table_without_a_name_is_refused(runs, capsys, out):
+    assert compare_runs.main([*map(str, runs), '--out', out]) == 2
+    said = capsys.readouterr()
+    assert f'--out {out} is a folder' in said.err and said.err.count('\n') == 1 and not said.out
+
+
 def test_other_protocols_and_frames_get_tables_of_their_own(runs, tmp_path, capsys):
     other = write_metrics(tmp_path / 'mcp', joint=7.0, protocol={'name': 'acr', 'description': 'root joint 9'})
     part = write_metrics(tmp_path / 'part', joint=6.0, frames=10, subset={'description': 'first 10'})

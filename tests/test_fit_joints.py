@@ -285,6 +285,12 @@ def test_both_hands_with_a_side_and_an_output_over_the_input_are_refused(fit, jo
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('joints', ['.', '/', 'tests'])
+def test_a_folder_is_no_file_of_joints(capsys, joints):
+    assert fit_joints.main([joints, '--order', 'ours', '--units', 'm', 'MANO.SOURCE', 'standin']) == 2
+    assert f'error: {joints} is a folder' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ('words', 'message'),
     [
