@@ -3,8 +3,8 @@
     python apps/compare_runs.py RUN [RUN ...] [--out TABLE]
 
 RUN is a metrics.json, or a folder that has one in it or in its eval/ (`apps/eval_interhand.py --out`). "differs in"
-lists the configuration keys in which a run differs from the first. Figures of different protocols, frames or data never
-share a table.
+lists the configuration keys and training data in which a run differs from the first. Figures of different protocols,
+frames or data never share a table.
 """
 
 import argparse
@@ -48,15 +48,16 @@ def main(argv: list[str] | None = None) -> int:
 def markdown_tables(runs: list[Run]) -> str:
     """One table per protocol and set of frames, with the best figures in bold."""
     parts = []
-    for measured_on in dict.fromkeys(run.measured_on for run in runs):
-        rows = [row(run, runs[0]) for run in runs if run.measured_on == measured_on]
+    for comparable_by in dict.fromkeys(run.comparable_by for run in runs):
+        group = [run for run in runs if run.comparable_by == comparable_by]
+        rows = [row(run, runs[0]) for run in group]
         best = {
             title: column.best(values)
             for title, column in COLUMNS.items()
             if len(values := [r[title] for r in rows if r[title] is not None]) > 1
         }
         lines = [
-            f'{measured_on}\n',
+            f'{group[0].measured_on}\n',
             '| ' + ' | '.join(rows[0]) + ' |',
             '|' + '|'.join('---' if title in ('run', 'differs in') else '---:' for title in rows[0]) + '|',
         ]

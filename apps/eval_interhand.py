@@ -40,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         if distributed.is_main():
             if 'format' not in content:
                 print(f'{args.model} has the published form and was converted (apps/convert_checkpoint.py keeps that).')
-            more = {'config': flatten(cfg), 'training': content.get('progress'), 'trained': content.get('record')}
+            shares = flatten(content.get('config', {})).get('DATASET.WEIGHTS', [])  # cfg's are of the data evaluated
+            config = flatten(cfg) | {'DATASET.WEIGHTS': shares}
+            more = {'config': config, 'training': content.get('progress'), 'trained': content.get('record')}
             report(measured, title=args.model, out=args.out, more=more)
     distributed.stop()
     return 0

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from evaluation.registry import compared
+from evaluation.schema import check_metrics
 from utils.errors import UserError
 from utils.files import read_json
 
+_DIGEST_SHOWN = 12  # characters
 METRICS_VERSION = 1  # of metrics.json; increased when a figure changes its meaning
 # Paths and settings of the run that do not change what is compared.
 NOT_COMPARED = (
@@ -38,17 +40,34 @@ class Run(NamedTuple):
 
     @property
     def measured_on(self) -> str:
-        """Protocol, frames and data: figures are comparable only if they share them."""
-        protocol, subset = self.metrics['protocol'], self.metrics.get('subset')
-        part = f', {subset["description"]}' if subset else ''
-        return (
-            f'protocol {protocol["name"]}: {protocol["description"]}; {self.metrics["frames"]} frames of '
-            f'{self.metrics["data"]}{part}'
-        )
+        """Protocol, frames and data, to show."""
+        known = ', '.join(digest[:_DIGEST_SHOWN] for digest in self._digests)
+        return f'{self._measured}{self.metrics["data"]}{self._part}{f" (digest {known})" if known else ""}'
+
+    @property
+    def comparable_by(self) -> str:
+        """Equal for runs whose figures are comparable: the same protocol on the same frames, wherever the data lies."""
+        return f'{self._measured}{" ".join(sorted(self._digests)) or self.metrics["data"]}{self._part}'
+
+    @property
+    def _measured(self) -> str:
+        protocol = self.metrics['protocol']
+        return f'protocol {protocol["name"]}: {protocol["description"]}; {self.metrics["frames"]} frames of '
+
+    @property
+    def _part(self) -> str:
+        subset = self.metrics.get('subset')
+        return f', {subset["description"]}' if subset else ''
+
+    @property
+    def _digests(self) -> list[str]:
+        splits = figure(self.metrics, ('evaluated', 'data'))
+        names = splits if isinstance(splits, dict) else {}
+        return [digest for split in names for digest in data_digests(self.metrics, 'evaluated', split)]
 
 
 def read_runs(paths: list[str]) -> list[Run]:
-    """Read the metrics.json of every run; raises UserError if one is missing or has another version."""
+    """Read the metrics.json of every run; raises UserError if one is missing, malformed or of another version."""
     runs = []
     for given in paths:
         places = [Path(given), Path(given) / 'metrics.json', Path(given) / 'eval' / 'metrics.json']
@@ -64,6 +83,7 @@ def read_runs(paths: list[str]) -> list[Run]:
                 f'{path} is not a metrics.json of version {METRICS_VERSION}. Evaluate the run again with '
                 'apps/eval_interhand.py.'
             )
+        check_metrics(metrics, path)
         folder = path.parent.parent if path.parent.name == 'eval' else path.parent
         runs.append(Run(folder.name, metrics, path))
     if len({run.name for run in runs}) < len(runs):  # equal folder names: show the paths as typed
@@ -71,12 +91,26 @@ def read_runs(paths: list[str]) -> list[Run]:
     return runs
 
 
+def data_digests(metrics: dict[str, Any], what: str, split: str) -> list[str]:
+    """Digests of the data sets in which a network was 'trained' or 'evaluated'; empty if they are not recorded."""
+    recorded = figure(metrics, (what, 'data', split))
+    sets = recorded if isinstance(recorded, list) else [recorded]
+    return [str(each['digest']) for each in sets if isinstance(each, dict) and 'digest' in each]
+
+
 def differences(run: Run, first: Run) -> str:
-    """Configuration keys of ``run`` that differ from ``first``, with their values: 'MODEL.STAGES 1, ...'."""
+    """Configuration keys of ``run`` that differ from ``first``, with their values: 'MODEL.STAGES 1, ...'.
+
+    And the training data, which the configuration of an evaluation no longer names.
+    """
     config, base = run.metrics.get('config') or {}, first.metrics.get('config') or {}
-    return ', '.join(
-        f'{key} {value}' for key, value in config.items() if key not in NOT_COMPARED and base.get(key) != value
-    )
+    found = [f'{key} {value}' for key, value in config.items() if key not in NOT_COMPARED and base.get(key) != value]
+    if config:
+        found += [f'{key} not recorded' for key in base if key not in NOT_COMPARED and key not in config]
+    own, other = (data_digests(each.metrics, 'trained', 'train') for each in (run, first))
+    if own and other and own != other:
+        found.append(f'training data (digest {", ".join(digest[:_DIGEST_SHOWN] for digest in own)})')
+    return ', '.join(found)
 
 
 def figure(metrics: dict[str, Any], keys: tuple[str, ...]) -> Any:

@@ -30,7 +30,7 @@ def write_metrics(
         'root_mm': 30.0,
         'pa_joint_mm': sides(4.0),
         'pa_vert_mm': sides(3.5),
-        'pck': {'auc': sides(joint / 100)},
+        'pck': {'thresholds_mm': [], 'left': [], 'right': [], 'auc': sides(joint / 100)},
         'config': flatten(load_config(None, list(overrides))),
         'training': None if seconds is None else {'epoch': 3, 'seconds': seconds},
         **more,
@@ -97,6 +97,55 @@ def test_other_protocols_and_frames_get_tables_of_their_own(runs, tmp_path, caps
     assert table_rows(tables[3])[1][2] == '7.00'  # alone: nothing is best
 
 
+def identity(digest: str, split: str = 'test') -> dict:
+    """A record of one data set, or of two: 'a b'."""
+    sets = [{'samples': 95, 'digest': each} for each in digest.split()]
+    return {'data': {split: sets[0] if len(sets) == 1 else sets}}
+
+
+def test_data_is_compared_by_its_digest_and_not_by_its_path(tmp_path, capsys):
+    runs = [
+        write_metrics(tmp_path / name, joint=9.0, data=data, evaluated=digest and identity(digest))
+        for name, data, digest in (
+            ('a', 'data/test', 'one'),
+            ('b', './data/test', 'one'),
+            ('c', 'data/test', 'other'),
+            ('d', '{x,y}/test', 'one other'),
+            ('e', '{y,x}/test', 'other one'),
+            ('f', 'data/test', None),
+        )
+    ]
+    assert compare_runs.main(list(map(str, runs))) == 0
+    tables = capsys.readouterr().out.strip().split('\n\n')
+    assert [[row[0] for row in table_rows(table)[1:]] for table in tables[1::2]] == [
+        ['a', 'b'],
+        ['c'],
+        ['d', 'e'],
+        ['f'],
+    ]
+    assert '(digest one)' in tables[0] and '(digest other)' in tables[2] and 'digest' not in tables[6]
+
+
+def test_other_training_data_and_missing_keys_are_differences(tmp_path, capsys):
+    config = flatten(load_config(None))
+    short = {key: value for key, value in config.items() if key != 'MODEL.STAGES'}
+    runs = [
+        write_metrics(tmp_path / 'a', joint=9.0, trained=identity('one', 'train')),
+        write_metrics(tmp_path / 'b', joint=9.0, trained=identity('one', 'train')),
+        write_metrics(tmp_path / 'c', joint=9.0, trained=identity('other one', 'train'), config=short),
+        write_metrics(tmp_path / 'd', joint=9.0, trained={'data': 3}),
+        write_metrics(tmp_path / 'e', joint=9.0, config=None),
+    ]
+    assert compare_runs.main(list(map(str, runs))) == 0
+    assert [row[1] for row in table_rows(capsys.readouterr().out)[1:]] == [
+        '–',
+        '–',
+        'MODEL.STAGES not recorded, training data (digest other, one)',
+        '–',
+        '–',
+    ]
+
+
 def test_a_run_is_found_by_file_evaluation_or_run_folder(tmp_path, capsys):
     run = write_metrics(tmp_path / 'a', joint=9.0)
     beside = write_metrics(tmp_path / 'b', joint=8.0, inside='.')
@@ -118,6 +167,7 @@ def test_missing_figures_show_as_a_dash(tmp_path, capsys):
         (None, 'There is no metrics.json in'),
         ('{"version": 0}', 'not a metrics.json of version'),
         ('[1]', 'not a metrics.json'),
+        ('{"version": 1}', 'joint_mm is missing or malformed'),
         ('{"version"', 'not valid JSON'),
     ],
 )

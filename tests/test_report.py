@@ -19,6 +19,7 @@ from apps import report
 from evaluation.report import charts, hands, inputs, sections
 from evaluation.report.charts import Axis, Series, axis_to, line_chart
 from evaluation.report.page import environment
+from evaluation.runs import read_runs
 from utils.hand import FINGERS, JOINT_NAMES, SIDES
 from utils.run_record import run_record
 
@@ -400,6 +401,22 @@ def test_log_is_read_from_the_evaluated_models_folder(folder, run, tmp_path, mon
         assert 'main: from other/log.jsonl' in [element[2] for element in page.all('p')]
 
 
+def test_the_log_of_another_run_is_not_shown(run, tmp_path):
+    record, other = ({'sessions': [{'started': time, 'command': 'train.py'}]} for time in ('Monday', 'Tuesday'))
+    (run / 'run.json').write_text(json.dumps(record))
+    for changes, found in (
+        ({'model': 'best constant prediction', 'training': ..., 'trained': None}, False),
+        ({'model': str(tmp_path / 'other/best.pth'), 'training': {}, 'trained': other}, False),
+        ({'model': str(run / 'best.pth'), 'trained': other}, False),  # the folder was trained in again
+        ({'model': str(run), 'trained': record}, True),
+        ({'model': 'elsewhere/best.pth', 'trained': record}, True),  # moved
+        ({'model': 'elsewhere/best.pth', 'trained': None}, False),
+        ({'model': 'elsewhere/main/best.pth', 'trained': None}, True),
+    ):
+        log = inputs.find_log(read_runs([str(edit(run, **changes))])[0])
+        assert log == (run / 'log.jsonl' if found else None), changes
+
+
 def test_log_with_a_truncated_last_line_is_read(run, tmp_path):
     with open(run / 'log.jsonl', 'a') as file:
         file.write('{"kind": "train", "st')
@@ -509,7 +526,7 @@ def test_the_origin_of_the_figures_is_shown(folder, run, tmp_path):
     edit(run, trained=record, evaluated=record | {'data': {'test': {'samples': 120, 'digest': 'def'}}})
     page = make(run, folder / 'other', out=tmp_path / 'page.html')
     training, evaluation = page.table('Training: code'), page.table('Evaluation: code')
-    assert training[''] == ['main', 'other'] and training['seed'] == ['3', '–']
+    assert training[''] == ['main [A]', 'other [B]'] and training['seed'] == ['3', '–']
     assert training['data, train'] == ['40 samples, digest abc', '–'] and training['record'] == ['–', 'none']
     assert f'torch {torch.__version__}' in training['packages'][0]
     assert evaluation['data, test'] == ['120 samples, digest def', '–']

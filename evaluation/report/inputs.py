@@ -15,64 +15,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dataset.damage import set_folders_of
-from evaluation.confidence import JOINT_KINDS, WITHIN
 from evaluation.metrics import PROTOCOLS
-from evaluation.registry import headline
-from evaluation.report.figures import ERRORS, OPTIONAL_COLUMNS, PRESENCE_SHARES
+from evaluation.report.figures import OPTIONAL_COLUMNS
 from evaluation.runs import Run
 from evaluation.samples import KINDS, SAMPLES_VERSION
+from evaluation.schema import EVALUATE_AGAIN
 from utils.arrays import load_npz
 from utils.errors import UserError
-from utils.hand import FINGERS, JOINT_NAMES, NUM_FACES, NUM_VERTICES
+from utils.files import read_json
+from utils.hand import NUM_FACES, NUM_VERTICES
+from utils.run_record import RUN_RECORD
 from utils.training import LOG_NAME, read_records
 
 PER_SAMPLE_COLUMNS = ('joint_mm_left', 'joint_mm_right', 'vert_mm_left', 'vert_mm_right', 'root_mm')
-
-EVALUATE_AGAIN = 'Evaluate the run again with apps/eval_interhand.py --out.'
-# Schema of metrics.json: NUMBER, FIGURE, a type, {key: schema} (more keys are allowed), [schema of every item],
-# (schema of each item, ...).
-NUMBER, FIGURE = 'a number', 'a number, or null if it was not measured'
-SIDED = {'left': FIGURE, 'right': FIGURE, 'all': FIGURE}
-HEADLINE = {metric.key: SIDED for metric in headline() if metric.per_hand} | {'root_mm': FIGURE}
-PENETRATION = {'share': FIGURE, 'mean_mm': FIGURE, 'worst_mm': FIGURE}
-JOINTS = {'joints': int, 'error_mm': FIGURE, 'deviation_mm': FIGURE}
-SPARSIFICATION = {
-    'count': int,
-    **{name: [FIGURE] for name in ('deviation', 'residual_px', 'oracle')},
-    'ause': dict.fromkeys(('deviation', 'residual_px', 'random'), FIGURE),
-}
-REQUIRED = {**HEADLINE, 'frames': int, 'data': str, 'protocol': {'name': str, 'description': str}}
-OPTIONAL = {
-    'subset': {'description': str},
-    'config': dict,
-    'training': dict,
-    'stages': [HEADLINE],
-    'interval_95': {
-        name: {'all': (FIGURE, FIGURE)} if schema is SIDED else (FIGURE, FIGURE) for name, schema in HEADLINE.items()
-    },
-    'pa_joint_mm': SIDED,
-    'pa_vert_mm': SIDED,
-    'placement_mm': {**SIDED, 'depth': FIGURE},
-    'pck': {'thresholds_mm': [NUMBER], 'left': [FIGURE], 'right': [FIGURE], 'auc': SIDED},
-    'per_joint_mm': dict.fromkeys(JOINT_NAMES, SIDED),
-    'per_finger_mm': dict.fromkeys(('wrist', *FINGERS), SIDED),
-    'by_box_iou': [{'from': NUMBER, 'to': FIGURE, 'frames': int}],
-    'by_distance_mm': [{'from': NUMBER, 'to': FIGURE, 'frames': int}],
-    'by_visibility': [{'from': NUMBER, 'to': FIGURE, 'hands': int}],
-    'penetration': PENETRATION,
-    'true_penetration': PENETRATION,
-    'segmentation_iou': dict.fromkeys(('background', 'left', 'right', 'hands'), FIGURE),
-    'by_hands': dict.fromkeys(
-        ('single', 'interacting', 'all', 'empty'), {'frames': int} | {keys[0]: FIGURE for keys in ERRORS.values()}
-    ),
-    'presence': {'average_precision': SIDED} | dict.fromkeys(PRESENCE_SHARES, FIGURE),
-    'hidden_joints': dict.fromkeys(JOINT_KINDS, dict.fromkeys(('share', 'average_precision', 'accuracy'), FIGURE)),
-    'by_joint_visibility': {'visible': JOINTS, 'hidden': JOINTS},
-    'deviation': {
-        **dict.fromkeys((*WITHIN, 'calibration'), FIGURE),
-        'sparsification': {'removed': [NUMBER], 'joints': SPARSIFICATION, 'frames': SPARSIFICATION},
-    },
-}
 
 
 class PerSample(NamedTuple):
@@ -132,12 +87,10 @@ class Evaluated(NamedTuple):
 
 def read_evaluated(runs: list[Run]) -> list[Evaluated]:
     """Read the files of all runs and group comparable runs. Raises UserError for unusable files."""
-    for run in runs:
-        check_metrics(run)
-    groups = list(dict.fromkeys(run.measured_on for run in runs))
+    groups = list(dict.fromkeys(run.comparable_by for run in runs))
     result = []
     for slot, run in enumerate(runs):
-        group = letters(groups.index(run.measured_on))
+        group = letters(groups.index(run.comparable_by))
         result.append(
             Evaluated(
                 f'{run.name} [{group}]' if len(groups) > 1 else run.name,
@@ -156,25 +109,6 @@ def read_evaluated(runs: list[Run]) -> list[Evaluated]:
 def letters(position: int) -> str:
     """Group names: A ... Z, A1, B1, ..."""
     return chr(ord('A') + position % 26) + (str(position // 26) if position >= 26 else '')
-
-
-def check_metrics(run: Run) -> None:
-    for key, schema in (REQUIRED | OPTIONAL).items():
-        value = run.metrics.get(key)
-        if not (matches(value, schema) or (value is None and key in OPTIONAL)):
-            raise UserError(f'{run.path}: {key} is missing or malformed. {EVALUATE_AGAIN}')
-
-
-def matches(value: Any, schema: Any) -> bool:
-    if isinstance(schema, dict):
-        return isinstance(value, dict) and all(key in value and matches(value[key], schema[key]) for key in schema)
-    if isinstance(schema, list):
-        return isinstance(value, list) and all(matches(item, schema[0]) for item in value)
-    if isinstance(schema, tuple):
-        return isinstance(value, list) and len(value) == len(schema) and all(map(matches, value, schema))
-    if schema in (NUMBER, FIGURE):
-        return (value is None and schema == FIGURE) or (isinstance(value, (int, float)) and math.isfinite(value))
-    return isinstance(value, schema)
 
 
 def read_per_sample(path: Path) -> PerSample | None:
@@ -252,11 +186,38 @@ def _is_sound(name: str, values: np.ndarray, arrays: dict[str, np.ndarray]) -> b
 
 
 def find_log(run: Run) -> Path | None:
-    """Path of the evaluated model's log, else of the log beside the evaluation."""
+    """Path of the log of the run that trained the evaluated network, in the network's folder or beside the evaluation.
+
+    None if there is none, as for a baseline, or if the log there is that of another run.
+    """
     model = run.metrics.get('model')
-    folders = [Path(model), Path(model).parent] if isinstance(model, str) and model else []
-    folders += [run.path.parent.parent, run.path.parent]
-    return next((folder / LOG_NAME for folder in folders if (folder / LOG_NAME).is_file()), None)
+    if not (isinstance(model, str) and model and 'training' in run.metrics):
+        return None
+    place = Path(model)
+    own = place if place.is_dir() else place.parent
+    for folder in (own, run.path.parent.parent, run.path.parent):
+        same = same_training(run, folder)
+        if same is None:  # a run of an earlier version; it may have been moved since it was evaluated
+            moved = not place.exists() and folder.resolve().name in (place.name, place.parent.name)
+            same = folder == own or moved
+        if same and (folder / LOG_NAME).is_file():
+            return folder / LOG_NAME
+    return None
+
+
+def same_training(run: Run, folder: Path) -> bool | None:
+    """Whether the evaluated network was trained in the run folder; None if either has no record of its start."""
+    file = folder / RUN_RECORD
+    records = [run.metrics.get('trained'), read_json(file) if file.is_file() else None]
+    starts = [_start(record) for record in records]
+    return None if None in starts else starts[0] == starts[1]
+
+
+def _start(record: Any) -> tuple[Any, Any] | None:
+    """When and with which command a recorded training began."""
+    sessions = record.get('sessions') if isinstance(record, dict) else None
+    first = sessions[0] if isinstance(sessions, list) and sessions else None
+    return (first.get('started'), first.get('command')) if isinstance(first, dict) and 'started' in first else None
 
 
 def read_log(path: Path | None) -> Log | None:
