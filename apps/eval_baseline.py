@@ -20,6 +20,7 @@ if __name__ == '__main__':
 from dataset import open_split
 from evaluation.baseline import ConstantPrediction, mean_prediction
 from evaluation.session import add_evaluation_arguments, evaluate_split, owned_output, report
+from evaluation.summary import format_damage
 from manopth import TwoHandLayer
 from models.hand_head import HandHead
 from models.hands import load_hands
@@ -40,11 +41,19 @@ def main(argv: list[str] | None = None) -> int:
     cfg = load_config(args.cfg, [*args.opts, 'DATASET.PATH', args.data_path])
     hand_layer = TwoHandLayer(load_hands(cfg.MANO.SOURCE, cfg.MANO.PATH))
     labels = open_split(cfg.DATASET.PATH, 'train', with_mask=False, with_dense=False)
-    means = mean_prediction(labels, hand_layer, root_joint=cfg.ROOT_JOINT, workers=cfg.TRAIN.WORKERS)
-    model = ConstantPrediction(HandHead(hand_layer, root_joint=cfg.ROOT_JOINT), *means)
     with owned_output(args.out):
+        mean = mean_prediction(
+            labels,
+            hand_layer,
+            root_joint=cfg.ROOT_JOINT,
+            workers=cfg.TRAIN.WORKERS,
+            tolerated_damage=cfg.DATASET.TOLERATED_DAMAGE,
+        )
+        model = ConstantPrediction(HandHead(hand_layer, root_joint=cfg.ROOT_JOINT), mean.parameters, mean.offset)
         measured = evaluate_split(model, cfg, args)
         if distributed.is_main():
+            if mean.damage:
+                print(f'from the means of {labels.folder}, {format_damage(mean.damage)}', end='')
             report(measured, title='best constant prediction', out=args.out, more={'config': flatten(cfg)})
     distributed.stop()
     return 0

@@ -1,12 +1,17 @@
 """The best constant prediction: mean parameters and mean offset of a training split."""
 
+from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from dataset.damage import Damage, DamageError, read_patiently, refuse_damage, tolerated
 from dataset.loader import Loader
 from dataset.prepared import PreparedSplit
 from manopth import TwoHandLayer
@@ -40,7 +45,7 @@ class ConstantPrediction(nn.Module):
 
 
 class _Annotations(Dataset):
-    """The annotations of a split, without images: the values of ``PreparedSplit.complete_labels``."""
+    """The annotations of a split, without images, in batches that leave damaged ones out."""
 
     def __init__(self, dataset: PreparedSplit):
         self.dataset = dataset
@@ -48,23 +53,56 @@ class _Annotations(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> list[Tensor]:
-        return list(map(torch.from_numpy, self.dataset.complete_labels(index).values()))
+    def __getitems__(self, indices: Sequence[int]) -> tuple[list[Tensor], list[Damage]]:
+        """-> the values of ``PreparedSplit.complete_labels``, each with a leading axis, and what was left out."""
+        rows, damage = [], []
+        for index in indices:
+            name = self.dataset.name(index)
+            try:
+                rows.append(read_patiently(partial(self.dataset.complete_labels, index), name).values())
+            except DamageError as error:
+                damage.append(Damage(index, name, error.reason, str(error)))
+        return [torch.from_numpy(np.stack(values)) for values in zip(*rows)], damage
+
+
+def _fetched_batch(batch):
+    return batch  # ``__getitems__`` has already batched it
+
+
+class MeanPrediction(NamedTuple):
+    """Means over a split."""
+
+    parameters: Tensor  # (2, 64)
+    offset: Tensor  # (3,)
+    damage: tuple[Damage, ...]  # samples that could not be read and were left out
 
 
 @torch.no_grad()
 def mean_prediction(
-    dataset: PreparedSplit, hand_layer: TwoHandLayer, *, root_joint: int, workers: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Means over ``dataset``: parameters (2, 64) and offset (3,). The mean rotation is the chordal one.
+    dataset: PreparedSplit,
+    hand_layer: TwoHandLayer,
+    *,
+    root_joint: int,
+    workers: int = 0,
+    tolerated_damage: float = 0.0,
+) -> MeanPrediction:
+    """Means over ``dataset``. The mean rotation is the chordal one.
 
     Absent hands are left out, and from the offset the frames without both hands. A hand that no frame shows is the mean
-    hand of the model, with the other one's camera. Raises UserError if no frame shows any hand.
+    hand of the model, with the other one's camera. tolerated_damage: share of the samples that may be damaged and are
+    left out. Raises UserError if more are, and if no frame shows any hand.
     """
     rotation, pose, shape, offset = torch.zeros(2, 3, 3), torch.zeros(2, 45), torch.zeros(2, 10), torch.zeros(3)
     camera_sum, shown, pairs = torch.zeros(2, 3), torch.zeros(2), 0
-    with closing(Loader(_Annotations(dataset), batch_size=256, num_workers=workers)) as loader:
-        for present, root, poses, shapes, translation, *camera, intrinsics in tqdm(loader, desc='mean', leave=False):
+    damage: list[Damage] = []
+    most, annotations = tolerated(tolerated_damage, len(dataset)), _Annotations(dataset)
+    with closing(Loader(annotations, num_workers=workers, batch_size=256, collate_fn=_fetched_batch)) as loader:
+        for labels, left_out in tqdm(loader, desc='mean', leave=False):
+            damage += left_out
+            refuse_damage(damage, most=most, samples=len(dataset), folder=dataset.folder)
+            if not labels:
+                continue
+            present, root, poses, shapes, translation, *camera, intrinsics = labels
             both = present.all(1)
             shown, pairs = shown + present.sum(0), pairs + int(both.sum())
             joints = world_to_camera(hand_layer(root, poses, shapes).joints + translation[:, :, None], *camera)
@@ -84,7 +122,7 @@ def mean_prediction(
     scale = len(dataset) / frames.clamp_min(1)  # 1 if every frame shows the hand
     parameters[:, POSE], parameters[:, SHAPE] = pose * scale, shape * scale
     parameters[:, CAMERA] = camera_sum / torch.where(frames > 0, frames, frames.flip(0))
-    return parameters, offset * (len(dataset) / max(pairs, 1))
+    return MeanPrediction(parameters, offset * (len(dataset) / max(pairs, 1)), tuple(damage))
 
 
 def _sum_of(values: Tensor, chosen: Tensor) -> Tensor:

@@ -72,7 +72,12 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def owned_output(out: str | None) -> Iterator[None]:
-    """Own the output folder of an evaluation, in the first of several processes. Raises UserError if it is in use."""
+    """Own the output folder of an evaluation, in the first of several processes.
+
+    Raises UserError if it is in use or no folder.
+    """
+    if out and os.path.lexists(out) and not os.path.isdir(out):
+        raise UserError(f'--out {out} is not a folder. Choose another name.')
     with ExitStack() as stack:
         if out and first_process():
             stack.enter_context(owned(out))

@@ -15,6 +15,7 @@ from tiny import TINY, tiny_model
 
 from apps import report as report_command
 from dataset.batch import build_batch_maker
+from dataset.damage import TooMuchDamageError
 from dataset.loader import evaluation_loader, evaluation_split
 from dataset.prepared import LABEL_SHAPES
 from dataset.subsets import choose
@@ -388,7 +389,7 @@ def test_a_network_whose_presence_is_not_finite_is_refused(some_absent, standin)
 def test_the_mean_prediction_is_over_present_hands(some_absent, tmp_path, standin):
     _, dataset, _, _ = setting(some_absent, standin)
     layer = TwoHandLayer(standin)
-    parameters, offset = mean_prediction(dataset, layer, root_joint=0)
+    parameters, offset, _ = mean_prediction(dataset, layer, root_joint=0)
     assert parameters.isfinite().all() and offset.isfinite().all()
     labels = [dict(zip(LABEL_SHAPES, dataset.labels(index), strict=True)) for index in range(6)]
     for hand in (LEFT, RIGHT):
@@ -408,12 +409,26 @@ def test_the_mean_prediction_is_over_present_hands(some_absent, tmp_path, standi
 
 def test_the_mean_of_a_hand_that_is_never_shown_is_finite(tmp_path, standin):
     write_prepared(tmp_path / 'right', 'val', 3, absent=dict.fromkeys(range(3), ('left',)))
-    parameters, offset = mean_prediction(setting(tmp_path / 'right', standin)[1], TwoHandLayer(standin), root_joint=0)
+    dataset = setting(tmp_path / 'right', standin)[1]
+    parameters, offset, _ = mean_prediction(dataset, TwoHandLayer(standin), root_joint=0)
     assert torch.equal(parameters[LEFT, CAMERA], parameters[RIGHT, CAMERA]) and not offset.any()
     assert not parameters[LEFT, 6:61].any() and parameters[LEFT, :6].norm() == pytest.approx(2**0.5)
     write_prepared(tmp_path / 'none', 'val', 3, absent=dict.fromkeys(range(3), SIDES))
     with pytest.raises(UserError, match='No frame of .* shows a hand'):
         mean_prediction(setting(tmp_path / 'none', standin)[1], TwoHandLayer(standin), root_joint=0)
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_the_mean_leaves_damaged_annotations_out(tmp_path, standin, workers):
+    write_prepared(tmp_path, 'val', 6)
+    dataset, layer = setting(tmp_path, standin)[1], TwoHandLayer(standin)
+    poses = np.mean([dataset.labels(index)[1] for index in (0, 1, 3, 4, 5)], 0)
+    (tmp_path / 'val/anno/2.pkl').write_bytes(b'damaged')
+    parameters, _, damage = mean_prediction(dataset, layer, root_joint=0, workers=workers, tolerated_damage=0.1)
+    np.testing.assert_allclose(parameters[:, 6:51], poses, atol=1e-6)
+    assert [one.sample for one in damage] == [2] and '2.pkl' in damage[0].detail
+    with pytest.raises(TooMuchDamageError, match='At least 1 of 6 samples .* DATASET.TOLERATED_DAMAGE allows 0'):
+        mean_prediction(dataset, layer, root_joint=0, workers=workers)
 
 
 # Presence
