@@ -34,10 +34,12 @@ try:
 
     from dataset import open_split
     from dataset.hand_model_record import HAND_MODEL_RECORD, check_hand_model_record
+    from dataset.loader import training_loader
     from dataset.mixture import set_folders
     from dataset.prepared import RECORD, partial_folder
     from models import build_model, efficientnet_lite
     from models.backbone import Backbone, load_imagenet
+    from models.checkpoint import BEST, LATEST, has_checkpoint
     from models.hands import load_hands
     from models.initial_weights import check_not_own_output, load_initial_weights
     from utils.config import add_config_arguments, load_config
@@ -92,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     if failed:
         print(f'not ready: {failed} {"thing is" if failed == 1 else "things are"} missing or wrong')
         return 2
-    resume = ['--resume'] if latest(cfg).exists() else []
+    resume = ['--resume'] if has_checkpoint(cfg.OUTPUT_DIR) else []
     print(f'ready: {shlex.join(["python", "train.py", *resume, *argv])}')
     return 0
 
@@ -119,7 +121,7 @@ def each_set(cfg: CfgNode) -> list[CfgNode]:
     for folder in folders:
         one = cfg.clone()
         one.defrost()
-        one.DATASET.PATH, one.TRAIN.BATCH_SIZE = folder, 1  # one set of several need not fill a batch
+        one.DATASET.PATH = folder
         sets.append(one)
     return sets
 
@@ -208,7 +210,7 @@ def check_hands(what: str, cfg: CfgNode) -> Check:
 
 
 def check_split(what: str, cfg: CfgNode, *, split: str) -> Check:
-    """A split is complete, its first sample is readable, and it holds at least one batch."""
+    """A split is complete, and its first sample is readable."""
     folder = Path(cfg.DATASET.PATH) / split
     absent = not folder.exists()
     files = cfg.DATASET.TARGETS == 'files'
@@ -217,15 +219,8 @@ def check_split(what: str, cfg: CfgNode, *, split: str) -> Check:
         _ = dataset[0]
     except (UserError, OSError) as error:
         return _unusable_split(what, cfg, folder, sentence(error), absent=absent)
-    samples, batch = len(dataset), cfg.TRAIN.BATCH_SIZE
+    samples = len(dataset)
     found = f'{samples:,} {"sample" if samples == 1 else "samples"} in {folder}'
-    if split == 'train' and samples < batch:
-        return Check(
-            WRONG,
-            what,
-            f'{found}, fewer than TRAIN.BATCH_SIZE {batch}',
-            f'Set TRAIN.BATCH_SIZE to {samples} or less, or prepare more frames.',
-        )
     return _with_preparation(Check(OK, what, found), folder, samples)
 
 
@@ -283,6 +278,21 @@ def check_hands_of_data(what: str, cfg: CfgNode) -> Check | None:
     except UserError as error:
         return Check(WRONG, what, f'{cfg.DATASET.PATH} was generated with other hands', str(error))
     return Check(OK, what, 'the same')
+
+
+def check_batch(what: str, cfg: CfgNode) -> Check | None:
+    """All sets together fill a batch, and TRAIN.ACCUMULATE divides it; does not apply where a set is missing."""
+    files = cfg.DATASET.TARGETS == 'files'
+    try:
+        open_split(cfg.DATASET.PATH, 'train', with_mask=files, with_dense=files)
+    except (UserError, OSError):
+        return None  # reported already
+    batch = cfg.TRAIN.BATCH_SIZE
+    try:
+        training_loader(cfg)
+    except UserError as error:
+        return Check(WRONG, what, 'none can be drawn with this configuration', str(error))
+    return Check(OK, what, f'{batch} {"sample" if batch == 1 else "samples"}')
 
 
 def check_weights(what: str, cfg: CfgNode) -> Check:
@@ -343,15 +353,17 @@ def check_output(what: str, cfg: CfgNode) -> Check:
             f'{folder}, only {free:.1f} GB free',
             [f'{CHECKPOINT_SIZES} Free some space, or choose another OUTPUT_DIR.'],
         )
-    if latest(cfg).exists():
+    if has_checkpoint(folder):
         found += ', holds a run'
         notes.append('Continue it with train.py --resume; for a new run choose another OUTPUT_DIR.')
+    elif (folder / BEST).exists():
+        return Check(
+            WRONG,
+            what,
+            f'{found}, holds the {BEST} of a run, but no {LATEST} to continue from',
+            f'Choose another OUTPUT_DIR, or move {BEST} away.',
+        )
     return Check(NOTE if notes else OK, what, found, ' '.join(notes))
-
-
-def latest(cfg: CfgNode) -> Path:
-    """The checkpoint that train.py resumes, and refuses to overwrite without --resume."""
-    return Path(cfg.OUTPUT_DIR) / 'latest.pth'
 
 
 # In the order of the report.
@@ -363,6 +375,7 @@ CHECKS: dict[str, Callable[[str, CfgNode], Check | None]] = {
     'data: val': partial(check_split, split='val'),
     'data: test': partial(check_split, split='test'),
     'data: hands': check_hands_of_data,
+    'batch': check_batch,
     'weights': check_weights,
     'output': check_output,
 }

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from contextlib import ExitStack
 from itertools import takewhile
 from pathlib import Path
 
@@ -17,12 +18,14 @@ import torch
 import torchvision
 from mano_files import write_mano_files
 
+import train
 from apps import check_setup
 from apps.check_setup import MISSING, NOTE, OK, WRONG
 from dataset.hand_model_record import write_hand_model_record
 from models import build_model, efficientnet_lite
 from models.checkpoint import save_checkpoint
 from utils.config import load_config
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / 'apps/check_setup.py'
@@ -270,13 +273,25 @@ def test_a_gap(report, data):
     (data / 'train/mask/3.jpg').unlink()
     code, checks, _ = report(data=data)
     assert code == 2 and checks['data: train'][0] == WRONG and 'has gaps: 1 of its files' in checks['data: train'][1]
+    assert 'batch' not in checks
 
 
-def test_a_batch_larger_than_the_split(report, tiny_prepared):
+def test_a_batch_larger_than_all_sets_together(report, tiny_prepared, data):
     code, checks, _ = report('TRAIN.BATCH_SIZE', 9, data=tiny_prepared)
-    assert code == 2 and checks['data: train'][0] == WRONG
-    assert 'fewer than TRAIN.BATCH_SIZE 9 Set TRAIN.BATCH_SIZE to 8 or less' in checks['data: train'][1]
+    assert code == 2 and checks['data: train'][0] == OK and checks['batch'][0] == WRONG
+    assert 'holds 8 samples, fewer than TRAIN.BATCH_SIZE 9: set it to 8 or less' in checks['batch'][1]
     assert report('TRAIN.BATCH_SIZE', 8, data=tiny_prepared)[0] == 0
+    both = f'[{tiny_prepared}, {data}]'
+    code, checks, _ = report('TRAIN.BATCH_SIZE', 17, data=both)
+    assert code == 2 and 'holds 16 samples, fewer than TRAIN.BATCH_SIZE 17' in checks['batch'][1]
+    code, checks, _ = report('TRAIN.BATCH_SIZE', 16, data=both)
+    assert code == 0 and checks['batch'] == (OK, '16 samples')
+
+
+def test_a_batch_that_does_not_split(report, tiny_prepared):
+    code, checks, _ = report('TRAIN.ACCUMULATE', 3, data=tiny_prepared)
+    assert code == 2 and checks['batch'][0] == WRONG
+    assert 'cannot be split over 1 of them in TRAIN.ACCUMULATE 3 parts' in checks['batch'][1]
 
 
 def test_counts_of_the_preparation(report, data):
@@ -368,6 +383,20 @@ def test_an_existing_run_calls_for_resume(report, tiny_prepared, tmp_path):
     code, checks, last = report(data=tiny_prepared)
     assert (code, checks['output'][0]) == (0, NOTE) and 'train.py --resume' in checks['output'][1]
     assert last.startswith('ready: python train.py --resume --cfg ')
+
+
+def test_the_verdict_on_an_output_folder_is_that_of_a_training(report, tiny_prepared, tmp_path):
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run/best.pth').touch()
+    code, checks, _ = report(data=tiny_prepared)
+    assert (code, checks['output'][0]) == (2, WRONG) and 'move best.pth away' in checks['output'][1]
+    with ExitStack() as at_end, pytest.raises(UserError, match='holds the best.pth of a run'):
+        train.take_new(load_config(None, ['OUTPUT_DIR', str(tmp_path / 'run')]), at_end)
+    (tmp_path / 'run/previous.pth').touch()
+    code, checks, last = report(data=tiny_prepared)
+    assert (code, checks['output'][0]) == (0, NOTE) and last.startswith('ready: python train.py --resume ')
+    with ExitStack() as at_end, pytest.raises(UserError, match='continue it with --resume'):
+        train.take_new(load_config(None, ['OUTPUT_DIR', str(tmp_path / 'run')]), at_end)
 
 
 def test_an_output_folder_that_cannot_be_written(report, tiny_prepared, tmp_path, monkeypatch):
