@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.confidence import JOINT_KINDS, WITHIN
+from evaluation.figures import ERRORS, PRESENCE_SHARES
 from evaluation.registry import headline
-from evaluation.report.figures import ERRORS, PRESENCE_SHARES
 from utils.errors import UserError
 from utils.hand import FINGERS, JOINT_NAMES
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dataset.damage import set_folders_of
+from evaluation.figures import OPTIONAL_COLUMNS
 from evaluation.metrics import PROTOCOLS
-from evaluation.report.figures import OPTIONAL_COLUMNS
 from evaluation.runs import Run
 from evaluation.samples import KINDS, SAMPLES_VERSION
 from evaluation.schema import EVALUATE_AGAIN

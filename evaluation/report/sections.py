@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from evaluation.confidence import JOINT_KINDS, WITHIN
+from evaluation.figures import BINNED, ERRORS, FURTHER, OPTIONAL_COLUMNS, PRESENCE_SHARES
 from evaluation.registry import TableColumn, compared
 from evaluation.report.charts import Axis, Chart, Series, axis_of, bar_chart, line_chart, sparkline
-from evaluation.report.figures import BINNED, ERRORS, FURTHER, OPTIONAL_COLUMNS, PRESENCE_SHARES
 from evaluation.report.hands import hand_diagram, spoken
 from evaluation.report.inputs import Evaluated, Log, PerSample, value_of
 from evaluation.report.views import Block, Card, Section, Span, Table, Text, number
