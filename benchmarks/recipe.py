@@ -29,7 +29,7 @@ from dataset.identity import check_data_identity, data_identity
 from dataset.loader import evaluation_split, training_loader
 from dataset.prepared import PreparedSplit
 from models.checkpoint import to_plain
-from utils.config import FREE_KEYS, changed_keys, load_config, numbers_and_pairs, split_off_pairs
+from utils.config import FREE_KEYS, changed_keys, load_config, numbers_and_pairs, refuse_pairs, split_off_pairs
 from utils.errors import UserError, user_facing
 from utils.files import read_json, write_atomically, write_json
 from utils.ownership import owned
@@ -40,7 +40,6 @@ SMALL = ROOT / 'configs/recipes/small.yaml'
 TUNED = ROOT / 'configs/dir_interhand_tuned.yaml'
 PUBLISHED = 'published'
 RESULT = 'result.json'  # in a finished run's folder
-OWN_KEYS = ('DATASET.PATH', 'OUTPUT_DIR', 'SEED')  # set by --data, --out and --seeds
 FIGURES = ('joint_mm_all', 'joint_px_all', 'root_mm')
 # Of 1, 2, ... degrees of freedom: see student().
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -226,8 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     only, more = split_off_pairs(args.only)
     seeds, pairs = numbers_and_pairs(args.seeds, int, '--seeds')
     seeds, opts = list(dict.fromkeys(seeds)), [*more, *pairs, *opts]
-    if own := [key for key in opts[::2] if key in OWN_KEYS]:
-        raise UserError(f'{own[0]} differs between the runs: use --data, --out and --seeds.')
+    refuse_pairs(opts, {'DATASET.PATH': '--data', 'OUTPUT_DIR': '--out', 'SEED': '--seeds'})
     if unknown := [name for name in only if name not in known]:
         raise UserError(f'{unknown[0]!r} is not a recipe; choose from {", ".join(known)}.')
     if args.jobs < 1:
