@@ -429,7 +429,7 @@ def test_frames_are_counted_by_split_or_altogether(words, frames):
         (['--frames', '0'], '--frames'),
         (['--frames', '0', '0', '0'], '--frames'),
         (['--frames', '-1', '5', '5'], '--frames'),
-        (['--camera_spread', '200'], '--camera_spread'),
+        (['--camera_spread', '200'], '--camera-spread'),
         (['--workers', '0'], '--workers'),
         (['--without', 'views', 'veiws'], 'veiws'),
         (['--seed', '-1'], '--seed'),
