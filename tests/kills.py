@@ -315,7 +315,7 @@ def run(trial: Trial, data: Path, out: Path, whole: Reference) -> Result:
         if code not in expected_codes(trial):
             problems.append(f'exit code {code}')
         if trial.setting.processes == 1 and 'Traceback' in job.text:
-            problems.append('traceback')
+            problems.append(f'traceback: {job.text[job.text.index("Traceback") :][-1500:]}')
         again = Job(data, out.with_name(f'{out.name}'), trial.setting, '--resume', 'auto')
         try:
             if code := again.wait():
