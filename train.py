@@ -46,6 +46,7 @@ from models.checkpoint import (
     has_checkpoint,
     read_checkpoint,
     read_newest_sound,
+    refuse_finished,
     save_checkpoint,
     save_rotating,
     to_plain,
@@ -177,17 +178,8 @@ def take_new(cfg: CfgNode, at_end: ExitStack) -> None:
         raise UserError(
             f'{cfg.OUTPUT_DIR} already holds a run: continue it with --resume, or choose another OUTPUT_DIR.'
         )
-    keep_finished(cfg.OUTPUT_DIR)
+    refuse_finished(cfg.OUTPUT_DIR)
     remove_stale_partials(cfg.OUTPUT_DIR, recursive=True)
-
-
-def keep_finished(folder: str) -> None:
-    """Raise UserError if only the result of a run is left in ``folder``: a new run would overwrite it."""
-    if (Path(folder) / BEST).exists():
-        raise UserError(
-            f'{folder} holds the {BEST} of a run, but no {LATEST} to continue from. Choose another OUTPUT_DIR, or move '
-            f'{BEST} away.'
-        )
 
 
 def take_over(cfg: CfgNode, at_end: ExitStack, *, wait_s: float = 0.0) -> tuple[dict[str, Any], Path] | None:
@@ -202,7 +194,7 @@ def take_over(cfg: CfgNode, at_end: ExitStack, *, wait_s: float = 0.0) -> tuple[
         at_end.enter_context(owned(cfg.OUTPUT_DIR, wait_s=wait_s))
         remove_stale_partials(cfg.OUTPUT_DIR, recursive=True)
         if not has_checkpoint(cfg.OUTPUT_DIR):
-            keep_finished(cfg.OUTPUT_DIR)
+            refuse_finished(cfg.OUTPUT_DIR)
             return None
         found = read_newest_sound(cfg.OUTPUT_DIR)
         return found[1]

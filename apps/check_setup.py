@@ -39,7 +39,7 @@ try:
     from dataset.prepared import RECORD, partial_folder
     from models import build_model, efficientnet_lite
     from models.backbone import Backbone, load_imagenet
-    from models.checkpoint import BEST, LATEST, has_checkpoint
+    from models.checkpoint import has_checkpoint, refuse_finished
     from models.hands import load_hands
     from models.initial_weights import check_not_own_output, load_initial_weights
     from utils.config import add_config_arguments, load_config
@@ -356,13 +356,10 @@ def check_output(what: str, cfg: CfgNode) -> Check:
     if has_checkpoint(folder):
         found += ', holds a run'
         notes.append('Continue it with train.py --resume; for a new run choose another OUTPUT_DIR.')
-    elif (folder / BEST).exists():
-        return Check(
-            WRONG,
-            what,
-            f'{found}, holds the {BEST} of a run, but no {LATEST} to continue from',
-            f'Choose another OUTPUT_DIR, or move {BEST} away.',
-        )
+    try:
+        refuse_finished(folder)
+    except UserError as error:
+        return Check(WRONG, what, f'{found}, not free for a new run', sentence(error))
     return Check(NOTE if notes else OK, what, found, ' '.join(notes))
 
 

@@ -132,6 +132,15 @@ def has_checkpoint(folder: str | Path) -> bool:
     return any((Path(folder) / name).exists() for name in (LATEST, PREVIOUS))
 
 
+def refuse_finished(folder: str | Path) -> None:
+    """Raise UserError if only the result of a run is left in ``folder``: a new run would overwrite it."""
+    if (Path(folder) / BEST).exists() and not has_checkpoint(folder):
+        raise UserError(
+            f'{folder} holds the {BEST} of a run, but no {LATEST} to continue from. Choose another OUTPUT_DIR, or move '
+            f'{BEST} away.'
+        )
+
+
 def read_newest_sound(folder: str | Path) -> tuple[dict[str, Any], Path]:
     """Read latest.pth or, if it is missing or damaged, previous.pth -> (content, its path).
 

@@ -119,18 +119,24 @@ def test_subsets_and_workers_read_the_packed_form(tiny_prepared, packed):
     assert torch.cat([batch.index for batch in evaluation_loader(dataset, cfg)]).tolist() == [0, 1, 2, 3, 4]
 
 
-def test_killed_packing_goes_on(tiny_prepared, packed, tmp_path, monkeypatch):
-    """After every chunk, and with half-written ends."""
-    monkeypatch.setattr(pack, 'CHUNK', 3)
+def interrupt_packing(monkeypatch, *, at_call: int) -> list[int]:
+    """Interrupt the packing of a sample, once -> the samples that are packed from now on, as they come."""
     real, calls = pack._Packer._pack, []
 
-    def six_times(packer, index):
+    def interrupted(packer, index):
         calls.append(index)
-        if len(calls) == 7:
+        if len(calls) == at_call:
             raise KeyboardInterrupt
         return real(packer, index)
 
-    monkeypatch.setattr(pack._Packer, '_pack', six_times)
+    monkeypatch.setattr(pack._Packer, '_pack', interrupted)
+    return calls
+
+
+def test_killed_packing_goes_on(tiny_prepared, packed, tmp_path, monkeypatch):
+    """After every chunk, and with half-written ends."""
+    monkeypatch.setattr(pack, 'CHUNK', 3)
+    calls = interrupt_packing(monkeypatch, at_call=7)
     assert run('--data_path', tiny_prepared, '--save_path', tmp_path, '--splits', 'train') == 130
     partial = tmp_path / 'train.partial'
     for name in ('labels.npy', 'samples.bin'):
@@ -235,15 +241,7 @@ def test_another_set_that_was_prepared_alike_is_neither_complete_nor_continued(
     assert run('--data_path', tmp_path / 'other', '--save_path', spoilt) == 2
     assert 'labels was' in capsys.readouterr().err
     monkeypatch.setattr(pack, 'CHUNK', 3)
-    real, calls = pack._Packer._pack, []
-
-    def five_times(packer, index):
-        calls.append(index)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return real(packer, index)
-
-    monkeypatch.setattr(pack._Packer, '_pack', five_times)
+    interrupt_packing(monkeypatch, at_call=6)
     words = ('--save_path', tmp_path / 'out', '--splits', 'train')
     assert run('--data_path', tiny_prepared, *words) == 130
     assert run('--data_path', tmp_path / 'other', *words) == 2

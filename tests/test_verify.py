@@ -187,21 +187,27 @@ def test_mistakes(prepared, tmp_path, capsys, arguments, message):
     assert message in error and 'Traceback' not in error
 
 
+def interrupt_at_the_sixth(monkeypatch) -> list[int]:
+    """Interrupt the check of the sixth sample, once -> the samples that are checked from now on, as they come."""
+    real, checked = verify.check_sample, []
+
+    def check(dataset, number):
+        checked.append(number)
+        if len(checked) == 6:
+            raise KeyboardInterrupt
+        return real(dataset, number)
+
+    monkeypatch.setattr(verify, 'check_sample', check)
+    return checked
+
+
 def test_an_interrupted_verification_resumes(prepared, monkeypatch):
     monkeypatch.setattr(verify, 'CHUNK', 2)
     for number in (1, 2):
         spoil(prepared, 'train', 'img', number, truncate)
     good = (prepared / 'test/img/1.jpg').read_bytes()
-    checked: list[int] = []
     real = verify.check_sample
-
-    def check(dataset, number):
-        checked.append(number)
-        if len(checked) == 6:  # once
-            raise KeyboardInterrupt
-        return real(dataset, number)
-
-    monkeypatch.setattr(verify, 'check_sample', check)
+    checked = interrupt_at_the_sixth(monkeypatch)
     assert run(prepared, '--split', 'train') == 130
     assert len(Journal(prepared / 'verify/train.partial/journal.jsonl').chunks) == 2
     (prepared / 'train/img/1.jpg').write_bytes(good)  # repaired meanwhile
@@ -217,15 +223,7 @@ def test_an_interrupted_verification_resumes(prepared, monkeypatch):
 
 def test_a_resumed_verification_looks_again_at_files_that_have_changed(prepared, monkeypatch):
     monkeypatch.setattr(verify, 'CHUNK', 2)
-    real, checked = verify.check_sample, []
-
-    def check(dataset, number):
-        checked.append(number)
-        if len(checked) == 6:  # once
-            raise KeyboardInterrupt
-        return real(dataset, number)
-
-    monkeypatch.setattr(verify, 'check_sample', check)
+    checked = interrupt_at_the_sixth(monkeypatch)
     assert run(prepared, '--split', 'train') == 130
     spoil(prepared, 'train', 'img', 3, truncate)
     assert run(prepared, '--split', 'train') == 1

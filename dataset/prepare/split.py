@@ -64,7 +64,7 @@ from utils.stopping import check_stop
 FORMAT = 1  # of the prepared files; raised when the same input yields other files
 CHUNK = 32  # frames per task; the unit of the journal
 SOURCES = ('data', 'camera', 'MANO_NeuralAnnot')  # annotation files in use
-SYNTHESIZED = 'synthesized.json'  # in generated raw data
+SYNTHESIZED = 'synthesized.json'  # in generated raw data: the settings of a complete set
 
 
 def select(split: RawSplit, skipped: Skipped, *, single_hands: bool = False) -> list[Frame]:

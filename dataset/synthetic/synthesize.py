@@ -25,6 +25,7 @@ from tqdm import tqdm
 from dataset.hand_model_record import write_hand_model_record
 from dataset.prepare.raw import NO_HANDS, annotation_file
 from dataset.prepare.resumable import JOURNAL, Journal, already_complete, growing, publish, refuse_other_settings
+from dataset.prepare.split import SYNTHESIZED as RECORD
 from dataset.prepare.workers import results_in_order
 from dataset.prepared import partial_folder
 from dataset.synthetic import camera_faults, clutter
@@ -54,7 +55,6 @@ from utils.hand import INTERHAND_TO_JOINTS, LEFT, NUM_JOINTS, RIGHT, SIDES
 from utils.stopping import check_stop, obey_stop_signals
 
 SPLITS = ('train', 'val', 'test')
-RECORD = 'synthesized.json'  # the settings of a complete data set
 IMAGES_PER_CAPTURE = {'train': 100, 'val': 30, 'test': 30}
 IMAGES_PER_VARIED_CAPTURE = 60
 MOST_CAPTURES = {'train': 24, 'val': 6, 'test': 8}  # without the group 'persons', which lifts the limit
