@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from utils.stopping import (
     output_of,
     saying_kept,
     shield_worker,
+    unwinding_at_stop_signals,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,6 +183,30 @@ def start(unshielded_s: float = 0.0):
     process = context.Process(target=sleep_shielded, args=(ready, unshielded_s), daemon=True)
     process.start()
     return process, ready
+
+
+class Closing:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def drop_an_object():
+    Closing()
+
+
+def drop_what_a_weak_reference_watches():
+    watched = type('Watched', (), {})()
+    weakref.finalize(watched, signal.raise_signal, signal.SIGTERM)
+
+
+@pytest.mark.parametrize('block', [unwinding_at_stop_signals, lambda: StopRequest().interruptible()])
+@pytest.mark.parametrize('drop', [drop_an_object, drop_what_a_weak_reference_watches])
+def test_a_signal_within_a_destructor_is_not_lost(block, drop, capfd):
+    """Python prints what is raised there, and goes on."""
+    with pytest.raises(Stopped), block():
+        drop()
+        time.sleep(25)
+    assert capfd.readouterr().err == ''
 
 
 def test_a_shielded_worker_survives_every_stop_signal_but_its_parents():

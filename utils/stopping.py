@@ -24,6 +24,7 @@ STOP_SIGNALS = tuple(
 )
 PARENT_CHECKS_S = 1.0
 CHILD_CHECKS_S = 0.2
+RESEND_S = 0.05
 _watched: set[int] = set()  # ids of the processes that already watch their launcher
 
 
@@ -75,7 +76,9 @@ def unwinding_at_stop_signals() -> Iterator[None]:
     owner = os.getpid()
 
     def unwind(number: int, frame: FrameType | None) -> None:
-        if os.getpid() == owner:  # and not in a worker that has not shielded itself yet
+        if os.getpid() != owner:
+            return  # a worker that has not shielded itself yet
+        if not _postponed(number, frame):
             raise Stopped(number)
 
     with _restoring_handlers():
@@ -120,11 +123,28 @@ class StopRequest:
         if os.getpid() != self._owner:
             return  # a worker that has not shielded itself yet
         if self.number is None:
+            if self._interruptible and _postponed(number, frame):
+                return
             self.number, self._first = number, time.monotonic()
             if self._interruptible:
                 raise Stopped(number)
         elif number == signal.SIGINT and not under_torchrun() and time.monotonic() - self._first > self._patience_s:
             raise KeyboardInterrupt
+
+
+def _postponed(number: int, frame: FrameType | None) -> bool:
+    """Whether an exception raised in ``frame`` would be printed and forgotten; if so, send the signal once more soon.
+
+    That is what happens to those of destructors and of callbacks of weak references.
+    """
+    while frame is not None:
+        if frame.f_code.co_name == '__del__' or frame.f_globals.get('__name__') in ('weakref', '_weakrefset'):
+            again = threading.Timer(RESEND_S, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _handle(handler: Callable[[int, FrameType | None], None]) -> None:
