@@ -24,9 +24,9 @@ class HandArrays(NamedTuple):
     operations fast.
     """
 
-    template: Tensor  # (H, 3, P) m
+    template: Tensor  # (H, 3, P) m, less what ``pose_dirs`` adds to the rest pose
     shape_dirs: Tensor  # (H, 10, 3, P)
-    pose_dirs: Tensor  # (H, 135, 3, P): 0 for joints
+    pose_dirs: Tensor  # (H, 135, 3, P), of R where MANO's are of R - I: 0 for joints
     skinning_weights: Tensor  # (H, 16, P)
     rest_joints: Tensor  # (H, 16, 3) m, of the mean shape
     joint_shape_dirs: Tensor  # (H, 10, 16 * 3): joint regression is linear, so it is precomputed
@@ -39,6 +39,7 @@ class HandArrays(NamedTuple):
         if points is None:
             points = np.arange(NUM_CHAIN_JOINTS + NUM_VERTICES)[None].repeat(len(models), 0)
         rest_joints = [m.joint_regressor @ m.template for m in models]
+        templates = [m.template - m.pose_dirs @ np.tile(np.eye(3).ravel(), 15) for m in models]
         joint_shape_dirs = [np.einsum('jv,vck->kcj', m.joint_regressor, m.shape_dirs) for m in models]
 
         def stack(arrays: Iterable[np.ndarray]) -> Tensor:
@@ -49,7 +50,7 @@ class HandArrays(NamedTuple):
             return stack(np.concatenate([own, mesh], -1)[..., chosen] for own, mesh, chosen in rows)
 
         return cls(
-            template=select([joints.T for joints in rest_joints], [m.template.T for m in models]),
+            template=select([joints.T for joints in rest_joints], [template.T for template in templates]),
             shape_dirs=select(joint_shape_dirs, [m.shape_dirs.T for m in models]),
             pose_dirs=select(repeat(np.zeros((135, 3, NUM_CHAIN_JOINTS))), [m.pose_dirs.T for m in models]),
             skinning_weights=select(repeat(np.eye(NUM_CHAIN_JOINTS)), [m.skinning_weights.T for m in models]),
@@ -146,7 +147,7 @@ def pose_fingers(hand: HandArrays, rotations: Tensor, betas: Tensor) -> tuple[Te
     betas (H, B, 10) -> points (H, B, P, 3) m, wrist (H, B, 1, 3) m. B may be 0.
     """
     shaped = torch.baddbmm(hand.template.flatten(1)[:, None], betas, hand.shape_dirs.flatten(2))
-    rest_points = torch.baddbmm(shaped, pose_features(rotations), hand.pose_dirs.flatten(2)).unflatten(-1, (3, -1))
+    rest_points = torch.baddbmm(shaped, rotations.flatten(2), hand.pose_dirs.flatten(2)).unflatten(-1, (3, -1))
     rest_joints = torch.baddbmm(hand.rest_joints.flatten(1)[:, None], betas, hand.joint_shape_dirs)
     rest_joints = rest_joints.unflatten(-1, (-1, 3))
     points = skin_points(rest_points, finger_transforms(rotations, rest_joints), hand.skinning_weights)

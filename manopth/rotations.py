@@ -1,6 +1,8 @@
 """Rotation conversions as pure functions: axis-angle, matrices, quaternions, 6D.
 
 Leading axes are arbitrary; values and gradients are finite at the singular points. Matrices rotate column vectors.
+Derivatives of axis-angle and of unit vectors are written out: autograd's would call two to three times as many
+operators, which on a GPU cost more than the arithmetic. They have no second derivative.
 """
 
 import math
@@ -8,6 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _SHORTEST = 1e-8
 _HALF = (torch.float16, torch.bfloat16)  # LAPACK computes in float32 at least
@@ -19,12 +22,38 @@ def axis_angle_to_matrix(axis_angle: Tensor) -> Tensor:
     R = I + 2 (w I + U) U with the unit quaternion of the rotation: real part w, cross product matrix U of its vector
     part. Half angles, because 1 - cos t loses half its digits in float32.
     """
-    half = axis_angle / 2
-    # The smallest positive number turns 0 / 0 into 1 and changes no other angle.
-    angle = torch.linalg.vector_norm(half, dim=-1, keepdim=True) + torch.finfo(half.dtype).tiny
-    identity = torch.eye(3, dtype=half.dtype, device=half.device)
-    cross = _cross_products(identity, half * (angle.sin() / angle))
-    return torch.add(identity, torch.addcmul(cross, angle.cos()[..., None], identity) @ cross, alpha=2)
+    return _AxisAngleToMatrix.apply(axis_angle)
+
+
+class _AxisAngleToMatrix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, axis_angle: Tensor) -> Tensor:
+        half = axis_angle / 2
+        # The smallest positive number turns 0 / 0 into 1 and changes no other angle.
+        angle = torch.linalg.vector_norm(half, dim=-1, keepdim=True) + torch.finfo(half.dtype).tiny
+        ratio, real = angle.sin() / angle, angle.cos()
+        imaginary = half * ratio
+        identity = torch.eye(3, dtype=half.dtype, device=half.device)
+        cross = _cross_products(identity, imaginary)
+        matrix = torch.add(identity, torch.addcmul(cross, real[..., None], identity) @ cross, alpha=2)
+        ctx.save_for_backward(matrix, half, angle, ratio, real, imaginary)
+        return matrix
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        """A change dr of the rotation vector r turns R by J(r)^T dr, in the frame that R leads from, with
+
+        J(r) v = s v + (1 - s) u (u . v) + (1 - cos t) / t^2 r x v, t = |r|, u = r / t, s = sin t / t (Sola et al., "A
+        micro Lie theory for state estimation in robotics", 2018, eqs. 143 and 145).
+        """
+        matrix, half, angle, ratio, real, imaginary = ctx.saved_tensors
+        local = matrix.mT @ gradient
+        turn = _vee(local - local.mT)
+        straight, axis = ratio * real, half / angle
+        along = (1 - straight) * (axis * turn).sum(-1, keepdim=True)
+        across = torch.linalg.cross(ratio * imaginary, turn)
+        return torch.addcmul(torch.addcmul(across, straight, turn), along, axis)
 
 
 def cross_product_matrix(vector: Tensor) -> Tensor:
@@ -34,6 +63,11 @@ def cross_product_matrix(vector: Tensor) -> Tensor:
 
 def _cross_products(identity: Tensor, vector: Tensor) -> Tensor:
     return torch.linalg.cross(identity.expand(*vector.shape[:-1], 3, 3), vector[..., None, :])  # row i: e_i x v
+
+
+def _vee(skew: Tensor) -> Tensor:
+    """Inverse of ``cross_product_matrix``."""
+    return torch.stack([skew[..., 2, 1], skew[..., 0, 2], skew[..., 1, 0]], -1)
 
 
 def matrix_to_axis_angle(matrix: Tensor) -> Tensor:
@@ -123,8 +157,7 @@ def nearest_rotation(matrix: Tensor) -> Tensor:
     identity = torch.eye(3, dtype=matrix.dtype, device=matrix.device)
     inertia = scale.sum(-1)[..., None, None] * identity - symmetric
     local = rotation.mT @ (matrix - matrix.detach())  # zero; carries the gradient
-    skew = local - local.mT
-    vee = torch.stack([skew[..., 2, 1], skew[..., 0, 2], skew[..., 1, 0]], -1)
+    vee = _vee(local - local.mT)
     # Directions in which a change turns nothing but rounding errors have no gradient.
     inverse = torch.linalg.pinv(inertia, atol=_SHORTEST, rtol=3 * torch.finfo(matrix.dtype).eps, hermitian=True)
     turn = (inverse @ vee[..., None]).squeeze(-1)
@@ -150,5 +183,20 @@ def unit_vectors(vectors: Tensor) -> Tensor:
     Their direction means nothing, so they have no gradient. A bound on the length, as in ``F.normalize``, would
     multiply it by 1e8, from which the moments of Adam recover only after thousands of steps.
     """
-    length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    return vectors / F.threshold(length, _SHORTEST, math.inf)
+    return _UnitVectors.apply(vectors)
+
+
+class _UnitVectors(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, vectors: Tensor) -> Tensor:
+        length = F.threshold(torch.linalg.vector_norm(vectors, dim=-1, keepdim=True), _SHORTEST, math.inf)
+        unit = vectors / length
+        ctx.save_for_backward(unit, length)
+        return unit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        unit, length = ctx.saved_tensors
+        along = (gradient * unit).sum(-1, keepdim=True)
+        return torch.addcmul(gradient, along, unit, value=-1) / length

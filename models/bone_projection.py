@@ -7,6 +7,8 @@ convolution over it equals a convolution of the weight maps with kernels contrac
 defines that map, for tests.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,7 +41,7 @@ def bone_weights(joints_uv: Tensor, *, size: int, radius: float) -> Tensor:
         along = ((to_end[:, :, :, 0] * bone).sum(-1) / length_squared.clamp_min(1e-12)).clamp(0, 1)
         beside = torch.linalg.vector_norm(torch.addcmul(to_end[:, :, :, 0], along[..., None], bone, value=-1), dim=-1)
         outside = ~((beside < radius) & (length_squared > 0))
-    return (distance.flip(3) / total.clamp_min(1e-12)).masked_fill(outside[:, :, :, None], 0)
+    return distance.flip(3) / total.masked_fill(outside[:, :, :, None], math.inf)
 
 
 def joint_weights(joints_uv: Tensor, *, size: int, radius: float) -> Tensor:

@@ -146,5 +146,6 @@ class JointInteraction(nn.Module):
 
 def common_frame_joints(hands: HandPrediction) -> Tensor:
     """Joints (B, 2, J, 3) in HAND_SCALE about the midpoint of the roots: left - offset / 2, right + offset / 2."""
-    half = hands.offset[:, None] / 2
-    return hands.joints / HAND_SCALE + torch.stack([-half, half], 1)
+    joints, offset = hands.joints / HAND_SCALE, hands.offset
+    sides = torch.linspace(-0.5, 0.5, 2, dtype=offset.dtype, device=offset.device)
+    return torch.addcmul(joints, offset[:, None, None], sides[:, None, None])

@@ -12,6 +12,7 @@ from manopth.rotations import (
     matrix_to_quaternion,
     nearest_rotation,
     symmetric_6d_to_matrix,
+    unit_vectors,
 )
 
 ANGLES = [0.0, 1e-20, 1e-12, 1e-7, 1e-4, 0.0316, 0.0317, 0.5, 2.0, 3.0, math.pi - 1e-4, math.pi - 1e-8, math.pi, 5.0]
@@ -52,9 +53,20 @@ def test_cross_product_matrix_is_the_cross_product():
 @pytest.mark.parametrize('angle', ANGLES)
 def test_axis_angle_gradient_is_correct_at_every_angle(angle):
     assert torch.autograd.gradcheck(axis_angle_to_matrix, (angle * directions(3)).requires_grad_())
-    single = (angle * directions(3)).float().requires_grad_()
-    axis_angle_to_matrix(single).sum().backward()
-    assert single.grad.isfinite().all()
+    wanted = torch.randn(20, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    double = (angle * directions(20)).requires_grad_()
+    single = double.detach().float().requires_grad_()
+    for axis_angle in (double, single):
+        (axis_angle_to_matrix(axis_angle) * wanted).sum().backward()
+    torch.testing.assert_close(single.grad.double(), double.grad, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('function', [axis_angle_to_matrix, unit_vectors])
+def test_a_second_derivative_is_refused(function):
+    vectors = directions(3).requires_grad_()
+    (gradient,) = torch.autograd.grad(function(vectors).pow(3).sum(), vectors, create_graph=True)
+    with pytest.raises(RuntimeError, match='once_differentiable'):
+        gradient.sum().backward()
 
 
 def test_gradient_at_zero_equals_the_generators():
