@@ -107,7 +107,7 @@ def colour_and_noise_(image: Tensor, plan: AugmentationParameters) -> Tensor:
     generator, grain = torch.Generator(image.device), torch.empty_like(image)
     for one, seed in zip(grain, plan.noise_seed.tolist()):
         one.normal_(generator=generator.manual_seed(seed))
-    torch.addcmul(brightness[:, None, None, None], image, gain[:, :, None, None], out=image)
+    image.mul_(gain[:, :, None, None]).add_(brightness[:, None, None, None])  # twice as fast as one ``addcmul``
     return image.addcmul_(grain, noise[:, None, None, None]).round_().clamp_(0, 255)
 
 
