@@ -67,7 +67,7 @@ from dataset.synthetic import synthesize
 from dataset.vertex_colours import canonical_colours
 from inference import export
 from inference.files import reduced, write_image_files
-from inference.folding import fold_batch_norms, for_inference
+from inference.folding import fold_batch_norms, for_inference, replace_convolutions
 from inference.reconstruct import Reconstructor, cut_crop
 from models import DIR, build_criterion, build_model
 from models.backbone import Backbone
@@ -193,6 +193,8 @@ def inference_forms(model: DIR, setting: Setting) -> dict[str, Callable[[Tensor]
     if setting.compile:
         forms['DIR, folded and compiled'] = compiled(folded, setting.device)
     if setting.device.type == 'cpu':
+        forms['last estimate, as in apps/demo.py'] = fastest = for_inference(model)
+        replace_convolutions(fastest)
         program = None
         for name, kind in export.FORMATS.items():
             try:
@@ -223,7 +225,7 @@ def forward(setting: Setting) -> Table:
         f'Forward, batch {setting.batch}',
         'ResNet-50',
         rows_of(seconds, 'ResNet-50'),
-        "The exported forms omit what only training needs (dense heads, the last stage's output map).",
+        "The last-estimate forms omit what only training needs (dense heads, the last stage's output map).",
     )
 
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from inference.engine import Engine, choose_engine
 from inference.export import output_of
-from inference.folding import for_inference
-from inference.winograd import use_winograd
+from inference.folding import for_inference, replace_convolutions
 from manopth import HandPair, Hands
 from manopth.rotations import symmetric_6d_to_matrix
 from models import DIR
@@ -179,7 +178,7 @@ class Reconstructor:
         self.hand_models: HandPair = model.hands
         self.network = to_device(for_inference(model.eval()), self.device)
         if self.engine.run is None and self.device.type == 'cpu' and precision != 'bfloat16':
-            use_winograd(self.network)
+            replace_convolutions(self.network)
 
     def __call__(
         self,

@@ -5,15 +5,7 @@ import torch
 from manopth import ManoError, TwoHandLayer
 from manopth.lbs import HandArrays, forward_kinematics
 from manopth.rotations import axis_angle_to_matrix, cross_product_matrix
-from manopth.tables import (
-    CHAIN_PARENTS,
-    LEFT,
-    MANO_TO_JOINTS,
-    NUM_JOINTS,
-    PUBLISHED_LEFT_MIDDLE_TIP,
-    RIGHT,
-    TIP_VERTICES,
-)
+from manopth.tables import CHAIN_PARENTS, LEFT, MANO_TO_JOINTS, PUBLISHED_LEFT_MIDDLE_TIP, RIGHT, TIP_VERTICES
 
 MIRROR = torch.tensor([-1.0, 1.0, 1.0], dtype=torch.float64)  # of points
 MIRROR_TURN = torch.tensor([1.0, -1.0, -1.0], dtype=torch.float64)  # of axis-angles
