@@ -78,7 +78,7 @@ def test_zero_pose_is_the_rest_mesh(standin, layer):
     zero = torch.zeros(1, 2, 45, dtype=torch.float64)
     hands = layer(zero[..., :3], zero, zero[..., :10], use_pca=False)
     for hand, model in enumerate(standin):
-        torch.testing.assert_close(hands.vertices[0, hand], torch.from_numpy(model.template), atol=1e-15, rtol=0)
+        torch.testing.assert_close(hands.vertices[0, hand], torch.tensor(model.template), atol=1e-15, rtol=0)
         chain = torch.from_numpy(model.joint_regressor @ model.template)
         knuckles = hands.joints[0, hand, [0, 5, 9, 17, 13, 1]]
         torch.testing.assert_close(knuckles, chain[[0, 1, 4, 7, 10, 13]], atol=1e-15, rtol=0)
