@@ -31,7 +31,7 @@ class PackedConv2d(nn.Module):
         return _convolve(x, self.weight, self.bias, *self.geometry, 'none', [], '')  # no activation after it
 
 
-# What the code calls that TorchInductor generates; torch.mkldnn_convolution takes no channels-last maps.
+# What TorchInductor's code calls: torch.mkldnn_convolution would convert channels-last maps there and back.
 _convolve: Any = None
 if torch.backends.mkldnn.is_available():
     _convolve = getattr(torch.ops.mkldnn, '_convolution_pointwise', None)
@@ -44,7 +44,7 @@ def packable(convolution: nn.Conv2d) -> bool:
     return _convolve is not None and plain and c.padding_mode == 'zeros' and not isinstance(c.padding, str)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def pack_convolutions(model: nn.Module, *inputs: Tensor) -> None:
     """Replace, in place, the convolutions of ``model`` that a call with these inputs passes through."""
     shapes: dict[nn.Module, torch.Size] = {}
