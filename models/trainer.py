@@ -169,8 +169,6 @@ class Trainer:
         in_sync = last or distributed.rank_and_world()[1] == 1
         with nullcontext() if in_sync else cast(DistributedDataParallel, self.parallel).no_sync():
             normalised = self.model.preprocess.normalise(image)
-            if self.cfg.TRAIN.CHANNELS_LAST:  # the backbone's maps take after its input
-                normalised = normalised.contiguous(memory_format=torch.channels_last)
             with autocast(self.cfg.TRAIN.PRECISION, self.device):
                 output = self.parallel(normalised)
             terms = self.criterion(output, target)

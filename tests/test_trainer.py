@@ -39,24 +39,6 @@ def test_a_network_that_draws_continues_exactly(standin):
     assert [key for key, value in whole.model.state_dict().items() if not torch.equal(state[key], value)] == []
 
 
-@pytest.mark.parametrize('backbone', ['resnet18', 'efficientnet_lite0'])
-def test_the_memory_layout_of_maps_changes_rounding_only(standin, backbone):
-    plain, trainer = (make(standin, 'MODEL.BACKBONE', backbone, 'TRAIN.CHANNELS_LAST', on) for on in ('false', 'true'))
-    layouts = []
-    for module in trainer.model.backbone.modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(
-                lambda _, args, out: layouts.append(out.is_contiguous(memory_format=torch.channels_last))
-            )
-    for each in (plain, trainer):
-        image, target = IMAGES[0], made_target(2)
-        each.terms = each.accumulate(image, target)
-    assert layouts and all(layouts)
-    torch.testing.assert_close(trainer.terms, plain.terms, atol=1e-4, rtol=1e-4)
-    one, other = (nn.utils.get_total_norm([w.grad for w in each.model.parameters()]) for each in (plain, trainer))
-    torch.testing.assert_close(one, other, atol=0, rtol=1e-2)
-
-
 @pytest.mark.parametrize('words', [(), ('TRAIN.CLIP_NORM', '1')])
 def test_a_gradient_that_is_not_finite_changes_nothing(standin, words):
     trainer = make(standin, *words)

@@ -119,7 +119,6 @@ _C.TRAIN.CHECKPOINT = False  # activation checkpointing: less memory, a quarter 
 _C.TRAIN.EMA = 0.0  # decay per step of a moving average of the weights, stored in best.pth; 0: none
 _C.TRAIN.PRECISION = 'float32'  # 'float32', 'tf32', or 'bfloat16' (autocast; hands, rotations, losses stay float32)
 _C.TRAIN.COMPILE = False  # torch.compile: minutes at start-up, then faster steps
-_C.TRAIN.CHANNELS_LAST = False  # the maps' memory layout; see docs/training.md for where it pays
 _C.TRAIN.SYNC_BN = True  # batch norms span all processes: the curve does not depend on their number
 _C.TRAIN.WORKERS = 4  # loader processes per training process; 0 loads in the training process itself
 _C.TRAIN.WORKER_TIMEOUT = 600.0  # seconds that a loader process may take for a batch; 0: no limit
@@ -375,7 +374,6 @@ FREE_KEYS = (
     'TRAIN.CHECKPOINT',
     'TRAIN.RECOMPUTE_NORMS',
     'TRAIN.COMPILE',
-    'TRAIN.CHANNELS_LAST',
     'TRAIN.WORKERS',
     'TRAIN.WORKER_TIMEOUT',
     'TRAIN.SAVE_EVERY',
