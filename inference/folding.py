@@ -3,7 +3,6 @@
 import copy
 from typing import TypeVar
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -26,7 +25,7 @@ def replace_convolutions(model: DIR) -> None:
     """Replace, in place, the convolutions of a float32 network on a CPU by forms that run faster there."""
     use_winograd(model)
     side = model.preprocess.image_size
-    pack_convolutions(model, torch.zeros(1, 3, side, side))
+    pack_convolutions(model, model.preprocess.mean.new_zeros(1, 3, side, side))
 
 
 def fold_batch_norms(model: Network) -> Network:

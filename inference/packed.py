@@ -13,7 +13,7 @@ class PackedConv2d(nn.Module):
     """Drop-in replacement of an nn.Conv2d, for inference: the same sums in float32; maps come out channels-last.
 
     shape: that of the input (B, in, H, W) for which the layout is chosen; others are computed as well, but slower.
-    The weights no longer follow the given convolution's.
+    The weights no longer follow the given convolution's. PyTorch can neither copy nor save them.
     """
 
     def __init__(self, convolution: nn.Conv2d, shape: torch.Size):
@@ -33,7 +33,7 @@ class PackedConv2d(nn.Module):
 
 # What TorchInductor's code calls: torch.mkldnn_convolution would convert channels-last maps there and back.
 _convolve: Any = None
-if torch.backends.mkldnn.is_available():
+if torch.backends.mkldnn.is_available() and not torch.backends.mkldnn.is_acl_available():  # not tried on ARM
     _convolve = getattr(torch.ops.mkldnn, '_convolution_pointwise', None)
 
 
@@ -53,6 +53,8 @@ def pack_convolutions(model: nn.Module, *inputs: Tensor) -> None:
         shapes.setdefault(module, args[0].shape)
 
     found = [m for m in model.modules() if isinstance(m, nn.Conv2d) and packable(m)]
+    if not found:
+        return
     hooks = [convolution.register_forward_pre_hook(note) for convolution in found]
     try:
         model(*inputs)

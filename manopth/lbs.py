@@ -24,7 +24,7 @@ class HandArrays(NamedTuple):
     operations fast.
     """
 
-    template: Tensor  # (H, 3, P) m, less what ``pose_dirs`` adds to the rest pose
+    base_points: Tensor  # (H, 3, P) m, less what ``pose_dirs`` adds to the rest pose
     shape_dirs: Tensor  # (H, 10, 3, P)
     pose_dirs: Tensor  # (H, 135, 3, P), of R where MANO's are of R - I: 0 for joints
     skinning_weights: Tensor  # (H, 16, P)
@@ -50,7 +50,7 @@ class HandArrays(NamedTuple):
             return stack(np.concatenate([own, mesh], -1)[..., chosen] for own, mesh, chosen in rows)
 
         return cls(
-            template=select([joints.T for joints in rest_joints], [template.T for template in templates]),
+            base_points=select([joints.T for joints in rest_joints], [template.T for template in templates]),
             shape_dirs=select(joint_shape_dirs, [m.shape_dirs.T for m in models]),
             pose_dirs=select(repeat(np.zeros((135, 3, NUM_CHAIN_JOINTS))), [m.pose_dirs.T for m in models]),
             skinning_weights=select(repeat(np.eye(NUM_CHAIN_JOINTS)), [m.skinning_weights.T for m in models]),
@@ -146,7 +146,7 @@ def pose_fingers(hand: HandArrays, rotations: Tensor, betas: Tensor) -> tuple[Te
     The hand axis comes first: each blend shape is one product over all samples of a hand. rotations (H, B, 15, 3, 3),
     betas (H, B, 10) -> points (H, B, P, 3) m, wrist (H, B, 1, 3) m. B may be 0.
     """
-    shaped = torch.baddbmm(hand.template.flatten(1)[:, None], betas, hand.shape_dirs.flatten(2))
+    shaped = torch.baddbmm(hand.base_points.flatten(1)[:, None], betas, hand.shape_dirs.flatten(2))
     rest_points = torch.baddbmm(shaped, rotations.flatten(2), hand.pose_dirs.flatten(2)).unflatten(-1, (3, -1))
     rest_joints = torch.baddbmm(hand.rest_joints.flatten(1)[:, None], betas, hand.joint_shape_dirs)
     rest_joints = rest_joints.unflatten(-1, (-1, 3))

@@ -1,16 +1,17 @@
 """Rotation conversions as pure functions: axis-angle, matrices, quaternions, 6D.
 
 Leading axes are arbitrary; values and gradients are finite at the singular points. Matrices rotate column vectors.
-Derivatives of axis-angle and of unit vectors are written out: autograd's would call two to three times as many
-operators, which on a GPU cost more than the arithmetic. They have no second derivative.
+The derivatives of axis-angle and unit vectors are written out: autograd's call two to three times as many operators,
+which on a GPU cost more than the arithmetic. Where a further derivative or a transform of torch.func is asked for,
+autograd's serve.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 _SHORTEST = 1e-8
 _HALF = (torch.float16, torch.bfloat16)  # LAPACK computes in float32 at least
@@ -22,34 +23,42 @@ def axis_angle_to_matrix(axis_angle: Tensor) -> Tensor:
     R = I + 2 (w I + U) U with the unit quaternion of the rotation: real part w, cross product matrix U of its vector
     part. Half angles, because 1 - cos t loses half its digits in float32.
     """
+    if torch._C._are_functorch_transforms_active():
+        return _matrix_and_parts(axis_angle)[0]
     return _AxisAngleToMatrix.apply(axis_angle)
+
+
+def _matrix_and_parts(axis_angle: Tensor) -> tuple[Tensor, ...]:
+    half = axis_angle / 2
+    # The smallest positive number turns 0 / 0 into 1 and changes no other angle.
+    angle = torch.linalg.vector_norm(half, dim=-1, keepdim=True) + torch.finfo(half.dtype).tiny
+    ratio, real = angle.sin() / angle, angle.cos()
+    imaginary = half * ratio
+    identity = torch.eye(3, dtype=half.dtype, device=half.device)
+    cross = _cross_products(identity, imaginary)
+    matrix = torch.add(identity, torch.addcmul(cross, real[..., None], identity) @ cross, alpha=2)
+    return matrix, half, angle, ratio, real, imaginary
 
 
 class _AxisAngleToMatrix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, axis_angle: Tensor) -> Tensor:
-        half = axis_angle / 2
-        # The smallest positive number turns 0 / 0 into 1 and changes no other angle.
-        angle = torch.linalg.vector_norm(half, dim=-1, keepdim=True) + torch.finfo(half.dtype).tiny
-        ratio, real = angle.sin() / angle, angle.cos()
-        imaginary = half * ratio
-        identity = torch.eye(3, dtype=half.dtype, device=half.device)
-        cross = _cross_products(identity, imaginary)
-        matrix = torch.add(identity, torch.addcmul(cross, real[..., None], identity) @ cross, alpha=2)
-        ctx.save_for_backward(matrix, half, angle, ratio, real, imaginary)
-        return matrix
+        computed = _matrix_and_parts(axis_angle)
+        ctx.save_for_backward(axis_angle, *computed)
+        return computed[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient: Tensor) -> Tensor:
         """A change dr of the rotation vector r turns R by J(r)^T dr, in the frame that R leads from, with
 
         J(r) v = s v + (1 - s) u (u . v) + (1 - cos t) / t^2 r x v, t = |r|, u = r / t, s = sin t / t (Sola et al., "A
         micro Lie theory for state estimation in robotics", 2018, eqs. 143 and 145).
         """
-        matrix, half, angle, ratio, real, imaginary = ctx.saved_tensors
+        axis_angle, matrix, half, angle, ratio, real, imaginary = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable(_matrix_and_parts, axis_angle, gradient)
         local = matrix.mT @ gradient
-        turn = _vee(local - local.mT)
+        turn = _vee(local - local.mT).to(half.dtype)  # autocast may have changed it
         straight, axis = ratio * real, half / angle
         along = (1 - straight) * (axis * turn).sum(-1, keepdim=True)
         across = torch.linalg.cross(ratio * imaginary, turn)
@@ -183,20 +192,32 @@ def unit_vectors(vectors: Tensor) -> Tensor:
     Their direction means nothing, so they have no gradient. A bound on the length, as in ``F.normalize``, would
     multiply it by 1e8, from which the moments of Adam recover only after thousands of steps.
     """
+    if torch._C._are_functorch_transforms_active():
+        return _units_and_lengths(vectors)[0]
     return _UnitVectors.apply(vectors)
+
+
+def _units_and_lengths(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    length = F.threshold(torch.linalg.vector_norm(vectors, dim=-1, keepdim=True), _SHORTEST, math.inf)
+    return vectors / length, length
 
 
 class _UnitVectors(torch.autograd.Function):
     @staticmethod
     def forward(ctx, vectors: Tensor) -> Tensor:
-        length = F.threshold(torch.linalg.vector_norm(vectors, dim=-1, keepdim=True), _SHORTEST, math.inf)
-        unit = vectors / length
-        ctx.save_for_backward(unit, length)
+        unit, length = _units_and_lengths(vectors)
+        ctx.save_for_backward(vectors, unit, length)
         return unit
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient: Tensor) -> Tensor:
-        unit, length = ctx.saved_tensors
+        vectors, unit, length = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable(_units_and_lengths, vectors, gradient)
         along = (gradient * unit).sum(-1, keepdim=True)
         return torch.addcmul(gradient, along, unit, value=-1) / length
+
+
+def _differentiable(function: Callable[[Tensor], tuple[Tensor, ...]], values: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient through the first result of ``function``, by autograd: it will be differentiated, too."""
+    return torch.autograd.grad(function(values)[0], values, gradient, create_graph=True)[0]

@@ -31,7 +31,7 @@ class TwoHandLayer(nn.Module):
     """
 
     models: HandPair
-    template: Tensor
+    base_points: Tensor
     rest_joints: Tensor
     joint_shape_dirs: Tensor
     tip_vertices: Tensor

@@ -26,7 +26,7 @@ class HandHead(nn.Module):
 
     def forward(self, parameters: Tensor, offset: Tensor) -> HandPrediction:
         """parameters (B, 2, 64), offset (B, 3) -> HandPrediction, in the hand layer's precision even under autocast."""
-        parameters, offset = (x.to(self.hand_layer.template.dtype) for x in (parameters, offset))
+        parameters, offset = (x.to(self.hand_layer.base_points.dtype) for x in (parameters, offset))
         with full_precision(parameters.device.type):
             root, pose, shape, camera = parameters.split(PARAMETER_SIZES, -1)
             points = self.hand_layer.points(root, pose, shape, root_joint=self.root_joint)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from utils import stopping
 from utils.errors import user_facing
 from utils.stopping import (
     STOP_SIGNALS,
@@ -207,6 +208,24 @@ def test_a_signal_within_a_destructor_is_not_lost(block, drop, capfd):
         drop()
         time.sleep(25)
     assert capfd.readouterr().err == ''
+
+
+class Waiting:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # does not begin a second series
+        time.sleep(25)
+
+
+def test_a_destructor_that_does_not_end_is_interrupted(monkeypatch):
+    forgotten = []
+    monkeypatch.setattr(sys, 'unraisablehook', forgotten.append)
+    monkeypatch.setattr(stopping, 'RESENDING_S', 0.5)
+    begin, request = time.monotonic(), StopRequest()
+    with request.interruptible():
+        Waiting()
+    assert request.number == signal.SIGTERM and time.monotonic() - begin < 20
+    assert [each.exc_type for each in forgotten] == [Stopped]  # Python prints it, and goes on
 
 
 def test_a_shielded_worker_survives_every_stop_signal_but_its_parents():

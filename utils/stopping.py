@@ -24,7 +24,10 @@ STOP_SIGNALS = tuple(
 )
 PARENT_CHECKS_S = 1.0
 CHILD_CHECKS_S = 0.2
-RESEND_S = 0.05
+RESEND_S, RESENDING_S = 0.05, 5.0
+# Callbacks of weak references run in these modules, among other code.
+_CALLBACKS = ('weakref', '_weakrefset', 'multiprocessing.util', 'torch.utils.weak')
+_resent: dict[int, tuple[float, float]] = {}  # signal -> since when it is sent again, and when the next one is due
 _watched: set[int] = set()  # ids of the processes that already watch their launcher
 
 
@@ -135,16 +138,24 @@ class StopRequest:
 def _postponed(number: int, frame: FrameType | None) -> bool:
     """Whether an exception raised in ``frame`` would be printed and forgotten; if so, send the signal once more soon.
 
-    That is what happens to those of destructors and of callbacks of weak references.
+    That is what happens to those of destructors and of callbacks of weak references. One that does not end within
+    ``RESENDING_S`` is interrupted nevertheless.
     """
+    now = time.monotonic()
     while frame is not None:
-        if frame.f_code.co_name == '__del__' or frame.f_globals.get('__name__') in ('weakref', '_weakrefset'):
-            again = threading.Timer(RESEND_S, os.kill, (os.getpid(), number))
-            again.daemon = True
-            again.start()
-            return True
+        if frame.f_code.co_name == '__del__' or frame.f_globals.get('__name__') in _CALLBACKS:
+            break
         frame = frame.f_back
-    return False
+    begin, due = _resent.get(number, (now, now))
+    if frame is None or now - begin > RESENDING_S:
+        _resent.pop(number, None)
+        return False
+    if now >= due:  # else the last one is still under way
+        _resent[number] = (begin, now + RESEND_S)
+        again = threading.Timer(RESEND_S, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+    return True
 
 
 def _handle(handler: Callable[[int, FrameType | None], None]) -> None:

@@ -62,11 +62,20 @@ def test_axis_angle_gradient_is_correct_at_every_angle(angle):
 
 
 @pytest.mark.parametrize('function', [axis_angle_to_matrix, unit_vectors])
-def test_a_second_derivative_is_refused(function):
-    vectors = directions(3).requires_grad_()
-    (gradient,) = torch.autograd.grad(function(vectors).pow(3).sum(), vectors, create_graph=True)
-    with pytest.raises(RuntimeError, match='once_differentiable'):
-        gradient.sum().backward()
+def test_further_derivatives_and_transforms_are_those_of_autograd(function):
+    vectors = 2 * directions(3)
+    assert torch.autograd.gradgradcheck(function, vectors.clone().requires_grad_())
+    expected = torch.autograd.functional.jacobian(function, vectors[0])
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(torch.func.vmap(transform(function))(vectors)[0], expected)
+
+
+@pytest.mark.parametrize('function', [axis_angle_to_matrix, unit_vectors])
+def test_a_gradient_within_autocast_keeps_its_type(function):
+    vectors = directions(3).float().requires_grad_()
+    with torch.autocast('cpu', torch.bfloat16):
+        function(vectors).pow(3).sum().backward()
+    assert vectors.grad.dtype == torch.float32 and vectors.grad.isfinite().all()
 
 
 def test_gradient_at_zero_equals_the_generators():
