@@ -12,7 +12,7 @@ On a CPU, all contestants keep freed memory, as the commands do (utils.distribut
 is not the network's, so forward, step and latency are measured a second time with the C library's defaults, for all
 contestants alike, in a process of their own: the last two columns.
 
-  forward       the network, eager, batch norms folded, exported, ONNX Runtime (requirements-export.txt)
+  forward       the network, eager, batch norms folded, as in the demo, exported, ONNX Runtime (requirements-export.txt)
   projection    joint features drawn along the bones: contracted, against the 2,560-channel map and its convolution
   step          a training step, and its peak of memory (in a process of its own)
   throughput    samples/s of inference and training over batch size, precision and --compile; memory; on CUDA the share

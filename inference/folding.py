@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from inference.packed import pack_convolutions
+from inference.packed_convolutions import pack_convolutions
 from inference.winograd import use_winograd
 from models.dir import DIR
 

@@ -6,7 +6,7 @@ from tiny import TINY, images
 from torch import nn
 
 from inference.folding import for_inference
-from inference.packed import PackedConv2d, pack_convolutions, packable
+from inference.packed_convolutions import PackedConv2d, pack_convolutions, packable
 from models import build_model
 from utils.config import load_config
 
