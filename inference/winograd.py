@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.modules import replace_modules
+
 MIN_CHANNELS = 1024  # below, transforming the tiles costs about as much as it saves
 # Along one axis: B^T input tile, G kernel, A^T output tile; along both axes their Kronecker squares.
 _INPUT = torch.tensor([[1.0, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
@@ -59,9 +61,9 @@ def use_winograd(model: nn.Module, *, min_channels: int = MIN_CHANNELS) -> None:
 
     For inference on a CPU in float32: cuDNN chooses such algorithms itself, and bfloat16 would lose digits.
     """
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if not isinstance(child, nn.Conv2d) or not replaceable(child):
-                continue
-            if min(child.in_channels, child.out_channels) >= min_channels:
-                setattr(parent, name, WinogradConv2d(child))
+
+    def faster(convolution: nn.Conv2d) -> nn.Module:
+        wide = min(convolution.in_channels, convolution.out_channels) >= min_channels
+        return WinogradConv2d(convolution) if wide and replaceable(convolution) else convolution
+
+    replace_modules(model, nn.Conv2d, faster)

