@@ -39,7 +39,7 @@ class HandArrays(NamedTuple):
         if points is None:
             points = np.arange(NUM_CHAIN_JOINTS + NUM_VERTICES)[None].repeat(len(models), 0)
         rest_joints = [m.joint_regressor @ m.template for m in models]
-        templates = [m.template - m.pose_dirs @ np.tile(np.eye(3).ravel(), 15) for m in models]
+        bases = [m.template - m.pose_dirs @ np.tile(np.eye(3).ravel(), 15) for m in models]
         joint_shape_dirs = [np.einsum('jv,vck->kcj', m.joint_regressor, m.shape_dirs) for m in models]
 
         def stack(arrays: Iterable[np.ndarray]) -> Tensor:
@@ -50,7 +50,7 @@ class HandArrays(NamedTuple):
             return stack(np.concatenate([own, mesh], -1)[..., chosen] for own, mesh, chosen in rows)
 
         return cls(
-            base_points=select([joints.T for joints in rest_joints], [template.T for template in templates]),
+            base_points=select([joints.T for joints in rest_joints], [base.T for base in bases]),
             shape_dirs=select(joint_shape_dirs, [m.shape_dirs.T for m in models]),
             pose_dirs=select(repeat(np.zeros((135, 3, NUM_CHAIN_JOINTS))), [m.pose_dirs.T for m in models]),
             skinning_weights=select(repeat(np.eye(NUM_CHAIN_JOINTS)), [m.skinning_weights.T for m in models]),
